@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed_version
 from pathlib import Path
 
-import torch  # noqa: F401  (first: the library is linked against torch's, which this loads)
+import torch  # first: the library is linked against torch's own, which this loads
 
 REBUILD = "`pip install --no-build-isolation .` (in a checkout: `pip install --no-build-isolation -e .`)"
 
@@ -17,7 +16,7 @@ def explain(error: ImportError, library: Path) -> str:
         error: what importing it raised.
         library: where it should be.
     """
-    torch_version = installed_version("torch")
+    torch_version = str(torch.__version__)
     if not library.exists():
         return f"moa_ops is not built: {library} is missing. Type {REBUILD}."
     if tuple(int(part) for part in torch_version.split(".")[:2]) < (2, 10):

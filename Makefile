@@ -1,0 +1,89 @@
+# From nothing to a result: every target makes its own virtual environment first.
+#
+#   PYTHON=python3.12   the interpreter to make it with        VENV=.venv   where
+#   TORCH=2.13.0        the torch to install (pip's own settings, such as PIP_INDEX_URL, say from where)
+#   MOA_CUDA=auto|0|1   build the CUDA kernels (CMakeLists.txt)
+#   FAST=1              make demo: the short form            ARGS=...     passed on to pytest, the demo, the benchmarks
+#   CUDA=1              make wheel: with CUDA kernels, and +cuXYZ in the version
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+RUFF := ruff==0.17.6
+CLANG_FORMAT := clang-format==23.1.5
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+EXTENSION := moa_ops/_C.abi3.so
+SOURCES := CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench wheel lint format clean build cuda-check
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: build  ## train a mixture of LoRAs on real text and compare it (FAST=1: in under a minute)
+	$(BIN)/python examples/demo.py $(if $(FAST),--fast) $(ARGS)
+
+test: build  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build  ## micro-benchmarks against the alternatives
+	$(BIN)/python -m benchmarks $(ARGS)
+
+wheel: $(VENV)/.tools  ## a wheel in dist/ (CUDA=1: with CUDA kernels)
+	rm -rf build/lib* build/bdist*
+	MOA_CUDA=$(if $(CUDA),$(CUDA),$(if $(MOA_CUDA),$(MOA_CUDA),0)) \
+	MOA_LOCAL_VERSION="$${MOA_LOCAL_VERSION:-$(if $(filter 1,$(CUDA)),$(CUDA_LABEL))}" \
+	$(PIP) wheel . --no-build-isolation --no-deps -w dist
+	@ls -l dist
+
+lint: $(VENV)/.lint  ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.lint  ## let ruff and clang-format write the files as they want them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/.installed $(EXTENSION)  ## the environment and the extension, installed editable
+
+cuda-check: $(VENV)/.tools  ## compile every CUDA source for every architecture we ship, if nvcc is there
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOA_CUDA=$(NVCC_THERE) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOA_OUTPUT_DIR=$(abspath build/cuda-check)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda-check --target cuda-check
+
+clean:  ## remove everything that was made here, the environment too
+	rm -rf $(VENV) build dist *.egg-info $(EXTENSION) .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Files that clang-format looks after; nvcc's place; cu130 for a CUDA 13.0 toolkit.
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+NVCC = $(shell command -v nvcc || ls $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc 2>/dev/null)
+NVCC_THERE = $(if $(NVCC),1,0)
+CUDA_LABEL = cu$(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1\2/p')
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lint: $(BIN)/python Makefile
+	$(PIP) install $(RUFF) $(CLANG_FORMAT)
+	touch $@
+
+$(VENV)/.tools: $(BIN)/python Makefile
+	@echo "installing torch $(TORCH) and the build tools into $(VENV); this can take minutes"
+	$(PIP) install "torch==$(TORCH)" "setuptools>=77" ninja $(if $(shell command -v cmake),,cmake)
+	touch $@
+
+# Once per change of the metadata, pip; for a change of the C++ alone, only the compiler.
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml setup.py moa_ops/version.py
+	$(PIP) install --no-build-isolation -e ".[test,demo]"
+	touch $@
+
+$(EXTENSION): $(SOURCES) | $(VENV)/.installed
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@

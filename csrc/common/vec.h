@@ -1,0 +1,166 @@
+// The arithmetic of one instruction set, seen by the micro-kernels as a struct of static functions.
+//
+//   In      element that is multiplied          kIn    elements in one loaded vector
+//   Acc     element that is accumulated         kAcc   lanes of one accumulator
+//   kPack   products summed into a lane by one multiply-add: 1, or 2 for bfloat16 pairs
+//   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
+//
+// Included only by csrc/isa/kernels.cpp, once per instruction set, inside that set's own namespace: the linker must
+// never be able to pick an AVX-512 copy of a function for a machine without it.
+#pragma once
+#include "common/types.h"
+
+#if defined(MOA_HAS_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace moa {
+namespace MOA_ISA {
+
+// ---- plain C++: any machine, and float64 on every machine. The compiler vectorises the loops. -------------------
+template <class T, int W, int M, int N, int AM, int AN>
+struct Plain {
+  using In = T;
+  using Acc = T;
+  struct InVec {
+    T v[W];
+  };
+  using AccVec = InVec;
+  static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN;
+
+  static inline InVec load(const T* p) {
+    InVec r;
+    for (int i = 0; i < W; ++i) r.v[i] = p[i];
+    return r;
+  }
+  static inline InVec load_n(const T* p, int n) {
+    InVec r;
+    for (int i = 0; i < W; ++i) r.v[i] = i < n ? p[i] : T(0);
+    return r;
+  }
+  static inline InVec splat(const T* p) {
+    InVec r;
+    for (int i = 0; i < W; ++i) r.v[i] = *p;
+    return r;
+  }
+  static inline AccVec zero() {
+    AccVec r;
+    for (int i = 0; i < W; ++i) r.v[i] = T(0);
+    return r;
+  }
+  static inline AccVec load_acc(const T* p) { return load(p); }
+  static inline AccVec load_acc_n(const T* p, int n) { return load_n(p, n); }
+  static inline void store_acc(T* p, const AccVec& a) {
+    for (int i = 0; i < W; ++i) p[i] = a.v[i];
+  }
+  static inline void store_acc_n(T* p, const AccVec& a, int n) {
+    for (int i = 0; i < W; ++i)
+      if (i < n) p[i] = a.v[i];
+  }
+  static inline AccVec fma(const InVec& a, const InVec& b, const AccVec& c) {
+    AccVec r;
+    for (int i = 0; i < W; ++i) r.v[i] = c.v[i] + a.v[i] * b.v[i];
+    return r;
+  }
+  // Sums the lanes of four accumulators. Every dot product ends here, so its value cannot depend on its tile.
+  static inline void reduce4(const AccVec& a, const AccVec& b, const AccVec& c, const AccVec& d, T* out) {
+    const AccVec* s[4] = {&a, &b, &c, &d};
+    for (int j = 0; j < 4; ++j) {
+      T t[W];
+      for (int i = 0; i < W; ++i) t[i] = s[j]->v[i];
+      for (int step = W / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) t[i] += t[i + step];
+      out[j] = t[0];
+    }
+  }
+};
+using F64 = Plain<double, 8, 3, 4, 4, 2>;
+
+#if !defined(MOA_HAS_AVX2)
+using F32 = Plain<float, 8, 3, 2, 3, 2>;
+#elif !defined(MOA_HAS_AVX512)
+
+// ---- AVX2 + FMA: 16 registers of 8 floats ------------------------------------------------------------------------
+struct F32 {
+  using In = float;
+  using Acc = float;
+  using InVec = __m256;
+  using AccVec = __m256;
+  static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2;
+
+  static inline __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static inline InVec load(const float* p) { return _mm256_loadu_ps(p); }
+  static inline InVec load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static inline InVec splat(const float* p) { return _mm256_broadcast_ss(p); }
+  static inline AccVec zero() { return _mm256_setzero_ps(); }
+  static inline AccVec load_acc(const float* p) { return _mm256_loadu_ps(p); }
+  static inline AccVec load_acc_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static inline void store_acc(float* p, AccVec a) { _mm256_storeu_ps(p, a); }
+  static inline void store_acc_n(float* p, AccVec a, int n) { _mm256_maskstore_ps(p, first(n), a); }
+  static inline AccVec fma(InVec a, InVec b, AccVec c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline void reduce4(AccVec a, AccVec b, AccVec c, AccVec d, float* out) {
+    const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+  }
+};
+#else
+
+// ---- AVX-512: 32 registers of 16 floats ----------------------------------------------------------------------------
+struct Acc512 {
+  using Acc = float;
+  using AccVec = __m512;
+  static constexpr int kAcc = 16, kDotM = 6, kDotN = 4, kAxpyM = 6, kAxpyN = 4;
+
+  static inline AccVec zero() { return _mm512_setzero_ps(); }
+  static inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static inline AccVec load_acc(const float* p) { return _mm512_loadu_ps(p); }
+  static inline AccVec load_acc_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static inline void store_acc(float* p, AccVec a) { _mm512_storeu_ps(p, a); }
+  static inline void store_acc_n(float* p, AccVec a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
+  static inline void reduce4(AccVec a, AccVec b, AccVec c, AccVec d, float* out) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 t = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+    const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
+  }
+};
+struct F32 : Acc512 {
+  using In = float;
+  using InVec = __m512;
+  static constexpr int kIn = 16, kPack = 1;
+
+  static inline InVec load(const float* p) { return _mm512_loadu_ps(p); }
+  static inline InVec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static inline InVec splat(const float* p) { return _mm512_set1_ps(*p); }
+  static inline AccVec fma(InVec a, InVec b, AccVec c) { return _mm512_fmadd_ps(a, b, c); }
+};
+#if defined(MOA_HAS_AVX512_BF16)
+// vdpbf16ps: each lane adds the products of one pair of bfloat16.
+struct BF16 : Acc512 {
+  using In = bf16_t;
+  using InVec = __m512i;
+  static constexpr int kIn = 32, kPack = 2;
+
+  static inline InVec load(const bf16_t* p) { return _mm512_loadu_si512(p); }
+  static inline InVec load_n(const bf16_t* p, int n) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p);
+  }
+  static inline InVec splat(const bf16_t* p) {  // one pair to all lanes
+    int pair;
+    memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static inline AccVec fma(InVec a, InVec b, AccVec c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+#endif
+#endif
+
+}  // namespace MOA_ISA
+}  // namespace moa

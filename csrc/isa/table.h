@@ -1,0 +1,31 @@
+// The kernels of one instruction set, and the choice among the sets compiled in.
+#pragma once
+#include "lora/lora.h"
+#include "routing/routing.h"
+
+namespace moa {
+
+struct KernelTable {
+  const char* name;
+  void (*topk)(const TopkParams&);
+  void (*topk_backward)(const TopkBackwardParams&);
+  void (*router)(const RouterParams&);
+  void (*router_backward)(const RouterBackwardParams&);
+  void (*forward)(const ForwardParams&);
+  void (*backward_shrink)(const BackwardParams&);
+  void (*backward_outer)(const BackwardParams&);
+};
+
+// Every set compiled into this binary, weakest first, ended by null.
+extern const KernelTable* const kCompiledTables[];
+// Whether this processor, and the system's handling of its registers, can run the set.
+bool cpu_can_run(const char* name);
+
+// The set in use: the strongest this machine runs, or the one MOA_CPU_ISA or set_cpu_isa names.
+const KernelTable& kernels();
+// False, and nothing changes, when the name is not compiled in or the machine cannot run it.
+bool set_cpu_isa(const char* name);
+// What is wrong with MOA_CPU_ISA, or null.
+const char* cpu_isa_problem();
+
+}  // namespace moa

@@ -1,0 +1,276 @@
+// The two register tiles under every kernel, and the repacking they need.
+//
+//   dot_tile    out[m][n]  = sum_k x_m[k] a_n[k]              both operands contiguous along k: shrink, router logits
+//   axpy_tile   c_m[:]    += sum_k coef[m][k] panel_k[:]      one operand broadcast: expand-combine, gram
+//
+// Each output is summed in the same order whatever tile it falls into, so neither blocking nor threads change a bit.
+#pragma once
+#include "common/convert.h"
+
+namespace moa {
+namespace MOA_ISA {
+
+#define MOA_UNROLL _Pragma("GCC unroll 8")
+
+// ---- dot -------------------------------------------------------------------------------------------------------------
+// x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n].
+template <class V, int M, int N>
+static void dot_tile(const typename V::In* const* x, const typename V::In* a, int64_t lda, int64_t k_size,
+                     typename V::Acc* out, int64_t ldo) {
+  using In = typename V::In;
+  typename V::AccVec acc[M][N];
+  const In* xp[M];
+  const In* ap[N];
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) xp[m] = x[m];
+  MOA_UNROLL
+  for (int n = 0; n < N; ++n) ap[n] = a + n * lda;
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m)
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
+  int64_t k = 0;
+  for (; k + V::kIn <= k_size; k += V::kIn) {
+    typename V::InVec av[N];
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n) av[n] = V::load(ap[n] + k);
+    MOA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const typename V::InVec xv = V::load(xp[m] + k);
+      MOA_UNROLL
+      for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, av[n], acc[m][n]);
+    }
+  }
+  if (k < k_size) {
+    const int rest = static_cast<int>(k_size - k);
+    for (int n = 0; n < N; ++n) {
+      const typename V::InVec av = V::load_n(ap[n] + k, rest);
+      for (int m = 0; m < M; ++m) acc[m][n] = V::fma(V::load_n(xp[m] + k, rest), av, acc[m][n]);
+    }
+  }
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    typename V::Acc sum[4];
+    const typename V::AccVec none = V::zero();
+    V::reduce4(acc[m][0], N > 1 ? acc[m][N > 1 ? 1 : 0] : none, N > 2 ? acc[m][N > 2 ? 2 : 0] : none,
+               N > 3 ? acc[m][N > 3 ? 3 : 0] : none, sum);
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n) out[m * ldo + n] = sum[n];
+  }
+}
+
+template <class V, int M>
+static inline void dot_tile_n(int n, const typename V::In* const* x, const typename V::In* a, int64_t lda,
+                              int64_t k_size, typename V::Acc* out, int64_t ldo) {
+  static_assert(V::kDotN <= 4, "reduce4 takes four");
+  if (n == V::kDotN) return dot_tile<V, M, V::kDotN>(x, a, lda, k_size, out, ldo);
+  if (n == 3) return dot_tile<V, M, (V::kDotN > 3 ? 3 : 1)>(x, a, lda, k_size, out, ldo);
+  if (n == 2) return dot_tile<V, M, (V::kDotN > 2 ? 2 : 1)>(x, a, lda, k_size, out, ldo);
+  return dot_tile<V, M, 1>(x, a, lda, k_size, out, ldo);
+}
+
+// Any number of rows x against any number of rows a. `x_outer` keeps a tile of x in L1 while a streams (few rows of
+// a), otherwise a group of a's rows stays while x streams.
+template <class V>
+static void dot_block(const typename V::In* const* x, int64_t m_size, const typename V::In* a, int64_t lda,
+                      int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer) {
+  auto tile = [&](int64_t m, int64_t n) {
+    const int rows = static_cast<int>(m_size - m < V::kDotM ? m_size - m : V::kDotM);
+    const int cols = static_cast<int>(n_size - n < V::kDotN ? n_size - n : V::kDotN);
+    const auto* xm = x + m;
+    const auto* an = a + n * lda;
+    auto* o = out + m * ldo + n;
+    switch (rows) {
+      case 1: return dot_tile_n<V, 1>(cols, xm, an, lda, k_size, o, ldo);
+      case 2: return dot_tile_n<V, 2>(cols, xm, an, lda, k_size, o, ldo);
+      case 3: return dot_tile_n<V, 3>(cols, xm, an, lda, k_size, o, ldo);
+      case 4: return dot_tile_n<V, (V::kDotM > 3 ? 4 : 1)>(cols, xm, an, lda, k_size, o, ldo);
+      case 5: return dot_tile_n<V, (V::kDotM > 4 ? 5 : 1)>(cols, xm, an, lda, k_size, o, ldo);
+      default: return dot_tile_n<V, (V::kDotM > 5 ? 6 : 1)>(cols, xm, an, lda, k_size, o, ldo);
+    }
+  };
+  if (x_outer) {
+    for (int64_t m = 0; m < m_size; m += V::kDotM)
+      for (int64_t n = 0; n < n_size; n += V::kDotN) tile(m, n);
+  } else {
+    for (int64_t n = 0; n < n_size; n += V::kDotN)
+      for (int64_t m = 0; m < m_size; m += V::kDotM) tile(m, n);
+  }
+}
+
+// ---- axpy ------------------------------------------------------------------------------------------------------------
+// c: M row pointers, each N * kAcc wide from c_col on (the last vector `last` lanes). panel: k_size row pointers, read
+// from column c_col on. coef: the pack of In for (m, k) stands at coef + m * cm + k * ck.
+template <class V, int M, int N, bool Tail>
+static void axpy_tile(typename V::Acc* const* c, int64_t c_col, const typename V::In* coef, int64_t cm, int64_t ck,
+                      const typename V::In* const* panel, int64_t k_size, int last) {
+  typename V::AccVec acc[M][N];
+  typename V::Acc* cp[M];
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) cp[m] = c[m] + c_col;
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n)
+      acc[m][n] = Tail && n == N - 1 ? V::load_acc_n(cp[m] + n * V::kAcc, last) : V::load_acc(cp[m] + n * V::kAcc);
+  }
+  for (int64_t k = 0; k < k_size; ++k) {
+    const typename V::In* p = panel[k] + c_col * V::kPack;
+    typename V::InVec pv[N];
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n)
+      pv[n] = Tail && n == N - 1 ? V::load_n(p + n * V::kIn, last * V::kPack) : V::load(p + n * V::kIn);
+    const typename V::In* w = coef + k * ck;
+    MOA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const typename V::InVec wv = V::splat(w + m * cm);
+      MOA_UNROLL
+      for (int n = 0; n < N; ++n) acc[m][n] = V::fma(wv, pv[n], acc[m][n]);
+    }
+  }
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      if (Tail && n == N - 1) {
+        V::store_acc_n(cp[m] + n * V::kAcc, acc[m][n], last);
+      } else {
+        V::store_acc(cp[m] + n * V::kAcc, acc[m][n]);
+      }
+    }
+  }
+}
+
+template <class V, int M>
+static void axpy_rows(typename V::Acc* const* c, const typename V::In* coef, int64_t cm, int64_t ck,
+                      const typename V::In* const* panel, int64_t k_size, int64_t width) {
+  constexpr int N = V::kAxpyN;
+  int64_t col = 0;
+  for (; col + N * V::kAcc <= width; col += N * V::kAcc)
+    axpy_tile<V, M, N, false>(c, col, coef, cm, ck, panel, k_size, 0);
+  for (; col < width; col += V::kAcc)
+    axpy_tile<V, M, 1, true>(c, col, coef, cm, ck, panel, k_size,
+                             static_cast<int>(width - col < V::kAcc ? width - col : V::kAcc));
+}
+
+// m <= kAxpyM rows of c, `width` columns, k_size rows of the panel.
+template <class V>
+static inline void axpy_block(int m, typename V::Acc* const* c, const typename V::In* coef, int64_t cm, int64_t ck,
+                              const typename V::In* const* panel, int64_t k_size, int64_t width) {
+  switch (m) {
+    case 1: return axpy_rows<V, 1>(c, coef, cm, ck, panel, k_size, width);
+    case 2: return axpy_rows<V, 2>(c, coef, cm, ck, panel, k_size, width);
+    case 3: return axpy_rows<V, 3>(c, coef, cm, ck, panel, k_size, width);
+    case 4: return axpy_rows<V, (V::kAxpyM > 3 ? 4 : 1)>(c, coef, cm, ck, panel, k_size, width);
+    case 5: return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(c, coef, cm, ck, panel, k_size, width);
+    default: return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(c, coef, cm, ck, panel, k_size, width);
+  }
+}
+
+// ---- repacking -------------------------------------------------------------------------------------------------------
+// dst[i][j] = src[j][i]: src is `rows` x `cols`, dst `cols` x `rows` with leading dimension ldd. Units of U.
+template <class U>
+static inline void transpose_plain(const U* src, int64_t lds, int64_t rows, int64_t cols, U* dst, int64_t ldd) {
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t i = 0; i < cols; ++i) dst[i * ldd + j] = src[j * lds + i];
+}
+
+#if defined(MOA_HAS_AVX512)
+// 16 rows of up to 16 32-bit units through registers.
+static inline void transpose_16(const uint32_t* src, int64_t lds, int cols, uint32_t* dst, int64_t ldd) {
+  __m512i r[16], t[16];
+  const __mmask16 mask = static_cast<__mmask16>((1u << cols) - 1);
+  MOA_UNROLL
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, src + i * lds);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+  for (int i = 0; i < 16; ++i)
+    if (i < cols) _mm512_storeu_si512(dst + i * ldd, r[i]);
+}
+static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst,
+                             int64_t ldd) {
+  int64_t j = 0;
+  for (; j + 16 <= rows; j += 16)
+    for (int64_t i = 0; i < cols; i += 16)
+      transpose_16(src + j * lds + i, lds, static_cast<int>(cols - i < 16 ? cols - i : 16), dst + i * ldd + j, ldd);
+  if (j < rows) transpose_plain(src + j * lds, lds, rows - j, cols, dst + j, ldd);
+}
+#else
+static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst,
+                             int64_t ldd) {
+  for (int64_t j = 0; j < rows; j += 16)  // blocks of 16 rows keep the written lines in L1
+    transpose_plain(src + j * lds, lds, rows - j < 16 ? rows - j : 16, cols, dst + j, ldd);
+}
+#endif
+static inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
+  transpose(reinterpret_cast<const uint32_t*>(src), lds, rows, cols, reinterpret_cast<uint32_t*>(dst), ldd);
+}
+static inline void transpose(const double* src, int64_t lds, int64_t rows, int64_t cols, double* dst, int64_t ldd) {
+  transpose_plain(src, lds, rows, cols, dst, ldd);
+}
+
+
+// Pairs for kPack == 2: dst = a0 b0 a1 b1 ...; a null b counts as zeros.
+static inline void interleave(const bf16_t* a, const bf16_t* b, int64_t n, bf16_t* dst) {
+  int64_t i = 0;
+#if defined(MOA_HAS_AVX512_BF16)
+  for (; i + 16 <= n; i += 16) {
+    const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i)));
+    const __m256i bits = b != nullptr ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i))
+                                      : _mm256_setzero_si256();
+    _mm512_storeu_si512(dst + 2 * i, _mm512_or_si512(lo, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+  }
+#endif
+  for (; i < n; ++i) {
+    dst[2 * i] = a[i];
+    dst[2 * i + 1] = b != nullptr ? b[i] : bf16_t{0};
+  }
+}
+
+// dst[j][i] = src[i][j] for `cols` <= 16 columns of 16-bit elements, through pairs of columns as 32-bit units.
+static inline void transpose(const bf16_t* src, int64_t lds, int64_t rows, int64_t cols, bf16_t* dst, int64_t ldd) {
+  int64_t i = 0;
+#if defined(MOA_HAS_AVX512_BF16)
+  for (; i + 16 <= rows; i += 16) {
+    for (int64_t j = 0; j < cols; j += 16) {
+      const int n = static_cast<int>(cols - j < 16 ? cols - j : 16);
+      uint32_t units[16 * 8], turned[8 * 16];
+      const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+      for (int k = 0; k < 16; ++k)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(units + k * 8),
+                            _mm256_maskz_loadu_epi16(mask, src + (i + k) * lds + j));
+      transpose_16(units, 8, 8, turned, 16);
+      for (int k = 0; k < n; ++k) {
+        const __m512i pair = _mm512_loadu_si512(turned + k / 2 * 16);
+        const __m256i half = _mm512_cvtepi32_epi16(k % 2 == 0 ? pair : _mm512_srli_epi32(pair, 16));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + (j + k) * ldd + i), half);
+      }
+    }
+  }
+#endif
+  if (i < rows) transpose_plain(src + i * lds, lds, rows - i, cols, dst + i, ldd);
+}
+static inline void transpose(const f16_t* src, int64_t lds, int64_t rows, int64_t cols, f16_t* dst, int64_t ldd) {
+  transpose_plain(src, lds, rows, cols, dst, ldd);
+}
+
+}  // namespace MOA_ISA
+}  // namespace moa

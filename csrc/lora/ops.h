@@ -1,0 +1,242 @@
+// Forward and backward of a segment LoRA from the three kernels, for one storage type of x and one of the adapters.
+// Included only by csrc/isa/kernels.cpp, once per instruction set.
+#pragma once
+#include "lora/kernels.h"
+
+namespace moa {
+namespace MOA_ISA {
+
+// V: arithmetic; TX: storage of x, y, dy, dx; TA: storage of lora_A, lora_B and their gradients.
+template <class V, class TX, class TA>
+struct Lora {
+  using In = typename V::In;
+  using Acc = typename V::Acc;
+  static constexpr bool kDirect = Same<TA, In>::value;
+
+  const LoraParams& p;
+  const TA* A;
+  const TA* B;
+
+  explicit Lora(const LoraParams& params)
+      : p(params), A(static_cast<const TA*>(params.lora_A)), B(static_cast<const TA*>(params.lora_B)) {}
+
+  int64_t rank_of(int64_t e) const { return p.ranks == nullptr ? p.rank : p.ranks[e]; }
+  // Coefficients per slot: the ranks, one for the router where it takes part, padded to whole packs.
+  int64_t coef_ld(bool router) const { return round_up(p.rank, V::kPack) + (router ? V::kPack : 0); }
+
+  // ---- the operands of an expert in the layouts the kernels want ----
+  // Rows [j0, j1) of A_e, along in.
+  const In* a_rows(int64_t e, int64_t j0, int64_t j1) const {
+    const TA* a = A + (e * p.rank + j0) * p.in;
+    if constexpr (kDirect) {
+      return a;
+    } else {
+      return row_as<V, TA>(a, (j1 - j0) * p.in, scratch<In>(Scratch::panel, (j1 - j0) * p.in));
+    }
+  }
+  // Columns [j0, j1) of B_e as rows along out.
+  const In* b_columns(int64_t e, int64_t j0, int64_t j1) const {
+    const TA* b = B + e * p.out * p.rank + j0;
+    In* dst = scratch<In>(Scratch::panel, (j1 - j0) * p.out);
+    if constexpr (kDirect) {
+      transpose(b, p.rank, p.out, j1 - j0, dst, p.out);
+    } else {
+      TA* turned = scratch<TA>(Scratch::convert, (j1 - j0) * p.out);
+      transpose(b, p.rank, p.out, j1 - j0, turned, p.out);
+      convert_row(turned, dst, (j1 - j0) * p.out);
+    }
+    return dst;
+  }
+  // Rows of packs over ranks for `cols` outputs of B_e: [rank / kPack][cols].
+  int64_t b_panel(int64_t e, int64_t c0, int64_t cols, const In** rows) const {
+    const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
+    const TA* b = B + (e * p.out + c0) * p.rank;
+    In* dst = scratch<In>(Scratch::panel, packs * cols * V::kPack);
+    if constexpr (V::kPack == 2) {
+      const TA* src = b;
+      int64_t lds = p.rank;
+      if (rank % 2 != 0 || p.rank % 2 != 0) {  // pad to whole pairs
+        lds = 2 * packs;
+        TA* padded = scratch<TA>(Scratch::convert, cols * lds);
+        for (int64_t i = 0; i < cols; ++i) {
+          memcpy(padded + i * lds, b + i * p.rank, rank * sizeof(TA));
+          if (rank % 2 != 0) padded[i * lds + rank] = TA{0};
+        }
+        src = padded;
+      }
+      transpose(reinterpret_cast<const uint32_t*>(src), lds / 2, cols, packs, reinterpret_cast<uint32_t*>(dst), cols);
+    } else if constexpr (kDirect) {
+      transpose(b, p.rank, cols, rank, dst, cols);
+    } else {
+      In* wide = scratch<In>(Scratch::convert, cols * p.rank);
+      convert_row(b, wide, cols * p.rank);
+      transpose(wide, p.rank, cols, rank, dst, cols);
+    }
+    for (int64_t k = 0; k < packs; ++k) rows[k] = dst + k * cols * V::kPack;
+    return packs;
+  }
+  // The same for `cols` inputs of A_e, and after it the router's row where it takes part.
+  int64_t a_panel(int64_t e, int64_t c0, int64_t cols, const In** rows, const Acc* router) const {
+    const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
+    const TA* a = A + e * p.rank * p.in + c0;
+    In* buffer = scratch<In>(Scratch::panel, (packs + 1) * cols * V::kPack);
+    for (int64_t k = 0; k < packs; ++k) {
+      In* dst = buffer + k * cols * V::kPack;
+      if constexpr (V::kPack == 2) {
+        const TA* first = a + 2 * k * p.in;
+        interleave(first, 2 * k + 1 < rank ? first + p.in : nullptr, cols, dst);
+        rows[k] = dst;
+      } else {
+        rows[k] = row_as<V, TA>(a + k * p.in, cols, dst);
+      }
+    }
+    if (router == nullptr) return packs;
+    // The router's coefficient stands after all p.rank ones; the ranks between have zero coefficients, so any row does.
+    const int64_t all = round_up(p.rank, V::kPack) / V::kPack;
+    In* dst = buffer + packs * cols * V::kPack;
+    if constexpr (V::kPack == 2) {
+      In* narrow = scratch<In>(Scratch::convert, cols);
+      convert_row(router + e * p.in + c0, narrow, cols);
+      interleave(narrow, nullptr, cols, dst);
+      rows[all] = dst;
+    } else {
+      rows[all] = router + e * p.in + c0;
+    }
+    for (int64_t k = packs; k < all; ++k) rows[k] = rows[all];
+    return all + 1;
+  }
+
+  // ---- shrink over all slots: out[pos][j] = <row, panel row j>; unused ranks are zero ----
+  template <class PanelRows>
+  void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan,
+              const PanelRows& panel) const {
+    const Segments& s = p.seg;
+    const int64_t n = s.slots(), chunks = plan::ceil_div(n, plan.slots);
+    const int64_t splits = plan::ceil_div(p.rank, plan.rank_split);
+    const bool wide = plan::worth_threads((n + min64(n, s.experts) * p.rank) * k_size * sizeof(In));
+    parallel_tasks(chunks * splits, wide, [&](int64_t task) {
+      int64_t pos = task / splits * plan.slots;
+      const int64_t end = min64(pos + plan.slots, n);
+      const int64_t j0 = task % splits * plan.rank_split, j1 = min64(j0 + plan.rank_split, p.rank);
+      for (int64_t e = expert_at(s, pos); pos < end; ++e) {
+        const int64_t stop = min64(s.offsets[e + 1], end), used = min64(rank_of(e), j1);
+        if (stop <= pos) continue;
+        if (used > j0)
+          shrink_rows<V, TX>(s, x, ldx, k_size, pos, stop, panel(e, j0, used), k_size, j0, used, out, p.rank);
+        for (int64_t q = pos; q < stop; ++q)
+          for (int64_t j = used > j0 ? used : j0; j < j1; ++j) out[q * p.rank + j] = Acc(0);
+        pos = stop;
+      }
+    });
+  }
+
+  // coef[pos][:] = weight * scale * h[pos][:], then the router's coefficient; what pads a pack is zero.
+  void coefficients(const Acc* h, const Acc* dz, bool router, In* coef) const {
+    const Segments& s = p.seg;
+    const Acc* weights = static_cast<const Acc*>(p.weights);
+    const int64_t ldc = coef_ld(router), ranks_end = round_up(p.rank, V::kPack);
+    for (int64_t e = 0; e < s.experts; ++e) {
+      const Acc scale = static_cast<Acc>(p.scale[e]);
+      for (int64_t q = s.offsets[e]; q < s.offsets[e + 1]; ++q) {
+        const Acc w = weights[s.order[q]] * scale;
+        In* c = coef + q * ldc;
+        for (int64_t j = 0; j < p.rank; ++j) from_acc(w * h[q * p.rank + j], c + j);
+        for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
+        if (router && dz != nullptr) from_acc(dz[q], c + ranks_end);
+      }
+    }
+  }
+
+  void forward(const ForwardParams& f) const {
+    const Segments& s = p.seg;
+    Acc* h = static_cast<Acc*>(f.h);
+    const int64_t n = s.slots();
+    shrink(static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank),
+           [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); });
+    memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
+    In* coef = scratch<In>(Scratch::call_first, n * coef_ld(false));
+    coefficients(h, nullptr, false, coef);
+    expand<V, TX>(s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
+                  static_cast<const TX*>(f.bias),
+                  [&](int64_t e, int64_t c0, int64_t cols, const In** rows) { return b_panel(e, c0, cols, rows); });
+  }
+
+  // u = dy B and dw = s <h, u>.
+  void backward_shrink(const BackwardParams& b) const {
+    const Segments& s = p.seg;
+    const int64_t n = s.slots();
+    Acc* u = static_cast<Acc*>(b.u);
+    plan::Shrink plan = plan::shrink(n, p.rank);
+    if (plan.slots == 48) plan.slots = 128;  // repacking B costs a tenth of 48 rows
+    shrink(static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan,
+           [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); });
+    if (b.dw == nullptr) return;
+    const Acc* h = static_cast<const Acc*>(b.h);
+    Acc* dw = static_cast<Acc*>(b.dw);
+    for (int64_t e = 0; e < s.experts; ++e)
+      for (int64_t q = s.offsets[e]; q < s.offsets[e + 1]; ++q) {
+        Acc sum = 0;
+        for (int64_t j = 0; j < p.rank; ++j) sum += h[q * p.rank + j] * u[q * p.rank + j];
+        dw[s.order[q]] = static_cast<Acc>(p.scale[e]) * sum;
+      }
+    for (int64_t q = n; q < s.tokens * s.top_k; ++q) dw[s.order[q]] = Acc(0);
+  }
+
+  // dx, dA, dB and the router's weight gradient.
+  void backward_outer(const BackwardParams& b) const {
+    const Segments& s = p.seg;
+    const int64_t n = s.slots();
+    const Acc* dz = static_cast<const Acc*>(b.dz);
+    const bool router = dz != nullptr;
+    const int64_t ldc = coef_ld(router), router_at = round_up(p.rank, V::kPack);
+    if (b.dx != nullptr || b.dA != nullptr || b.d_router != nullptr) {
+      In* coef = scratch<In>(Scratch::call_first, n * ldc);
+      coefficients(static_cast<const Acc*>(b.u), dz, router, coef);
+      const Acc* router_weight = router ? static_cast<const Acc*>(b.router_weight) : nullptr;
+      if (b.dx != nullptr)
+        expand<V, TX>(s, coef, ldc, p.in, static_cast<TX*>(b.dx), nullptr, 0, nullptr,
+                      [&](int64_t e, int64_t c0, int64_t cols, const In** rows) {
+                        return a_panel(e, c0, cols, rows, router_weight);
+                      });
+      if (b.dA != nullptr || b.d_router != nullptr) {
+        TA* dA = static_cast<TA*>(b.dA);
+        Acc* d_router = static_cast<Acc*>(b.d_router);
+        const int64_t depth = router ? router_at + 1 : p.rank;
+        gram<V, TX>(
+            s, coef, ldc, static_cast<const TX*>(p.x), p.ldx, p.in, [&](int64_t) { return depth; },
+            [&](int64_t e, int64_t c0, int64_t cols, const Acc* tile) {
+              const int64_t used = rank_of(e);
+              for (int64_t j = 0; dA != nullptr && j < p.rank; ++j) {
+                TA* row = dA + (e * p.rank + j) * p.in + c0;
+                if (j < used) {
+                  convert_row(tile + j * cols, row, cols);
+                } else {
+                  memset(row, 0, cols * sizeof(TA));
+                }
+              }
+              if (d_router != nullptr) memcpy(d_router + e * p.in + c0, tile + router_at * cols, cols * sizeof(Acc));
+            });
+      }
+    }
+    if (b.dB == nullptr) return;
+    In* coef = scratch<In>(Scratch::call_first, n * coef_ld(false));
+    coefficients(static_cast<const Acc*>(b.h), nullptr, false, coef);
+    TA* dB = static_cast<TA*>(b.dB);
+    gram<V, TX>(
+        s, coef, coef_ld(false), static_cast<const TX*>(b.dy), b.lddy, p.out, [&](int64_t) { return p.rank; },
+        [&](int64_t e, int64_t c0, int64_t cols, Acc* tile) {
+          TA* out = dB + (e * p.out + c0) * p.rank;
+          for (int64_t i = rank_of(e) * cols; i < p.rank * cols; ++i) tile[i] = Acc(0);
+          if constexpr (Same<TA, Acc>::value) {
+            transpose(tile, cols, p.rank, cols, out, p.rank);
+          } else {
+            Acc* turned = scratch<Acc>(Scratch::convert, cols * p.rank);
+            transpose(tile, cols, p.rank, cols, turned, p.rank);
+            convert_row(turned, out, cols * p.rank);
+          }
+        });
+  }
+};
+
+}  // namespace MOA_ISA
+}  // namespace moa

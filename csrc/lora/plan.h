@@ -1,0 +1,60 @@
+// Every tuning decision of the LoRA kernels on a CPU, one function a decision. None may depend on the number of
+// threads. Figures: two Zen 4 cores (32 KiB L1, 1 MiB L2 each), float32, r = 16, k = 2.
+#pragma once
+#include <cstdint>
+
+namespace moa {
+namespace plan {
+
+constexpr int64_t kL1 = 32 * 1024;
+constexpr int64_t kTile = 256 * 1024;  // output tile of the expand: a quarter of L2
+
+// Waking a second thread costs about 3 us: the time to read this much.
+inline bool worth_threads(int64_t bytes) { return bytes > 96 * 1024; }
+
+inline int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return v < lo ? lo : v > hi ? hi : v; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Shrink: slots per task. 48 rows of 2048 floats fill a third of L2; a task also splits the ranks when there are so
+// few slots that one task would hold them all (decode).
+struct Shrink {
+  int64_t slots, rank_split;
+};
+inline Shrink shrink(int64_t slots, int64_t rank) {
+  const int64_t chunk = clamp(ceil_div(slots, 4), 6, 48);
+  const int64_t tasks = ceil_div(slots, chunk);
+  return {chunk, tasks >= 4 ? rank : clamp(ceil_div(ceil_div(rank, 2), 4) * 4, 4, rank < 4 ? 4 : rank)};
+}
+
+// Expand: a task owns token_block x col_block outputs. A block of tokens must give each expert enough rows (about 24)
+// to pay for repacking its columns of B; the tile then shrinks in width to stay in L2.
+struct Expand {
+  int64_t token_block, col_block;
+};
+inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t width) {
+  const int64_t want = clamp(24 * experts / top_k, 256, 4096);
+  const int64_t blocks = tokens < want * 3 / 2 ? 1 : ceil_div(tokens, want);
+  const int64_t token_block = ceil_div(tokens, blocks);
+  int64_t cols = clamp(kTile / 4 / (token_block > 0 ? token_block : 1) / 64 * 64, 64, 256);
+  if (ceil_div(width, cols) * blocks < 8) cols = clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);
+  return {token_block, cols};
+}
+
+// Gram: columns per task; its x panel is gathered again for every tile of ranks.
+inline int64_t gram_cols(int64_t width) { return width >= 2048 ? 256 : clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256); }
+// Rows summed in one run of accumulators before they are added to the total: bounds float32 rounding.
+constexpr int64_t kGramRun = 512;
+
+// Router logits: tokens and experts per task. Few experts: a tile of x stays in L1 while W streams from L2; many: four
+// rows of W stay while the task's 48 rows of x stream.
+struct Router {
+  int64_t tokens, expert_split;
+  bool x_outer;
+};
+inline Router router(int64_t tokens, int64_t experts) {
+  const int64_t split = tokens <= 48 ? clamp(ceil_div(ceil_div(experts, 4), 4) * 4, 8, experts < 8 ? 8 : experts) : experts;
+  return {48, split, experts <= 16};
+}
+
+}  // namespace plan
+}  // namespace moa

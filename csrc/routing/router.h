@@ -1,0 +1,66 @@
+// Router logits z = x W^T on a CPU, [tokens, experts] in the accumulator type. Included only by csrc/isa/kernels.cpp.
+#pragma once
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "lora/kernels.h"
+#include "routing/routing.h"
+
+namespace moa {
+namespace MOA_ISA {
+
+template <class V, class T>
+static void router_logits(const RouterParams& p) {
+  using In = typename V::In;
+  constexpr bool direct = Same<T, In>::value;
+  const In* weight = static_cast<const In*>(p.weight);
+  const T* x = static_cast<const T*>(p.x);
+  In* logits = static_cast<In*>(p.logits);
+  const plan::Router plan = plan::router(p.tokens, p.experts);
+  const int64_t splits = plan::ceil_div(p.experts, plan.expert_split);
+  const int64_t blocks = plan::ceil_div(p.tokens, plan.tokens);
+  const bool wide = plan::worth_threads((p.tokens + p.experts) * p.in * static_cast<int64_t>(sizeof(In)));
+  parallel_tasks(blocks * splits, wide, [&](int64_t task) {
+    const int64_t t0 = task / splits * plan.tokens, e0 = task % splits * plan.expert_split;
+    const int64_t m = p.tokens - t0 < plan.tokens ? p.tokens - t0 : plan.tokens;
+    const int64_t n = p.experts - e0 < plan.expert_split ? p.experts - e0 : plan.expert_split;
+    const In** rows = scratch<const In*>(Scratch::pointers, m);
+    In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
+    for (int64_t i = 0; i < m; ++i) {
+      const T* row = x + (t0 + i) * p.ldx;
+      if constexpr (direct) {
+        rows[i] = row;
+      } else {
+        convert_row(row, buffer + i * p.in, p.in);
+        rows[i] = buffer + i * p.in;
+      }
+    }
+    dot_block<V>(rows, m, weight + e0 * p.in, p.in, n, p.in, logits + t0 * p.experts + e0, p.experts, plan.x_outer);
+  });
+}
+
+// To the kernels this is a LoRA of one expert that has every token and as many ranks as there are experts.
+template <class V, class T>
+static void router_backward(const RouterBackwardParams& p) {
+  using In = typename V::In;
+  const int32_t offsets[2] = {0, static_cast<int32_t>(p.tokens)};
+  const Segments all{offsets, p.rows, p.tokens, 1, 1};
+  const In* weight = static_cast<const In*>(p.weight);
+  const In* dz = static_cast<const In*>(p.dz);
+  T* dx = static_cast<T*>(p.dx);
+  if (dx != nullptr)
+    expand<V, T>(all, dz, p.experts, p.in, dx, dx, p.in, nullptr,
+                 [&](int64_t, int64_t col, int64_t, const In** rows) {
+                   for (int64_t e = 0; e < p.experts; ++e) rows[e] = weight + e * p.in + col;
+                   return p.experts;
+                 });
+  In* dw = static_cast<In*>(p.d_weight);
+  if (dw != nullptr)
+    gram<V, T>(
+        all, dz, p.experts, static_cast<const T*>(p.x), p.ldx, p.in, [&](int64_t) { return p.experts; },
+        [&](int64_t, int64_t col, int64_t cols, const In* tile) {
+          for (int64_t e = 0; e < p.experts; ++e) memcpy(dw + e * p.in + col, tile + e * cols, cols * sizeof(In));
+        });
+}
+
+}  // namespace MOA_ISA
+}  // namespace moa

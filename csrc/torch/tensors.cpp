@@ -1,0 +1,75 @@
+#include "torch/tensors.h"
+
+namespace moa {
+
+std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i > 0 ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "a dtype that has no kernel";
+  }
+}
+
+DType dtype_of(const Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, what, " is ", name_of(t.scalar_type()),
+                      "; allowed are float32, float64, bfloat16 and float16");
+  }
+}
+
+void check_tensor(const Tensor& t, const char* what, std::initializer_list<int64_t> shape,
+                  std::optional<ScalarType> type) {
+  STD_TORCH_CHECK(t.is_cpu(), what, " is not on the CPU as the other tensors are; move it with .to()");
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  std::string wanted = "[";
+  int64_t i = 0;
+  for (int64_t n : shape) {
+    if (fits && n >= 0 && t.size(i) != n) fits = false;
+    ++i;
+  }
+  if (!fits) {
+    for (int64_t n : shape) wanted += (wanted.size() > 1 ? ", " : "") + (n < 0 ? std::string("*") : std::to_string(n));
+    STD_TORCH_CHECK(false, what, " has shape ", shape_of(t), ", expected ", wanted, "]");
+  }
+  if (type.has_value())
+    STD_TORCH_CHECK(t.scalar_type() == *type, what, " is ", name_of(t.scalar_type()), ", expected ", name_of(*type));
+}
+
+Tensor with_dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type) {
+  int64_t sizes[4], strides[4];
+  const int64_t dims = static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t n : shape) sizes[i++] = n;
+  int64_t stride = 1;
+  for (i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace moa

@@ -92,7 +92,7 @@ def describe(info: dict[str, Any]) -> str:
         ("built with", f"{build['compiler']}, {build['build_type']}, headers of torch {build['torch']}"),
         ("CPU kernels", ", ".join(cpu["compiled"])),
         ("  in use", f"{cpu['in_use']} ({chosen})"),
-        ("  not used", f"{', '.join(absent)}: this machine lacks the instructions" if absent else "-"),
+        ("  not here", f"{', '.join(absent)}: this machine lacks the instructions" if absent else "-"),
         ("  threads", f"{cpu['threads']} (torch.set_num_threads), {cpu['cores']} cores usable"),
         ("CUDA kernels", cuda_summary(info["cuda"])),
     ]

@@ -1,0 +1,168 @@
+"""The operators ``torch.ops.moa_ops.*`` as Python sees them: loaded, with a kernel on every device, with
+fakes.
+
+Schemas and CPU kernels come from the C++ library. Here each operator gains its fake (shapes and dtypes only,
+for ``torch.compile``, ``torch.export`` and ``FakeTensorMode``), and :mod:`moa_ops.reference` as its kernel on
+devices for which none was compiled. Gradients are attached in :mod:`moa_ops.autograd`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_ops import _lib, reference  # noqa: F401  (_lib loads the C++ library)
+from moa_ops.reference import accumulation_dtype
+
+OPERATORS = (
+    "topk_routing",
+    "topk_routing_backward",
+    "sort_by_expert",
+    "linear_routing",
+    "segment_lora",
+    "segment_lora_backward",
+)
+
+topk_routing = torch.ops.moa_ops.topk_routing.default
+topk_routing_backward = torch.ops.moa_ops.topk_routing_backward.default
+sort_by_expert = torch.ops.moa_ops.sort_by_expert.default
+linear_routing = torch.ops.moa_ops.linear_routing.default
+segment_lora = torch.ops.moa_ops.segment_lora.default
+segment_lora_backward = torch.ops.moa_ops.segment_lora_backward.default
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether compiled kernels run on ``device_type`` ("cpu", "cuda", ...); elsewhere plain PyTorch does
+    their work.
+    """
+    key = device_type.upper()
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"moa_ops::{name}", key) for name in OPERATORS)
+
+
+# --------------------------------------------------------------------------- devices without compiled kernels
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as a kernel: it sees tensors as they are, without autograd or autocast around it."""
+
+    @functools.wraps(function)
+    def kernel(*args: Any) -> Any:
+        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    return kernel
+
+
+# "default" serves every device that has no kernel of its own, so compiled ones always take precedence.
+for _name in OPERATORS:
+    torch.library.impl(f"moa_ops::{_name}", "default", _plain(getattr(reference, _name)))
+
+
+# ------------------------------------------------------------------------------------------------------ fakes
+
+
+@torch.library.register_fake("moa_ops::topk_routing")
+def _topk_routing(
+    logits: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    selection_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, num_experts = logits.shape
+    return (
+        logits.new_empty(tokens, top_k, dtype=accumulation_dtype(logits.dtype)),
+        logits.new_empty(tokens, top_k, dtype=torch.int64),
+        logits.new_empty(num_experts + 1, dtype=torch.int32),
+        logits.new_empty(tokens * top_k, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moa_ops::topk_routing_backward")
+def _topk_routing_backward(
+    grad_weights: Tensor, logits: Tensor, indices: Tensor, score_func: int, norm_topk_prob: bool
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("moa_ops::sort_by_expert")
+def _sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    return (
+        indices.new_empty(num_experts + 1, dtype=torch.int32),
+        indices.new_empty(indices.numel(), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moa_ops::linear_routing")
+def _linear_routing(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    selection_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits = x.new_empty(x.shape[0], router_weight.shape[0], dtype=accumulation_dtype(x.dtype))
+    return (logits, *_topk_routing(logits, top_k, score_func, norm_topk_prob, selection_bias, mask))
+
+
+@torch.library.register_fake("moa_ops::segment_lora")
+def _segment_lora(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    expert_offsets: Tensor,
+    order: Tensor,
+    expert_scaling: Tensor | None,
+    scaling: float,
+    ranks: Tensor | None,
+    base: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape[0], lora_B.shape[1]),
+        x.new_empty(order.shape[0], lora_A.shape[1], dtype=accumulation_dtype(x.dtype)),
+    )
+
+
+@torch.library.register_fake("moa_ops::segment_lora_backward")
+def _segment_lora_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    expert_offsets: Tensor,
+    order: Tensor,
+    h: Tensor,
+    expert_scaling: Tensor | None,
+    scaling: float,
+    ranks: Tensor | None,
+    router_weight: Tensor | None,
+    logits: Tensor | None,
+    score_func: int,
+    norm_topk_prob: bool,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    need_weights: bool,
+    need_router: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def grad(needed: bool, like: Tensor | None) -> Tensor:
+        return x.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
+
+    return (
+        grad(need_x, x),
+        grad(need_A, lora_A),
+        grad(need_B, lora_B),
+        grad(need_weights, weights),
+        grad(need_router, router_weight),
+    )

@@ -1,4 +1,4 @@
-"""Translates environment variables into a cmake call; says version and wheel tag. What is built: CMakeLists.txt.
+"""Translates environment variables into a cmake call; says version and wheel tag. The build: CMakeLists.txt.
 
 MOA_CUDA              auto (default), 0 or 1: see CMakeLists.txt
 TORCH_CUDA_ARCH_LIST  "8.0;9.0;12.0+PTX": CUDA architectures, default every one we ship
@@ -130,6 +130,7 @@ class CMakeBuild(build_ext):
     """build_ext whose one extension comes from cmake, in build/cmake, which later builds take up again."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configures and builds; cmake writes the module to where setuptools expects `ext`."""
         cmake, ninja, torch_dir = find_tool("cmake"), find_tool("ninja"), find_torch()
         if cmake is None:
             raise SystemExit("moa_ops: cmake was not found: type `pip install cmake ninja`.")
@@ -140,7 +141,14 @@ class CMakeBuild(build_ext):
         forget_foreign_cache(build, "Ninja" if ninja else "Unix Makefiles")
         jobs = max_jobs(os.environ, len(os.sched_getaffinity(0)), free_memory())
         for command in (
-            [cmake, "-S", str(ROOT), "-B", str(build), *cmake_arguments(os.environ, torch_dir, output, ninja)],
+            [
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build),
+                *cmake_arguments(os.environ, torch_dir, output, ninja),
+            ],
             [cmake, "--build", str(build), "--parallel", str(jobs)],
         ):
             if subprocess.run(command).returncode:
@@ -158,7 +166,11 @@ def forget_foreign_cache(build: Path, generator: str) -> None:
 
 def missing_requirements() -> list[str]:
     """What an isolated build environment has to bring, because it was not found anywhere on the machine."""
-    tools = [requirement for tool, requirement in (("cmake", "cmake>=3.22"), ("ninja", "ninja")) if not find_tool(tool)]
+    tools = [
+        requirement
+        for tool, requirement in (("cmake", "cmake>=3.22"), ("ninja", "ninja"))
+        if not find_tool(tool)
+    ]
     return tools + ([] if find_torch() else ["torch>=2.10"])
 
 

@@ -21,7 +21,9 @@ def explain(error: ImportError, library: Path) -> str:
         return f"moa_ops is not built: {library} is missing. Type {REBUILD}."
     if tuple(int(part) for part in torch_version.split(".")[:2]) < (2, 10):
         return f"moa_ops needs torch>=2.10, and this is torch {torch_version}. Type `pip install -U torch`."
-    return f"moa_ops: {library} does not load under torch {torch_version}: {error}. Build it again: {REBUILD}."
+    return (
+        f"moa_ops: {library} does not load under torch {torch_version}: {error}. Build it again: {REBUILD}."
+    )
 
 
 try:

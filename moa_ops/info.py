@@ -1,4 +1,4 @@
-"""``python -m moa_ops.info``: versions, which kernels are built, which run on this machine, and why not the others."""
+"""``python -m moa_ops.info``: versions, which kernels are built, which run here, and why not the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moa_ops import _lib  # noqa: F401  (loads the operators)
+from moa_ops import _lib
 from moa_ops.version import __version__
 
 
@@ -49,7 +49,7 @@ def collect() -> dict[str, Any]:
 
 
 def distribution_version() -> str:
-    """The installed version with its local label ("0.1.0+cu130"), or the source's where nothing is installed."""
+    """The installed version with its local label ("0.1.0+cu130"); without an installation the source's."""
     try:
         return installed_version("moa-ops")
     except PackageNotFoundError:

@@ -45,7 +45,9 @@ def test_one_binary_for_all_pythons() -> None:
 
 def test_exports_its_init_function_only() -> None:
     rows = [line.split() for line in output_of("readelf", "--wide", "--dyn-syms", LIBRARY).splitlines()]
-    defined = [row[7] for row in rows if len(row) >= 8 and row[4] in ("GLOBAL", "WEAK", "UNIQUE") and row[6] != "UND"]
+    defined = [
+        row[7] for row in rows if len(row) >= 8 and row[4] in ("GLOBAL", "WEAK", "UNIQUE") and row[6] != "UND"
+    ]
     assert defined == ["PyInit__C"]
 
 
@@ -207,7 +209,9 @@ def test_without_nvcc(configure) -> None:
     said = configure("-DMOA_CUDA=auto", "-DMOA_NVCC=0")
     assert "moa_ops: building without CUDA kernels: nvcc was not found at build time." in said
     said = configure("-DMOA_CUDA=1", "-DMOA_NVCC=0", expect=None)
-    assert re.search(r"^ *moa_ops: MOA_CUDA=1, but nvcc was not found: .*MOA_CUDA=auto\.$", said, re.MULTILINE)
+    assert re.search(
+        r"^ *moa_ops: MOA_CUDA=1, but nvcc was not found: .*MOA_CUDA=auto\.$", said, re.MULTILINE
+    )
 
 
 def test_wrong_settings(configure, tmp_path: Path) -> None:
@@ -215,7 +219,9 @@ def test_wrong_settings(configure, tmp_path: Path) -> None:
     said = configure("-DMOA_CUDA=0", f"-DMOA_TORCH_DIR={tmp_path}", expect=None)
     assert "pip install 'torch>=2.10'" in said
     old = tmp_path / "old"
-    shutil.copytree(Path(torch.__file__).parent / "include/torch/csrc/stable", old / "include/torch/csrc/stable")
+    shutil.copytree(
+        Path(torch.__file__).parent / "include/torch/csrc/stable", old / "include/torch/csrc/stable"
+    )
     (old / "version.py").write_text("__version__ = '2.9.1'\n")
     assert "torch 2.9.1 is too old" in configure("-DMOA_CUDA=0", f"-DMOA_TORCH_DIR={old}", expect=None)
 

@@ -140,15 +140,9 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "cmake"
         forget_foreign_cache(build, "Ninja" if ninja else "Unix Makefiles")
         jobs = max_jobs(os.environ, len(os.sched_getaffinity(0)), free_memory())
+        arguments = cmake_arguments(os.environ, torch_dir, output, ninja)
         for command in (
-            [
-                cmake,
-                "-S",
-                str(ROOT),
-                "-B",
-                str(build),
-                *cmake_arguments(os.environ, torch_dir, output, ninja),
-            ],
+            [cmake, "-S", str(ROOT), "-B", str(build), *arguments],
             [cmake, "--build", str(build), "--parallel", str(jobs)],
         ):
             if subprocess.run(command).returncode:
@@ -166,12 +160,9 @@ def forget_foreign_cache(build: Path, generator: str) -> None:
 
 def missing_requirements() -> list[str]:
     """What an isolated build environment has to bring, because it was not found anywhere on the machine."""
-    tools = [
-        requirement
-        for tool, requirement in (("cmake", "cmake>=3.22"), ("ninja", "ninja"))
-        if not find_tool(tool)
-    ]
-    return tools + ([] if find_torch() else ["torch>=2.10"])
+    tools = {"cmake": "cmake>=3.22", "ninja": "ninja"}
+    missing = [requirement for tool, requirement in tools.items() if find_tool(tool) is None]
+    return missing if find_torch() else [*missing, "torch>=2.10"]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ file); documents are ordered by a hash of their name, so that a split by file ne
     adapt     the next ones; what the LoRA adapters are trained on
     pretrain  other packages altogether; what the base model is trained on
 
-Paragraphs that were seen before (compared by their letters and digits alone) are dropped, held-out text first, then
-adaptation, then pretraining, so no paragraph of one split occurs in another.
+Paragraphs that were seen before (compared by their letters and digits alone) are dropped. Held-out text is
+read first, then adaptation, then pretraining, so no paragraph of one split occurs in another.
 """
 
 from __future__ import annotations
@@ -79,27 +79,37 @@ def load_corpus(*, pretrain_bytes: int, adapt_bytes: int, heldout_windows: int, 
     for name in DOMAINS:
         text, files = adapt[name]
         if len(text) < 64 * CONTEXT:
-            raise RuntimeError(f"domain {name!r} has only {len(text)} bytes of adaptation text on this machine; "
-                               f"{64 * CONTEXT} are needed. Is the package it comes from installed?")
+            raise RuntimeError(
+                f"domain {name!r} has only {len(text)} bytes of adaptation text on this machine; "
+                f"{64 * CONTEXT} are needed. Is the package it comes from installed?"
+            )
         windows, window_files = heldout[name]
-        domains[name] = Domain(_tensor(text), windows, {
-            "adapt_files": files, "adapt_bytes": len(text), "adapt_sha256": _sha256(text),
-            "heldout_files": window_files, "heldout_windows": windows.shape[0],
-            "heldout_sha256": _sha256(windows.numpy().tobytes()),
-        })
+        domains[name] = Domain(
+            _tensor(text),
+            windows,
+            {
+                "adapt_files": files,
+                "adapt_bytes": len(text),
+                "adapt_sha256": _sha256(text),
+                "heldout_files": window_files,
+                "heldout_windows": windows.shape[0],
+                "heldout_sha256": _sha256(windows.numpy().tobytes()),
+            },
+        )
     pretrain = b"".join(text for text, _ in sources)
     record = {
-        "pretrain_bytes": len(pretrain), "pretrain_files": sum(files for _, files in sources),
+        "pretrain_bytes": len(pretrain),
+        "pretrain_files": sum(files for _, files in sources),
         "pretrain_sha256": _sha256(pretrain),
         "domains": {name: domain.record for name, domain in domains.items()},
     }
     return Corpus(_tensor(pretrain), domains, record)
 
 
-def random_windows(stream: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` windows of a byte stream at random places: [count, CONTEXT] int64."""
-    starts = torch.randint(len(stream) - CONTEXT, (count, 1), generator=generator)
-    return stream[starts + torch.arange(CONTEXT)].long()
+def random_windows(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """``count`` windows of a byte stream at random places: [count, length] int64."""
+    starts = torch.randint(len(stream) - length, (count, 1), generator=generator)
+    return stream[starts + torch.arange(length)].long()
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str]:
@@ -118,8 +128,18 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 def _standard_library(seed: int) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings",
-            "ensurepip", "__pycache__")
+    skip = (
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+        "ensurepip",
+        "__pycache__",
+    )
     paths = [p for p in root.rglob("*.py") if not set(skip) & set(p.relative_to(root).parts)]
     return _read(root, paths)
 
@@ -152,15 +172,22 @@ def _language_reference(seed: int) -> Iterator[Document]:
 
 def _licences(seed: int) -> Iterator[Document]:
     root = _package("torch").parent
-    paths = [p for folder in root.glob("*.dist-info") for p in folder.rglob("*")
-             if re.match(r"(LICEN[CS]E|NOTICE|COPYING)", p.name) and p.suffix in ("", ".txt", ".md", ".rst")]
+    paths = [
+        p
+        for folder in root.glob("*.dist-info")
+        for p in folder.rglob("*")
+        if re.match(r"(LICEN[CS]E|NOTICE|COPYING)", p.name) and p.suffix in ("", ".txt", ".md", ".rst")
+    ]
     return _read(root, paths)
 
 
 def _arithmetic(seed: int) -> Iterator[Document]:
     rng = random.Random(seed)
     operators: dict[str, Callable[[int, int], int]] = {
-        "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+    }
     for number in range(10_000):
         lines = []
         for _ in range(100):
@@ -171,8 +198,12 @@ def _arithmetic(seed: int) -> Iterator[Document]:
 
 
 _READERS: dict[str, Callable[[int], Iterator[Document]]] = {
-    "python": _standard_library, "cpp": _torch_headers, "docstrings": _docstrings,
-    "reference": _language_reference, "licences": _licences, "arithmetic": _arithmetic,
+    "python": _standard_library,
+    "cpp": _torch_headers,
+    "docstrings": _docstrings,
+    "reference": _language_reference,
+    "licences": _licences,
+    "arithmetic": _arithmetic,
 }
 
 
@@ -181,7 +212,9 @@ def _pretraining_readers() -> list[Iterator[Document]]:
     packages = [p for p in _PRETRAIN_PACKAGES if util.find_spec(p)]
     python = _interleave([_read(_package(p), _sources(p)) for p in packages])
     include = _package("torch") / "include"
-    headers = [p for p in include.rglob("*.h") if p.relative_to(include).parts[0] not in ("ATen", "c10", "torch")]
+    headers = [
+        p for p in include.rglob("*.h") if p.relative_to(include).parts[0] not in ("ATen", "c10", "torch")
+    ]
     site = _package("torch").parent
     readmes = _read(site, list(site.glob("*.dist-info/METADATA")))
     return [python, python, _read(include, headers), readmes]
@@ -193,8 +226,10 @@ def _pretraining_readers() -> list[Iterator[Document]]:
 def _package(name: str) -> Path:
     spec = util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise RuntimeError(f"the demo reads text of the package {name!r}, which is not installed; "
-                           "`pip install '.[demo]'` brings everything it needs")
+        raise RuntimeError(
+            f"the demo reads text of the package {name!r}, which is not installed; "
+            "`pip install '.[demo]'` brings everything it needs"
+        )
     return Path(spec.origin).parent
 
 
@@ -251,20 +286,24 @@ def _fill(documents: Iterator[Document], seen: set[bytes], size: int) -> tuple[b
     return b"\n\n\n".join(parts)[:size], len(parts)
 
 
-def _heldout_windows(name: str, documents: Iterator[Document], seen: set[bytes], count: int) -> tuple[Tensor, int]:
-    """[count, CONTEXT] uint8: windows that lie within one file, at most an eighth of them from the same file."""
+def _heldout_windows(
+    name: str, documents: Iterator[Document], seen: set[bytes], count: int
+) -> tuple[Tensor, int]:
+    """[count, CONTEXT] uint8: windows within one file each, at most an eighth of them from the same file."""
     windows: list[bytes] = []
     files = 0
     for document in documents:
         text = _fresh_text(document, seen)
-        cuts = [text[start:start + CONTEXT] for start in range(0, len(text) - CONTEXT + 1, CONTEXT)]
+        cuts = [text[start : start + CONTEXT] for start in range(0, len(text) - CONTEXT + 1, CONTEXT)]
         if cuts:
             step = -(-len(cuts) // max(1, count // 8))
             windows += islice(cuts, 0, None, step)
             files += 1
         if len(windows) >= count:
             return torch.stack([_tensor(window) for window in windows[:count]]), files
-    raise RuntimeError(f"domain {name!r} has only {len(windows)} held-out windows on this machine; {count} are needed")
+    raise RuntimeError(
+        f"domain {name!r} has only {len(windows)} held-out windows on this machine; {count} are needed"
+    )
 
 
 def _tensor(text: bytes) -> Tensor:

@@ -1,7 +1,7 @@
 """A mixture of LoRAs inside a transformers model: a small helper on top of ``moa_ops.MoALinear``.
 
-Covers what the demo needs of the model level, under the names the full model API will have: sequence-level routing
-with one router per block, shared by all adapted linears of that block. The base model's weights are never copied.
+Covers what the demo needs of the model level, under the names the full model API will have: sequence-level
+routing with one router per block, shared by all adapted linears of that block. No weight of the base is copied.
 
     config = MoAConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
     model = get_moa_model(base_model, config)
@@ -57,8 +57,9 @@ class _Call:
 class MoAModel(nn.Module):
     """A causal language model whose chosen linears are mixtures of named LoRA adapters.
 
-    ``adapters`` lists the names in expert order. ``routers`` holds one ``nn.Linear(hidden, E)`` per block, which reads
-    the mean of the block's input over the tokens allowed by ``routing_mask``; its decision holds for the whole row.
+    ``adapters`` lists the names in expert order. ``routers`` holds one ``nn.Linear(hidden, E)`` per block. It
+    reads the block's input, averaged over the tokens that ``routing_mask`` allows and scaled to unit mean square;
+    what it decides holds for the whole row.
     """
 
     def __init__(self, base_model: nn.Module, config: MoAConfig):
@@ -78,10 +79,14 @@ class MoAModel(nn.Module):
                     path = f"model.layers.{index}.{name}"
                     self._linears[path], self._block_of[path] = module, index
         if not self._linears:
-            found = sorted({n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
-            raise ValueError(f"no linear is called any of {list(config.target_modules)}; the blocks have {found}")
+            found = sorted(
+                {n.rpartition(".")[2] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+            )
+            raise ValueError(
+                f"no linear is called any of {list(config.target_modules)}; the blocks have {found}"
+            )
         self.hidden_size = base_model.config.hidden_size
-        self.routers = nn.ModuleList(nn.Linear(self.hidden_size, 0, bias=False) for _ in blocks)
+        self.routers = nn.ModuleList(nn.Identity() for _ in blocks)
 
     # Adapters.
 
@@ -99,34 +104,53 @@ class MoAModel(nn.Module):
         self._rebuild([self.adapters[e] for e in kept], kept)
 
     def load_adapter(self, folder: str | Path, adapter_name: str) -> None:
-        """Adds an adapter that ``save_adapter`` wrote. Raises ValueError if its rank or its linears differ."""
+        """Adds an adapter ``save_adapter`` wrote. Raises ValueError if its rank or its linears differ."""
         state = load_file(Path(folder) / "adapter_model.safetensors")
         wanted = {_key(path, half) for path in self._linears for half in "AB"}
         if set(state) != wanted:
-            raise ValueError(f"{folder} holds other linears than this model adapts: {sorted(set(state) ^ wanted)[:4]}")
+            raise ValueError(
+                f"{folder} holds other linears than this model adapts: {sorted(set(state) ^ wanted)[:4]}"
+            )
         settings = json.loads((Path(folder) / "adapter_config.json").read_text())
         if (settings["r"], settings["lora_alpha"]) != (self.config.r, self.config.lora_alpha):
-            raise ValueError(f"{folder} has r={settings['r']}, lora_alpha={settings['lora_alpha']}; this model has "
-                             f"r={self.config.r}, lora_alpha={self.config.lora_alpha}")
+            raise ValueError(
+                f"{folder} has r={settings['r']}, lora_alpha={settings['lora_alpha']}; this model has "
+                f"r={self.config.r}, lora_alpha={self.config.lora_alpha}"
+            )
         self.add_adapter(adapter_name)
         with torch.no_grad():
-            for path, layer in self._layers():
+            for path, layer in self.adapted_layers():
                 layer.lora_A[-1].copy_(state[_key(path, "A")])
                 layer.lora_B[-1].copy_(state[_key(path, "B")])
 
     def save_adapter(self, folder: str | Path, adapter_name: str) -> None:
-        """Writes one adapter as ``adapter_model.safetensors`` and ``adapter_config.json``, in PEFT's layout."""
+        """Writes one adapter: ``adapter_model.safetensors``, ``adapter_config.json``, in PEFT's layout."""
         expert = self._index(adapter_name)
         state = {}
-        for path, layer in self._layers():
+        for path, layer in self.adapted_layers():
             state[_key(path, "A")] = layer.lora_A[expert].detach().clone()
             state[_key(path, "B")] = layer.lora_B[expert].detach().clone()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "adapter_model.safetensors")
-        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.config.r, "bias": "none",
-                    "lora_alpha": self.config.lora_alpha, "target_modules": list(self.config.target_modules)}
+        settings = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.config.r,
+            "bias": "none",
+            "lora_alpha": self.config.lora_alpha,
+            "target_modules": list(self.config.target_modules),
+        }
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def copy_from(self, other: MoAModel) -> None:
+        """Takes over the adapters and routers of another mixture over the same base, as copies."""
+        self._rebuild(list(other.adapters), [None] * len(other.adapters))
+        with torch.no_grad():
+            for (_, mine), (_, theirs) in zip(self.adapted_layers(), other.adapted_layers(), strict=True):
+                mine.lora_A.copy_(theirs.lora_A)
+                mine.lora_B.copy_(theirs.lora_B)
+        self.routers.load_state_dict(other.routers.state_dict())
 
     def set_adapter(self, adapter_name: str | None) -> None:
         """Every token uses, and trains, this adapter alone; None: the routers decide again."""
@@ -136,29 +160,40 @@ class MoAModel(nn.Module):
 
     def set_trainable(self, *, experts: bool, router: bool) -> None:
         """Which parts take gradients; the base never does."""
-        for _, layer in self._layers():
+        for _, layer in self.adapted_layers():
             layer.lora_A.requires_grad_(experts)
             layer.lora_B.requires_grad_(experts)
         self.routers.requires_grad_(router)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
+        """Those that take gradients now."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def adapter_tensors(self, adapter_name: str) -> list[Tensor]:
         """Views of one adapter's A and B in every layer."""
         expert = self._index(adapter_name)
-        return [half[expert] for _, layer in self._layers() for half in (layer.lora_A, layer.lora_B)]
+        return [half[expert] for _, layer in self.adapted_layers() for half in (layer.lora_A, layer.lora_B)]
 
     # Running.
 
-    def forward(self, input_ids: Tensor, *, labels: Tensor | None = None, domain_ids: Tensor | None = None,
-                routing_mode: str | None = None, adapter_names: Sequence[str] | None = None,
-                routing_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        domain_ids: Tensor | None = None,
+        routing_mode: str | None = None,
+        adapter_names: Sequence[str] | None = None,
+        routing_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base model's output, with ``moa_losses`` and ``router_logits`` (a list of [B, E]) added.
 
-        routing_mode: "routed" (the default), or "teacher_forced": row b uses expert ``domain_ids[b]``, weighted with
-        the routers' own probability of it. With ``adapter_names``, one per row ("__base__": none), routers are not
-        asked. With ``domain_ids`` [B] and ``labels``, the loss is LM + coef · mean over blocks of the routers' CE.
+        routing_mode: "routed" (the default), or "teacher_forced": row b uses expert ``domain_ids[b]``,
+            weighted with the routers' own probability of it.
+        adapter_names: one per row ("__base__": none); the routers are not asked then.
+        domain_ids: [B]. With ``labels``, the loss is LM + coef · the routers' mean cross-entropy with them.
+        routing_mask: [B, S] bool, the tokens a router may read; all by default.
         """
         mode = routing_mode or "routed"
         ids = domain_ids
@@ -181,8 +216,10 @@ class MoAModel(nn.Module):
         return out
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, *, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base model's generate; the routers decide once, on the prompt, and new tokens follow that decision."""
+    def generate(
+        self, input_ids: Tensor, *, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The base model's generate; the routers decide once, on the prompt, for all new tokens."""
         call = _Call("routed")
         if adapter_names is not None:
             call = _Call("by_id", self._ids(adapter_names, input_ids))
@@ -215,14 +252,15 @@ class MoAModel(nn.Module):
         else:
             mask = call.routing_mask.to(hidden.dtype)
             pooled = torch.einsum("bsd,bs->bd", hidden, mask) / mask.sum(1, keepdim=True).clamp(min=1)
-        logits = self.routers[index](pooled.float())
+        logits = self.routers[index](F.rms_norm(pooled.float(), pooled.shape[-1:]))
         call.logits[index] = logits
         if call.mode == "teacher_forced":
             weights = logits.softmax(-1).gather(1, call.ids[:, None]).squeeze(1)
             return moa_ops.Routing.from_indices(call.ids, weights, num_experts=len(self.adapters))
         top_k = min(self.config.top_k, len(self.adapters))
-        return moa_ops.topk_routing(logits, top_k, score_func=self.config.score_func,
-                                    norm_topk_prob=self.config.norm_topk_prob)
+        return moa_ops.topk_routing(
+            logits, top_k, score_func=self.config.score_func, norm_topk_prob=self.config.norm_topk_prob
+        )
 
     def _before_linear(self, index: int):
         """A hook that hands the block's decision to one of its linears."""
@@ -244,20 +282,28 @@ class MoAModel(nn.Module):
             self._call = _Call("off")
 
     def _rebuild(self, names: list[str], sources: list[int | None]) -> None:
-        """Sets the adapters to ``names``; expert e keeps the tensors of old expert ``sources[e]``, None: a fresh one."""
+        """Sets the adapters; expert e keeps the tensors of old expert ``sources[e]``, or is fresh if None."""
         kept = [(new, old) for new, old in enumerate(sources) if old is not None]
         with torch.no_grad():
             for path, linear in self._linears.items():
                 old_layer = self.base_model.get_submodule(path)
                 layer = linear
                 if names:
-                    layer = moa_ops.MoALinear.from_linear(linear, num_experts=len(names), r=self.config.r,
-                                                          lora_alpha=self.config.lora_alpha, top_k=1)
+                    layer = moa_ops.MoALinear.from_linear(
+                        linear,
+                        num_experts=len(names),
+                        r=self.config.r,
+                        lora_alpha=self.config.lora_alpha,
+                        top_k=1,
+                        norm_topk_prob=False,
+                    )
                     layer.router = None  # the block decides
                     for new, old in kept:
                         layer.lora_A[new] = old_layer.lora_A[old]
                         layer.lora_B[new] = old_layer.lora_B[old]
-                    layer.register_forward_pre_hook(self._before_linear(self._block_of[path]), with_kwargs=True)
+                    layer.register_forward_pre_hook(
+                        self._before_linear(self._block_of[path]), with_kwargs=True
+                    )
                 self.base_model.set_submodule(path, layer)
             for index, router in enumerate(self.routers):
                 self.routers[index] = nn.Linear(self.hidden_size, len(names), bias=False)
@@ -266,7 +312,8 @@ class MoAModel(nn.Module):
                     self.routers[index].weight[new] = router.weight[old]
         self.adapters = names
 
-    def _layers(self) -> Iterator[tuple[str, moa_ops.MoALinear]]:
+    def adapted_layers(self) -> Iterator[tuple[str, moa_ops.MoALinear]]:
+        """Path and layer of every linear that holds adapters."""
         for path in self._linears:
             layer = self.base_model.get_submodule(path)
             if isinstance(layer, moa_ops.MoALinear):
@@ -279,7 +326,9 @@ class MoAModel(nn.Module):
 
     def _ids(self, names: Sequence[str], input_ids: Tensor) -> Tensor:
         if len(names) != len(input_ids):
-            raise ValueError(f"adapter_names must name one adapter per row: {len(names)} for {len(input_ids)} rows")
+            raise ValueError(
+                f"adapter_names must name one adapter per row: {len(names)} for {len(input_ids)} rows"
+            )
         ids = [-1 if name == BASE else self._index(name) for name in names]
         return torch.tensor(ids, device=input_ids.device)
 

@@ -1,0 +1,202 @@
+"""The demo's model and its three kinds of training: the base, one adapter alone, the routers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from corpus import CONTEXT, Corpus, random_windows
+from inject import MoAModel
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+PROMPT = 64  # bytes a router may read; bits per byte are counted on what follows
+Progress = Callable[[float], None]  # called after every step with the loss in bits per byte
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of one run. Steps are fixed, not time, so that a run can be repeated exactly."""
+
+    hidden_size: int = 192
+    layers: int = 4
+    intermediate_size: int = 640
+    rank: int = 8
+    pretrain_steps: int = 300
+    adapter_steps: int = 40
+    router_steps: int = 40
+    batch: int = 8
+    pretrain_bytes: int = 4_000_000
+    adapt_bytes: int = 400_000
+    heldout_windows: int = 48
+    matrix_windows: int = 16
+    sample_bytes: int = 160
+    timing_rounds: int = 9
+    seed: int = 0
+
+
+FAST = Settings(
+    hidden_size=128,
+    layers=2,
+    intermediate_size=384,
+    pretrain_steps=60,
+    adapter_steps=10,
+    router_steps=15,
+    pretrain_bytes=400_000,
+    adapt_bytes=60_000,
+    heldout_windows=16,
+    matrix_windows=8,
+    sample_bytes=48,
+    timing_rounds=3,
+)
+
+
+def build_base(settings: Settings) -> LlamaForCausalLM:
+    """A small Llama over bytes with freshly drawn weights."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.hidden_size // 64,
+        num_key_value_heads=settings.hidden_size // 64,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():  # each block starts as the identity
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A second module tree over the same parameters: adapters put into one do not show in the other."""
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+
+
+def pretrain(model: LlamaForCausalLM, stream: Tensor, settings: Settings, progress: Progress) -> None:
+    """Next-byte training on the pretraining stream: Muon for the blocks' matrices, AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    muon = Muon(matrices, lr=8e-3)
+    adam = torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    for step in range(settings.pretrain_steps):
+        rate = _warmup_and_decay(step, settings.pretrain_steps)
+        muon.lr, adam.param_groups[0]["lr"] = 8e-3 * rate, 5e-3 * rate
+        windows = random_windows(stream, settings.batch, CONTEXT, generator)
+        loss = model(input_ids=windows, labels=windows).loss
+        loss.backward()
+        muon.step()
+        adam.step()
+        model.zero_grad()
+        progress(loss.item() / math.log(2))
+
+
+def train_adapter(
+    model: MoAModel,
+    streams: list[Tensor],
+    steps: int,
+    settings: Settings,
+    progress: Progress,
+    *,
+    lr: float = 5e-3,
+    seed: int = 2,
+) -> None:
+    """Trains the adapter that is set (``set_adapter``) on windows drawn evenly from ``streams``."""
+    model.set_trainable(experts=True, router=False)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(settings.seed + seed)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * _warmup_and_decay(step, steps)
+        windows = torch.cat(
+            [
+                random_windows(streams[(step * settings.batch + row) % len(streams)], 1, CONTEXT, generator)
+                for row in range(settings.batch)
+            ]
+        )
+        loss = model(input_ids=windows, labels=windows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        progress(loss.item() / math.log(2))
+
+
+def train_router(
+    model: MoAModel, corpus: Corpus, settings: Settings, progress: Progress, *, lr: float = 2e-2
+) -> None:
+    """Trains the routers alone, teacher-forced.
+
+    Every row runs through its domain's adapter, weighted with the probability the router gave it, so that both
+    the LM loss and the router's cross-entropy reach the router.
+    """
+    model.set_trainable(experts=False, router=True)
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(settings.seed + 3)
+    length, names = 2 * PROMPT, model.adapters
+    for step in range(settings.router_steps):
+        optimizer.param_groups[0]["lr"] = lr * _warmup_and_decay(step, settings.router_steps)
+        ids = torch.randint(len(names), (2 * settings.batch,), generator=generator)
+        windows = torch.cat(
+            [random_windows(corpus.domains[names[e]].adapt, 1, length, generator) for e in ids]
+        )
+        out = model(
+            windows,
+            labels=windows,
+            domain_ids=ids,
+            routing_mode="teacher_forced",
+            routing_mask=prompt_mask(windows),
+        )
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        progress(out.moa_losses["router"].item() / math.log(2))
+
+
+def prompt_mask(windows: Tensor) -> Tensor:
+    """[B, S] bool: True on the first PROMPT bytes, all that a router sees of a window."""
+    return torch.arange(windows.shape[1]).lt(PROMPT).expand(windows.shape)
+
+
+class Muon:
+    """Momentum whose update is made orthogonal by Newton-Schulz steps (Jordan et al. 2024), in float32.
+
+    Matrices of one shape go through the steps together, as a batch.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        self.lr, self.momentum = lr, momentum
+        self.groups: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for matrix in matrices:
+            rows, columns = matrix.shape
+            self.groups.setdefault((min(rows, columns), max(rows, columns)), []).append(matrix)
+        self.averages = {shape: [torch.zeros_like(m) for m in group] for shape, group in self.groups.items()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of all matrices from their gradients."""
+        for (rows, columns), group in self.groups.items():
+            gradients, averages = [matrix.grad for matrix in group], self.averages[rows, columns]
+            torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
+            updates = torch._foreach_lerp(gradients, averages, self.momentum)
+            wide = torch.stack([u if u.shape[0] == rows else u.t() for u in updates])
+            wide /= wide.norm(dim=(1, 2), keepdim=True) + 1e-7
+            for _ in range(5):
+                gram = wide @ wide.mT
+                gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+                wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
+            for matrix, update in zip(group, wide, strict=True):
+                matrix.add_(
+                    update if matrix.shape[0] == rows else update.t(), alpha=-0.2 * columns**0.5 * self.lr
+                )
+
+
+def _warmup_and_decay(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 10) * (1 - step / steps)

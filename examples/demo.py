@@ -141,10 +141,11 @@ def main() -> None:
     console.print()
     console.print(bits_table(bits, accuracy))
     console.print(
-        "unigram: the domain's byte frequencies alone; mixed: one LoRA of the same rank on all domains, for as many "
-        "steps as all adapters together; oracle: the right adapter by id; routed: how often the routers chose the "
-        f"domain's own adapter. They read the first {PROMPT} bytes of a window; every column counts the bytes after "
-        f"them. By block: {', '.join(f'{a:.1%}' for a in blocks)}; chance: {1 / len(DOMAINS):.1%}.\n",
+        "unigram: the domain's byte frequencies alone. mixed: one LoRA of the same rank on all domains, "
+        "for as many steps as all adapters together. oracle: the right adapter by id. routed: how often routers "
+        f"chose the domain's own adapter; they read the first {PROMPT} bytes of a window, and all columns "
+        f"count the bytes after them. By block: {', '.join(f'{a:.1%}' for a in blocks)}; "
+        f"chance: {1 / len(DOMAINS):.1%}.\n",
         highlight=False,
     )
     console.print(shares_table(shares, list(DOMAINS), moa.adapters))
@@ -291,7 +292,7 @@ def print_benefits(console: Console, bits: dict, facts: dict, speeds: dict) -> N
             f"reading {reading['plain']:,.0f} tokens/s plain, {reading['moa']:,.0f} routed over {count} "
             f"({reading['plain'] / reading['moa']:.2f} times slower), {reading[more]:,.0f} over {4 * count} "
             f"({reading['plain'] / reading[more]:.2f}); generating {speeds['generating']['plain']:,.0f} and "
-            f"{speeds['generating']['moa']:,.0f}. Multiply-adds of the linears alone: {speeds['floor']:.2f} times, "
+            f"{speeds['generating']['moa']:,.0f}. Multiply-adds of the linears: {speeds['floor']:.2f} times, "
             "since this toy's layers are narrow",
         ),
     ]

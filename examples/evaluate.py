@@ -139,7 +139,7 @@ def arithmetic_floor(model: MoAModel) -> float:
 
 @torch.no_grad()
 def samples(model: MoAModel, corpus: Corpus, new_bytes: int, seed: int) -> dict[str, dict[str, str]]:
-    """Per domain: a held-out prompt, what the routed model writes after it, and the adapter most blocks chose."""
+    """Per domain: a held-out prompt, what the routed model writes after it, and its most chosen adapter."""
     prompts = torch.stack(
         [domain.heldout[len(domain.heldout) // 2, :PROMPT].long() for domain in corpus.domains.values()]
     )

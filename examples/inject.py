@@ -1,7 +1,7 @@
 """A mixture of LoRAs inside a transformers model: a small helper on top of ``moa_ops.MoALinear``.
 
 Covers what the demo needs of the model level, under the names the full model API will have: sequence-level
-routing with one router per block, shared by all adapted linears of that block. No weight of the base is copied.
+routing with one router per block, shared by all adapted linears of that block. The base is never copied.
 
     config = MoAConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
     model = get_moa_model(base_model, config)
@@ -58,8 +58,8 @@ class MoAModel(nn.Module):
     """A causal language model whose chosen linears are mixtures of named LoRA adapters.
 
     ``adapters`` lists the names in expert order. ``routers`` holds one ``nn.Linear(hidden, E)`` per block. It
-    reads the block's input, averaged over the tokens that ``routing_mask`` allows and scaled to unit mean square;
-    what it decides holds for the whole row.
+    reads the block's input, averaged over the tokens ``routing_mask`` allows and scaled to unit mean square;
+    its decision holds for the whole row.
     """
 
     def __init__(self, base_model: nn.Module, config: MoAConfig):

@@ -134,8 +134,8 @@ def train_router(
 ) -> None:
     """Trains the routers alone, teacher-forced.
 
-    Every row runs through its domain's adapter, weighted with the probability the router gave it, so that both
-    the LM loss and the router's cross-entropy reach the router.
+    Every row runs through its domain's adapter, weighted with the probability the router gave it, so that the
+    LM loss and the router's cross-entropy reach the router.
     """
     model.set_trainable(experts=False, router=True)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)

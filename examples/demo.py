@@ -142,9 +142,9 @@ def main() -> None:
     console.print(bits_table(bits, accuracy))
     console.print(
         "unigram: the domain's byte frequencies alone. mixed: one LoRA of the same rank on all domains, "
-        "for as many steps as all adapters together. oracle: the right adapter by id. routed: how often routers "
-        f"chose the domain's own adapter; they read the first {PROMPT} bytes of a window, and all columns "
-        f"count the bytes after them. By block: {', '.join(f'{a:.1%}' for a in blocks)}; "
+        "for as many steps as all adapters together. oracle: the right adapter by id. routed: how often "
+        f"routers chose the domain's own adapter; they read the first {PROMPT} bytes of a window, and all "
+        f"columns count the bytes after them. By block: {', '.join(f'{a:.1%}' for a in blocks)}; "
         f"chance: {1 / len(DOMAINS):.1%}.\n",
         highlight=False,
     )

@@ -58,7 +58,7 @@ cuda-check: $(VENV)/.tools  ## compile every CUDA source for every architecture 
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda-check --target cuda-check
 
 clean:  ## remove everything that was made here, the environment too
-	rm -rf $(VENV) build dist *.egg-info $(EXTENSION) .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist demo_out *.egg-info $(EXTENSION) .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Files that clang-format looks after; nvcc's place; cu130 for a CUDA 13.0 toolkit.

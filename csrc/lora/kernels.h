@@ -50,36 +50,16 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
   }
 }
 
-// ---- shrink ----------------------------------------------------------------------------------------------------------
-// h[p][j] = <row(p), panel_e row j>, for the slots [p0, p1) of one expert and ranks [j0, j1).
-// T: storage of the rows. panel: row j0 of the expert's, and those after it ldp apart.
-template <class V, class T>
-static void shrink_rows(const Segments& s, const T* x, int64_t ldx, int64_t k_size, int64_t p0, int64_t p1,
-                        const typename V::In* panel, int64_t ldp, int64_t j0, int64_t j1, typename V::Acc* h,
-                        int64_t ldh) {
-  using In = typename V::In;
-  constexpr bool direct = Same<T, In>::value;
-  const int64_t m_size = p1 - p0;
-  const In** rows = scratch<const In*>(Scratch::pointers, m_size);
-  In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m_size * k_size);
-  for (int64_t m = 0; m < m_size; ++m) {
-    const int64_t token = s.order[p0 + m] / s.top_k;
-    rows[m] = row_as<V, T>(x + token * ldx, k_size, buffer + (direct ? 0 : m * k_size));
-  }
-  const bool x_outer = k_size * V::kDotM * static_cast<int64_t>(sizeof(In)) <= plan::kL1;
-  dot_block<V>(rows, m_size, panel, ldp, j1 - j0, k_size, h + p0 * ldh + j0, ldh, x_outer);
-}
-
 // ---- expand-combine --------------------------------------------------------------------------------------------------
 // y[t][:] = base[t] + bias + sum over the token's slots of coef[p][:] times the expert's panel.
-// panel(e, col, cols, rows) sets the pointers to the expert's rows of packs, each `cols` packs long, and returns how
-// many there are. coef: [slots, ldc] in sorted order, weight and scale folded in.
-template <class V, class T, class Panel>
+// panel(e, col, cols, rows) sets the pointers to the expert's rows of packs, each `cols` packs long, and returns
+// how many there are; `next` is the expert asked for after this one, to be fetched ahead. coef: [slots, ldc] in sorted order, weight and scale folded in.
+template <class V, class T, class Panel, class Fetch>
 static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, int64_t width, T* y, const T* base,
-                   int64_t ldbase, const T* bias, const Panel& panel) {
+                   int64_t ldbase, const T* bias, const Panel& panel,
+                   const Fetch& fetch) {
   using Acc = typename V::Acc;
   using In = typename V::In;
-  constexpr bool direct = Same<T, Acc>::value;
   const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width);
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
   const int64_t col_blocks = plan::ceil_div(width, plan.col_block);
@@ -88,34 +68,40 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   parallel_tasks(token_blocks * col_blocks, plan::worth_threads(bytes), [&](int64_t task) {
     const int64_t t0 = task / col_blocks * plan.token_block, t1 = min64(t0 + plan.token_block, s.tokens);
     const int64_t c0 = task % col_blocks * plan.col_block, cols = min64(plan.col_block, width - c0);
-    // The tile of accumulators: y itself where it has their type.
-    const int64_t ldt = direct ? width : plan.col_block;
-    Acc* tile;
-    if constexpr (direct) {
-      tile = y + t0 * width + c0;
+    // Accumulators of their own, packed: y's rows are often a power of two apart, and then share few cache sets.
+    Acc* tile = scratch<Acc>(Scratch::tile, (plan.token_block + 1) * plan.col_block);
+    Acc* start = tile + plan.token_block * plan.col_block;
+    if (bias != nullptr) {
+      convert_row(bias + c0, start, cols);
     } else {
-      tile = scratch<Acc>(Scratch::tile, plan.token_block * plan.col_block);
+      memset(start, 0, cols * sizeof(Acc));
     }
-    for (int64_t t = t0; t < t1; ++t) {
-      Acc* row = tile + (t - t0) * ldt;
-      if (base != nullptr) {
-        convert_row(base + t * ldbase + c0, row, cols);
-        if (bias != nullptr) add_row(bias + c0, row, cols);
-      } else if (bias != nullptr) {
-        convert_row(bias + c0, row, cols);
-      } else {
-        memset(row, 0, cols * sizeof(Acc));
-      }
-    }
-    for (int64_t e = 0; e < s.experts; ++e) {
-      int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1];
-      if (token_blocks > 1 && p0 < p1) {
-        p0 = first_slot(s.order, p0, p1, t0 * s.top_k);
-        p1 = first_slot(s.order, p0, p1, t1 * s.top_k);
-      }
-      if (p0 >= p1) continue;
+    for (int64_t t = t0; t < t1; ++t) memcpy(tile + (t - t0) * cols, start, cols * sizeof(Acc));
+
+    auto segment = [&](int64_t e, int64_t* p0, int64_t* p1) {  // the expert's slots among this block's tokens
+      *p0 = s.offsets[e];
+      *p1 = s.offsets[e + 1];
+      if (token_blocks == 1 || *p0 == *p1) return;
+      *p0 = first_slot(s.order, *p0, *p1, t0 * s.top_k);
+      *p1 = first_slot(s.order, *p0, *p1, t1 * s.top_k);
+    };
+    int64_t touched = t0, seen = 0;  // rows of y asked for so far, slots done
+    const int64_t expected = (t1 - t0) * s.slots() / s.tokens + 1;
+    int64_t e = 0, p0 = 0, p1 = 0;
+    for (; e < s.experts && p0 == p1; ++e) segment(e, &p0, &p1);
+    const int64_t first = e - 1;
+    while (p0 < p1) {
+      const int64_t expert = e - 1;
+      int64_t next0 = 0, next1 = 0;
+      for (; e < s.experts && next0 == next1; ++e) segment(e, &next0, &next1);
       const In** b = scratch<const In*>(Scratch::pointers, ldc);
-      const int64_t k_size = panel(e, c0, cols, b);
+      const int64_t k_size = panel(expert, c0, cols, b);
+      // The next expert of this task, else the first of the next task, which is this thread's as a rule.
+      const bool wrap = next0 == next1;
+      Ahead ahead = wrap && c0 + cols >= width ? Ahead(coef, 0)
+                                               : fetch(wrap ? first : e - 1, wrap ? c0 + cols : c0,
+                                                       wrap ? min64(plan.col_block, width - c0 - cols) : cols);
+      const int64_t share = (ahead.end - ahead.at) / plan::ceil_div(p1 - p0, V::kAxpyM) + 64;
       for (int64_t p = p0; p < p1;) {
         Acc* rows[V::kAxpyM];
         int m = 0;
@@ -124,14 +110,25 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
           const int64_t t = s.order[p + m] / s.top_k;
           if (t == last) break;  // one token twice under one expert: the second adds after the first is stored
           last = t;
-          rows[m] = tile + (t - t0) * ldt;
+          rows[m] = tile + (t - t0) * cols;
         }
+        ahead.take(share);
         axpy_block<V>(m, rows, coef + p * ldc, ldc, V::kPack, b, k_size, cols);
         p += m;
+        seen += m;
+        // y's lines come in for writing while the sums are made.
+        for (const int64_t due = min64(t1, t0 + (t1 - t0) * seen / expected); touched < due; ++touched)
+          for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(y + touched * width + c0 + c, 1, 2);
       }
+      p0 = next0;
+      p1 = next1;
     }
-    if constexpr (!direct)
-      for (int64_t t = t0; t < t1; ++t) convert_row(tile + (t - t0) * ldt, y + t * width + c0, cols);
+    for (int64_t t = t0; t < t1; ++t) {
+      Acc* row = tile + (t - t0) * cols;
+      if (base != nullptr) add_row(base + t * ldbase + c0, row, cols);
+      convert_row(row, y + t * width + c0, cols);
+    }
   });
 }
 

@@ -12,35 +12,59 @@ namespace MOA_ISA {
 
 #define MOA_UNROLL _Pragma("GCC unroll 8")
 
+// Memory wanted soon, brought into L2 line by line between the arithmetic: rows are too short, and experts too far
+// apart, for the hardware to foresee.
+struct Ahead {
+  const char* at;
+  const char* end;
+  Ahead(const void* p, int64_t bytes) : at(static_cast<const char*>(p)), end(at + bytes) {}
+  // The next `bytes` of it, all at once.
+  void take(int64_t bytes) {
+    const char* stop = end - at < bytes ? end : at + bytes;
+    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 // ---- dot -------------------------------------------------------------------------------------------------------------
-// x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n].
+// x: M row pointers, and after them those of the rows to come. a: N rows, `lda` elements apart. out: out[m * ldo + n].
 template <class V, int M, int N>
-static void dot_tile(const typename V::In* const* x, const typename V::In* a, int64_t lda, int64_t k_size,
-                     typename V::Acc* out, int64_t ldo) {
+static void dot_tile(const typename V::In* const* x, const typename V::In* const* x_next, const typename V::In* a,
+                     int64_t lda, int64_t k_size, typename V::Acc* out, int64_t ldo, Ahead* ahead) {
   using In = typename V::In;
   typename V::AccVec acc[M][N];
   const In* xp[M];
+  const In* xn[M];
   const In* ap[N];
   MOA_UNROLL
-  for (int m = 0; m < M; ++m) xp[m] = x[m];
+  for (int m = 0; m < M; ++m) {
+    xp[m] = x[m];
+    xn[m] = x_next[m];
+  }
   MOA_UNROLL
   for (int n = 0; n < N; ++n) ap[n] = a + n * lda;
   MOA_UNROLL
   for (int m = 0; m < M; ++m)
     MOA_UNROLL
     for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
+  // Four lines a step, if that many are wanted; else the same line again.
+  const int64_t step = ahead->end - ahead->at >= 256 * (k_size / V::kIn) ? 256 : 0;
+  const char* soon = ahead->at;
   int64_t k = 0;
-  for (; k + V::kIn <= k_size; k += V::kIn) {
+  for (; k + V::kIn <= k_size; k += V::kIn, soon += step) {
     typename V::InVec av[N];
     MOA_UNROLL
     for (int n = 0; n < N; ++n) av[n] = V::load(ap[n] + k);
     MOA_UNROLL
+    for (int n = 0; n < 4; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
+    MOA_UNROLL
     for (int m = 0; m < M; ++m) {
       const typename V::InVec xv = V::load(xp[m] + k);
+      __builtin_prefetch(xn[m] + k, 0, 2);
       MOA_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, av[n], acc[m][n]);
     }
   }
+  ahead->at = soon;
   if (k < k_size) {
     const int rest = static_cast<int>(k_size - k);
     for (int n = 0; n < N; ++n) {
@@ -59,42 +83,34 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* a, in
   }
 }
 
-template <class V, int M>
-static inline void dot_tile_n(int n, const typename V::In* const* x, const typename V::In* a, int64_t lda,
-                              int64_t k_size, typename V::Acc* out, int64_t ldo) {
-  static_assert(V::kDotN <= 4, "reduce4 takes four");
-  if (n == V::kDotN) return dot_tile<V, M, V::kDotN>(x, a, lda, k_size, out, ldo);
-  if (n == 3) return dot_tile<V, M, (V::kDotN > 3 ? 3 : 1)>(x, a, lda, k_size, out, ldo);
-  if (n == 2) return dot_tile<V, M, (V::kDotN > 2 ? 2 : 1)>(x, a, lda, k_size, out, ldo);
-  return dot_tile<V, M, 1>(x, a, lda, k_size, out, ldo);
-}
-
-// Any number of rows x against any number of rows a. `x_outer` keeps a tile of x in L1 while a streams (few rows of
-// a), otherwise a group of a's rows stays while x streams.
+// Any number of rows x against any number of rows a. `x_outer` keeps a tile of x in L1 while a streams from L2,
+// otherwise a group of a's rows stays while x streams. x holds `m_ahead` more row pointers than m_size, for prefetching.
 template <class V>
-static void dot_block(const typename V::In* const* x, int64_t m_size, const typename V::In* a, int64_t lda,
-                      int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer) {
-  auto tile = [&](int64_t m, int64_t n) {
-    const int rows = static_cast<int>(m_size - m < V::kDotM ? m_size - m : V::kDotM);
-    const int cols = static_cast<int>(n_size - n < V::kDotN ? n_size - n : V::kDotN);
-    const auto* xm = x + m;
-    const auto* an = a + n * lda;
-    auto* o = out + m * ldo + n;
-    switch (rows) {
-      case 1: return dot_tile_n<V, 1>(cols, xm, an, lda, k_size, o, ldo);
-      case 2: return dot_tile_n<V, 2>(cols, xm, an, lda, k_size, o, ldo);
-      case 3: return dot_tile_n<V, 3>(cols, xm, an, lda, k_size, o, ldo);
-      case 4: return dot_tile_n<V, (V::kDotM > 3 ? 4 : 1)>(cols, xm, an, lda, k_size, o, ldo);
-      case 5: return dot_tile_n<V, (V::kDotM > 4 ? 5 : 1)>(cols, xm, an, lda, k_size, o, ldo);
-      default: return dot_tile_n<V, (V::kDotM > 5 ? 6 : 1)>(cols, xm, an, lda, k_size, o, ldo);
-    }
+static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_ahead, const typename V::In* a,
+                      int64_t lda, int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer,
+                      Ahead ahead) {
+  using Tile = void (*)(const typename V::In* const*, const typename V::In* const*, const typename V::In*, int64_t,
+                        int64_t, typename V::Acc*, int64_t, Ahead*);
+  constexpr int M = V::kDotM, N = V::kDotN;
+  static_assert(M <= 6 && N <= 4, "the table below");
+  // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
+#define MOA_ROW(m)                                                                       \
+  {dot_tile<V, (m <= M ? m : 1), 1>, dot_tile<V, (m <= M ? m : 1), (2 <= N ? 2 : 1)>,    \
+   dot_tile<V, (m <= M ? m : 1), (3 <= N ? 3 : 1)>, dot_tile<V, (m <= M ? m : 1), (4 <= N ? 4 : 1)>}
+  static constexpr Tile kTiles[6][4] = {MOA_ROW(1), MOA_ROW(2), MOA_ROW(3), MOA_ROW(4), MOA_ROW(5), MOA_ROW(6)};
+#undef MOA_ROW
+  auto tile = [&](int64_t m, int64_t n, bool fetch_x) {
+    const int64_t rows = m_size - m < M ? m_size - m : M, cols = n_size - n < N ? n_size - n : N;
+    const bool more = fetch_x && m + rows + M <= m_size + m_ahead;
+    kTiles[rows - 1][cols - 1](x + m, x + m + (more ? rows : 0), a + n * lda, lda, k_size, out + m * ldo + n, ldo,
+                               &ahead);
   };
   if (x_outer) {
-    for (int64_t m = 0; m < m_size; m += V::kDotM)
-      for (int64_t n = 0; n < n_size; n += V::kDotN) tile(m, n);
+    for (int64_t m = 0; m < m_size; m += M)
+      for (int64_t n = 0; n < n_size; n += N) tile(m, n, n == 0);
   } else {
-    for (int64_t n = 0; n < n_size; n += V::kDotN)
-      for (int64_t m = 0; m < m_size; m += V::kDotM) tile(m, n);
+    for (int64_t n = 0; n < n_size; n += N)
+      for (int64_t m = 0; m < m_size; m += M) tile(m, n, n == 0);
   }
 }
 

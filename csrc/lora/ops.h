@@ -106,23 +106,34 @@ struct Lora {
     return all + 1;
   }
 
-  // ---- shrink over all slots: out[pos][j] = <row, panel row j>; unused ranks are zero ----
-  template <class PanelRows>
-  void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan,
-              const PanelRows& panel) const {
+  // ---- shrink over all slots: out[pos][j] = <row of pos, panel row j>; unused ranks are zero ----
+  // panel(e, j0, j1): rows j0 to j1 of the expert, k_size apart; fetch(e): the memory it will read.
+  template <class PanelRows, class Fetch>
+  void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan, const PanelRows& panel,
+              const Fetch& fetch) const {
+    constexpr bool direct = Same<TX, In>::value;
     const Segments& s = p.seg;
     const int64_t n = s.slots(), chunks = plan::ceil_div(n, plan.slots);
     const int64_t splits = plan::ceil_div(p.rank, plan.rank_split);
     const bool wide = plan::worth_threads((n + min64(n, s.experts) * p.rank) * k_size * sizeof(In));
+    const bool x_outer = k_size * V::kDotM * static_cast<int64_t>(sizeof(In)) <= plan::kL1;
     parallel_tasks(chunks * splits, wide, [&](int64_t task) {
-      int64_t pos = task / splits * plan.slots;
-      const int64_t end = min64(pos + plan.slots, n);
+      const int64_t begin = task / splits * plan.slots, end = min64(begin + plan.slots, n);
       const int64_t j0 = task % splits * plan.rank_split, j1 = min64(j0 + plan.rank_split, p.rank);
+      // Rows of this task, and where they can be read in place, of the next one's first tile.
+      const int64_t known = direct ? min64(end + V::kDotM, n) : end;
+      const In** rows = scratch<const In*>(Scratch::pointers, known - begin);
+      In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, (end - begin) * k_size);
+      for (int64_t q = begin; q < known; ++q)
+        rows[q - begin] = row_as<V, TX>(x + s.order[q] / s.top_k * ldx, k_size,
+                                        direct ? nullptr : buffer + (q - begin) * k_size);
+      int64_t pos = begin;
       for (int64_t e = expert_at(s, pos); pos < end; ++e) {
         const int64_t stop = min64(s.offsets[e + 1], end), used = min64(rank_of(e), j1);
         if (stop <= pos) continue;
         if (used > j0)
-          shrink_rows<V, TX>(s, x, ldx, k_size, pos, stop, panel(e, j0, used), k_size, j0, used, out, p.rank);
+          dot_block<V>(rows + (pos - begin), stop - pos, known - stop, panel(e, j0, used), k_size, used - j0, k_size,
+                       out + pos * p.rank + j0, p.rank, x_outer, fetch(min64(e + 1, s.experts - 1)));
         for (int64_t q = pos; q < stop; ++q)
           for (int64_t j = used > j0 ? used : j0; j < j1; ++j) out[q * p.rank + j] = Acc(0);
         pos = stop;
@@ -152,13 +163,17 @@ struct Lora {
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
     shrink(static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank),
-           [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); });
+           [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
+           [&](int64_t e) { return Ahead(A + e * p.rank * p.in, p.rank * p.in * static_cast<int64_t>(sizeof(TA))); });
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
     In* coef = scratch<In>(Scratch::call_first, n * coef_ld(false));
     coefficients(h, nullptr, false, coef);
     expand<V, TX>(s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
                   static_cast<const TX*>(f.bias),
-                  [&](int64_t e, int64_t c0, int64_t cols, const In** rows) { return b_panel(e, c0, cols, rows); });
+                  [&](int64_t e, int64_t c0, int64_t cols, const In** rows) { return b_panel(e, c0, cols, rows); },
+                  [&](int64_t e, int64_t c0, int64_t cols) {
+                    return Ahead(B + (e * p.out + c0) * p.rank, cols * p.rank * static_cast<int64_t>(sizeof(TA)));
+                  });
   }
 
   // u = dy B and dw = s <h, u>.
@@ -169,7 +184,8 @@ struct Lora {
     plan::Shrink plan = plan::shrink(n, p.rank);
     if (plan.slots == 48) plan.slots = 128;  // repacking B costs a tenth of 48 rows
     shrink(static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan,
-           [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); });
+           [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
+           [&](int64_t e) { return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA))); });
     if (b.dw == nullptr) return;
     const Acc* h = static_cast<const Acc*>(b.h);
     Acc* dw = static_cast<Acc*>(b.dw);
@@ -197,7 +213,8 @@ struct Lora {
         expand<V, TX>(s, coef, ldc, p.in, static_cast<TX*>(b.dx), nullptr, 0, nullptr,
                       [&](int64_t e, int64_t c0, int64_t cols, const In** rows) {
                         return a_panel(e, c0, cols, rows, router_weight);
-                      });
+                      },
+                      [&](int64_t, int64_t, int64_t) { return Ahead(A, 0); });
       if (b.dA != nullptr || b.d_router != nullptr) {
         TA* dA = static_cast<TA*>(b.dA);
         Acc* d_router = static_cast<Acc*>(b.d_router);

@@ -52,8 +52,10 @@ struct Router {
   bool x_outer;
 };
 inline Router router(int64_t tokens, int64_t experts) {
+  // Sixteen even tasks, or a multiple of it, so that few threads share them evenly.
+  const int64_t chunk = tokens < 96 ? clamp(ceil_div(tokens, 2), 6, 48) : ceil_div(tokens, 16 * ceil_div(tokens, 16 * 48));
   const int64_t split = tokens <= 48 ? clamp(ceil_div(ceil_div(experts, 4), 4) * 4, 8, experts < 8 ? 8 : experts) : experts;
-  return {48, split, experts <= 16};
+  return {chunk, split, experts <= 16};
 }
 
 }  // namespace plan

@@ -23,9 +23,10 @@ static void router_logits(const RouterParams& p) {
     const int64_t t0 = task / splits * plan.tokens, e0 = task % splits * plan.expert_split;
     const int64_t m = p.tokens - t0 < plan.tokens ? p.tokens - t0 : plan.tokens;
     const int64_t n = p.experts - e0 < plan.expert_split ? p.experts - e0 : plan.expert_split;
-    const In** rows = scratch<const In*>(Scratch::pointers, m);
+    const int64_t known = direct && m + V::kDotM < p.tokens - t0 ? m + V::kDotM : direct ? p.tokens - t0 : m;
+    const In** rows = scratch<const In*>(Scratch::pointers, known);
     In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
-    for (int64_t i = 0; i < m; ++i) {
+    for (int64_t i = 0; i < known; ++i) {
       const T* row = x + (t0 + i) * p.ldx;
       if constexpr (direct) {
         rows[i] = row;
@@ -34,7 +35,9 @@ static void router_logits(const RouterParams& p) {
         rows[i] = buffer + i * p.in;
       }
     }
-    dot_block<V>(rows, m, weight + e0 * p.in, p.in, n, p.in, logits + t0 * p.experts + e0, p.experts, plan.x_outer);
+    const Ahead rest(weight + e0 * p.in, plan.x_outer && t0 == 0 ? n * p.in * static_cast<int64_t>(sizeof(In)) : 0);
+    dot_block<V>(rows, m, known - m, weight + e0 * p.in, p.in, n, p.in, logits + t0 * p.experts + e0, p.experts,
+                 plan.x_outer, rest);
   });
 }
 
@@ -52,7 +55,8 @@ static void router_backward(const RouterBackwardParams& p) {
                  [&](int64_t, int64_t col, int64_t, const In** rows) {
                    for (int64_t e = 0; e < p.experts; ++e) rows[e] = weight + e * p.in + col;
                    return p.experts;
-                 });
+                 },
+                 [&](int64_t, int64_t, int64_t) { return Ahead(weight, 0); });
   In* dw = static_cast<In*>(p.d_weight);
   if (dw != nullptr)
     gram<V, T>(

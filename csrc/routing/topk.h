@@ -72,31 +72,53 @@ static void softmax_row(const Acc* z, int64_t n, Acc* p) {
   for (int64_t i = 0; i < n; ++i) p[i] *= inverse;
 }
 
-// The k largest keys of n, best first, ties to the lower id. keys: n entries; best: k entries of work memory.
+static inline int32_t lowest(int32_t) { return INT32_MIN; }
+static inline int64_t lowest(int64_t) { return INT64_MIN; }
+
+// The k largest keys of n, best first, ties to the lower id: k times the maximum, which then leaves. No value's key is
+// the lowest integer, so nothing is taken twice. keys is overwritten.
 template <class Key>
-static void select_top(const Key* keys, int64_t n, int64_t k, Key* best, int64_t* ids) {
+static void select_top(Key* keys, int64_t n, int64_t k, int64_t* ids) {
+  for (int64_t j = 0; j < k; ++j) {
+    Key best = keys[0];
+    for (int64_t i = 1; i < n; ++i) best = keys[i] > best ? keys[i] : best;
+    int64_t at = 0;
+    for (; at + 16 <= n; at += 16) {
+      int found = 0;
+      for (int i = 0; i < 16; ++i) found |= keys[at + i] == best;
+      if (found != 0) break;
+    }
+    while (keys[at] != best) ++at;
+    ids[j] = at;
+    keys[at] = lowest(Key());
+  }
+}
+
+// The same for many of them: a sorted list of the best so far, which most keys do not enter.
+template <class Key>
+static void select_many(const Key* keys, int64_t n, int64_t k, Key* best, int64_t* ids) {
   int64_t filled = 0;
-  auto insert = [&](Key key, int64_t id) {  // after every key that is as large: its id is lower
+  for (int64_t i = 0; i < n; ++i) {
+    if (filled == k && keys[i] <= best[k - 1]) continue;
     int64_t at = filled < k ? filled++ : k - 1;
-    for (; at > 0 && best[at - 1] < key; --at) {
+    for (; at > 0 && best[at - 1] < keys[i]; --at) {  // stays behind equal keys: their ids are lower
       best[at] = best[at - 1];
       ids[at] = ids[at - 1];
     }
-    best[at] = key;
-    ids[at] = id;
-  };
-  int64_t i = 0;
-  for (; i < n && filled < k; ++i) insert(keys[i], i);
-  for (; i + 16 <= n; i += 16) {  // sixteen at a time: most hold nothing better than the k-th so far
-    const Key bar = best[k - 1];
-    int any = 0;
-    for (int j = 0; j < 16; ++j) any |= keys[i + j] > bar;
-    if (any == 0) continue;
-    for (int j = 0; j < 16; ++j)
-      if (keys[i + j] > best[k - 1]) insert(keys[i + j], i + j);
+    best[at] = keys[i];
+    ids[at] = i;
   }
-  for (; i < n; ++i)
-    if (keys[i] > best[k - 1]) insert(keys[i], i);
+}
+
+// A row as accumulators: itself, or converted into the buffer.
+template <class T, class Acc>
+static inline const Acc* as_acc(const T* row, int64_t n, Acc* buffer) {
+  if constexpr (Same<T, Acc>::value) {
+    return row;
+  } else {
+    convert_row(row, buffer, n);
+    return buffer;
+  }
 }
 
 template <class T, class Acc>
@@ -105,9 +127,9 @@ static void topk_rows(const TopkParams& p) {
   constexpr int64_t kRows = 64;
   const int64_t n = p.experts, k = p.top_k;
   const Acc* bias = static_cast<const Acc*>(p.selection_bias);
-  parallel_tasks((p.tokens + kRows - 1) / kRows, p.tokens * n > 16384, [&](int64_t task) {
-    Acc* z = scratch<Acc>(Scratch::rows, 2 * n + k);
-    Acc* score = z + n;
+  parallel_tasks((p.tokens + kRows - 1) / kRows, p.tokens * (n + 32) > 8192, [&](int64_t task) {
+    Acc* buffer = scratch<Acc>(Scratch::rows, 2 * n + k);
+    Acc* score = buffer + n;
     Acc* chosen = score + n;
     Key* keys = scratch<Key>(Scratch::convert, n + k);
     const int64_t end = (task + 1) * kRows < p.tokens ? (task + 1) * kRows : p.tokens;
@@ -121,7 +143,7 @@ static void topk_rows(const TopkParams& p) {
         }
         continue;
       }
-      convert_row(static_cast<const T*>(p.logits) + t * p.ldz, z, n);
+      const Acc* z = as_acc(static_cast<const T*>(p.logits) + t * p.ldz, n, buffer);
       const bool softmax = p.score_func == ScoreFunc::softmax;
       const bool all_scores = bias != nullptr || (softmax && !p.norm_topk_prob);
       if (all_scores) {
@@ -136,7 +158,11 @@ static void topk_rows(const TopkParams& p) {
       } else {
         for (int64_t e = 0; e < n; ++e) keys[e] = order_key(z[e]);
       }
-      select_top(keys, n, k, keys + n, ids);
+      if (k <= 8) {
+        select_top(keys, n, k, ids);
+      } else {
+        select_many(keys, n, k, keys + n, ids);
+      }
       for (int64_t j = 0; j < k; ++j) chosen[j] = z[ids[j]];
       if (softmax) {
         if (p.norm_topk_prob) {
@@ -157,7 +183,7 @@ template <class T, class Acc>
 static void topk_backward_rows(const TopkBackwardParams& p) {
   constexpr int64_t kRows = 64;
   const int64_t n = p.experts, k = p.top_k;
-  parallel_tasks((p.tokens + kRows - 1) / kRows, p.tokens * n > 16384, [&](int64_t task) {
+  parallel_tasks((p.tokens + kRows - 1) / kRows, p.tokens * (n + 32) > 8192, [&](int64_t task) {
     Acc* z = scratch<Acc>(Scratch::rows, 2 * n + 2 * k);
     Acc* dz = z + n;
     Acc* chosen = dz + n;

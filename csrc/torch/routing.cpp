@@ -1,28 +1,16 @@
 // Routing operators on the CPU: checks, allocation, kernel.
 #include "routing/routing.h"
 
-#include "common/scratch.h"
 #include "isa/table.h"
+#include "torch/checks.h"
 #include "torch/ops.h"
 
 namespace moa {
 
-static ScoreFunc score_func_of(int64_t value) {
-  STD_TORCH_CHECK(value == 0 || value == 1, "score_func is ", value, "; allowed are 0 (softmax) and 1 (sigmoid)");
-  return static_cast<ScoreFunc>(value);
-}
-
-static void check_slots(int64_t tokens, int64_t top_k, int64_t experts) {
-  STD_TORCH_CHECK(tokens * top_k < (int64_t{1} << 31) && experts < (int64_t{1} << 31) - 1, tokens, " tokens x ", top_k,
-                  " and ", experts, " experts: slots and experts are counted in int32; route in pieces");
-}
-
 static Tensors4 topk_and_sort(const Tensor& logits, int64_t top_k, int64_t score_func, bool norm_topk_prob,
                               const OptionalTensor& selection_bias, const OptionalTensor& mask) {
   const int64_t tokens = logits.size(0), experts = logits.size(1);
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= experts, "top_k is ", top_k, " with ", experts,
-                  " experts; allowed are 1 to the number of experts");
-  check_slots(tokens, top_k, experts);
+  check_topk(tokens, experts, top_k);
   TopkParams p{};
   p.logits_type = dtype_of(logits, "logits");
   const ScalarType acc = acc_type(p.logits_type);

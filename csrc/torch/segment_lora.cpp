@@ -5,26 +5,22 @@
 
 #include "common/scratch.h"
 #include "isa/table.h"
+#include "torch/checks.h"
 #include "torch/ops.h"
 
 namespace moa {
 namespace {
 
-// The checked arguments that forward and backward share, and whatever had to be copied to be read by a kernel.
-struct Arguments {
-  Tensor x, lora_A, lora_B, weights, offsets, order;
+// x and the adapters, checked, and whatever had to be copied to be read by a kernel.
+struct Adapters {
+  Tensor x, lora_A, lora_B;
   std::vector<double> scale;
-  std::vector<int32_t> ranks;
   ScalarType acc;
 
-  Arguments(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B, const Tensor& w, const Tensor& off,
-            const Tensor& ord, const OptionalTensor& expert_scaling, double scaling, const OptionalTensor& ranks_)
+  Adapters(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B, double scaling)
       : x((check_tensor(x_, "x", {-1, -1}), with_dense_rows(x_))),
         lora_A((check_tensor(A, "lora_A", {-1, -1, x_.size(1)}), dense(A))),
-        lora_B((check_tensor(B, "lora_B", {A.size(0), -1, A.size(1)}, A.scalar_type()), dense(B))),
-        weights((check_tensor(w, "weights", {x_.size(0), -1}), dense(w))),
-        offsets((check_tensor(off, "expert_offsets", {A.size(0) + 1}, ScalarType::Int), dense(off))),
-        order((check_tensor(ord, "order", {w.size(0) * w.size(1)}, ScalarType::Int), dense(ord))) {
+        lora_B((check_tensor(B, "lora_B", {A.size(0), -1, A.size(1)}, A.scalar_type()), dense(B))) {
     p->x_type = dtype_of(x, "x");
     p->adapter_type = dtype_of(lora_A, "lora_A");
     const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
@@ -32,12 +28,8 @@ struct Arguments {
                     name_of(lora_A.scalar_type()), " under x of ", name_of(x.scalar_type()),
                     "; allowed are x's own dtype, and float32 under bfloat16 or float16");
     acc = acc_type(p->x_type);
-    check_tensor(weights, "weights", {x.size(0), -1}, acc);
-    const int64_t experts = lora_A.size(0);
-    STD_TORCH_CHECK(experts >= 1 && lora_A.size(1) >= 1, "lora_A has shape ", shape_of(lora_A),
+    STD_TORCH_CHECK(lora_A.size(0) >= 1 && lora_A.size(1) >= 1, "lora_A has shape ", shape_of(lora_A),
                     "; at least one expert and rank 1 are needed");
-    p->seg = {data<int32_t>(offsets), data<int32_t>(order), x.size(0), weights.size(1), experts};
-    check_segments(p->seg);
     p->in = x.size(1);
     p->out = lora_B.size(1);
     p->rank = lora_A.size(1);
@@ -45,9 +37,27 @@ struct Arguments {
     p->ldx = row_stride(x);
     p->lora_A = data<void>(lora_A);
     p->lora_B = data<void>(lora_B);
-    p->weights = data<void>(weights);
+    scale.assign(lora_A.size(0), scaling);
+    p->scale = scale.data();
+    p->ranks = nullptr;
+  }
+};
 
-    scale.assign(experts, scaling);
+// Adapters and a routing that came from outside: what forward and backward share.
+struct Arguments : Adapters {
+  Tensor weights, offsets, order;
+  std::vector<int32_t> ranks;
+
+  Arguments(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B, const Tensor& w, const Tensor& off,
+            const Tensor& ord, const OptionalTensor& expert_scaling, double scaling, const OptionalTensor& ranks_)
+      : Adapters(p, x_, A, B, scaling),
+        weights((check_tensor(w, "weights", {x_.size(0), -1}, acc), dense(w))),
+        offsets((check_tensor(off, "expert_offsets", {A.size(0) + 1}, ScalarType::Int), dense(off))),
+        order((check_tensor(ord, "order", {w.size(0) * w.size(1)}, ScalarType::Int), dense(ord))) {
+    const int64_t experts = lora_A.size(0);
+    p->seg = {data<int32_t>(offsets), data<int32_t>(order), x.size(0), weights.size(1), experts};
+    check_segments(p->seg);
+    p->weights = data<void>(weights);
     if (expert_scaling.has_value()) {
       check_tensor(*expert_scaling, "expert_scaling", {experts});
       const Tensor s = dense(*expert_scaling);
@@ -58,8 +68,6 @@ struct Arguments {
         for (int64_t e = 0; e < experts; ++e) scale[e] *= static_cast<double>(data<float>(s)[e]);
       }
     }
-    p->scale = scale.data();
-    p->ranks = nullptr;
     if (!ranks_.has_value()) return;
     check_tensor(*ranks_, "ranks", {experts});
     const Tensor r = dense(*ranks_);
@@ -119,6 +127,65 @@ Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& l
   p.h = data<void>(h);
   kernels().forward(p);
   return {y, h};
+}
+
+Tensor routed_lora_cpu(const Tensor& x, const Tensor& router_weight, int64_t top_k, int64_t score_func,
+                       bool norm_topk_prob, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                       const OptionalTensor& bias) {
+  ForwardParams p{};
+  const Adapters a(&p, x, lora_A, lora_B, scaling);
+  const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0), slots = tokens * top_k;
+  check_tensor(router_weight, "router_weight", {experts, p.in}, a.acc);
+  const Tensor router_rows = dense(router_weight);
+  OptionalTensor bias_row;
+  if (bias.has_value()) {
+    check_tensor(*bias, "bias", {p.out}, x.scalar_type());
+    bias_row = dense(*bias);
+    p.bias = data<void>(*bias_row);
+  }
+  check_topk(tokens, experts, top_k);
+  // One block of work memory for what the operators would return: logits, weights, h, ids, offsets, order.
+  const size_t acc_size = p.x_type == DType::f64 ? 8 : 4;
+  char* at = scratch<char>(Scratch::call_second, acc_size * (tokens * experts + slots * (1 + p.rank)) + 12 * slots +
+                                                     4 * (experts + 1) + 6 * 64);
+  auto take = [&](size_t bytes) {
+    char* block = at;
+    at += (bytes + 63) / 64 * 64;
+    return block;
+  };
+  RouterParams r{};
+  r.x_type = p.x_type;
+  r.tokens = tokens;
+  r.in = p.in;
+  r.experts = experts;
+  r.x = p.x;
+  r.ldx = p.ldx;
+  r.weight = data<void>(router_rows);
+  r.logits = take(acc_size * tokens * experts);
+  TopkParams t{};
+  t.logits_type = p.x_type == DType::f64 ? DType::f64 : DType::f32;
+  t.tokens = tokens;
+  t.experts = experts;
+  t.top_k = top_k;
+  t.logits = r.logits;
+  t.ldz = experts;
+  t.score_func = score_func_of(score_func);
+  t.norm_topk_prob = norm_topk_prob;
+  t.weights = take(acc_size * slots);
+  t.indices = reinterpret_cast<int64_t*>(take(8 * slots));
+  int32_t* offsets = reinterpret_cast<int32_t*>(take(4 * (experts + 1)));
+  int32_t* order = reinterpret_cast<int32_t*>(take(4 * slots));
+  Tensor y = empty_cpu({tokens, p.out}, x.scalar_type());
+  p.seg = {offsets, order, tokens, top_k, experts};
+  p.weights = t.weights;
+  p.y = data<void>(y);
+  p.h = take(acc_size * slots * p.rank);
+  const KernelTable& k = kernels();
+  k.router(r);
+  k.topk(t);
+  sort_by_expert(t.indices, slots, experts, offsets, order);
+  k.forward(p);
+  return y;
 }
 
 Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,

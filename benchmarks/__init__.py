@@ -1,0 +1,1 @@
+"""Benchmarks of moa_ops beside the alternatives and beside the floor: ``python -m benchmarks --help``."""

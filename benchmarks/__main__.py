@@ -1,0 +1,146 @@
+"""``python -m benchmarks``: run, ``compare a.json b.json``, ``readme FILE.json``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import kernels, layer, machine, memory, overhead, plot, record, report, training
+from benchmarks.inputs import DTYPES
+from benchmarks.options import Options
+from benchmarks.record import Case
+
+SECTIONS: dict[str, Callable[[Options], list[Case]]] = {
+    "layer": layer.run,
+    "training": training.run,
+    "kernels": kernels.run,
+    "memory": memory.run,
+    "overhead": overhead.run,
+}
+FULL, QUICK = 12.0, 2.0  # seconds of timing per case
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs what it asks for."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["compare"]:
+        compare(words[1:])
+    elif words[:1] == ["readme"]:
+        readme(words[1:])
+    else:
+        run(words)
+
+
+def run(words: list[str]) -> None:
+    """Measures, prints the tables, and writes JSON, Markdown and plots."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Kernels and layers beside nn.Linear, the alternatives in plain PyTorch, and the floor.",
+        epilog="Also: python -m benchmarks compare OLD.json NEW.json; python -m benchmarks readme FILE.json",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="under two minutes instead of ten; wider spreads"
+    )
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help="sections, by comma (default: %(default)s)"
+    )
+    parser.add_argument("--points", default="", help="parts of labels, by comma: T=16,E=64 (default: all)")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="by comma (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--budget", type=float, help=f"seconds of timing per case ({FULL:g}; quick {QUICK:g})"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results (default: build/bench)")
+    parser.add_argument(
+        "--record", action="store_true", help="into benchmarks/results/<machine>, to be committed"
+    )
+    args = parser.parse_args(words)
+    only, dtypes, points = (tuple(filter(None, s.split(","))) for s in (args.only, args.dtypes, args.points))
+    for name, given, known in (("--only", only, SECTIONS), ("--dtypes", dtypes, DTYPES)):
+        if not given or set(given) - set(known):
+            parser.error(f"{name} takes {', '.join(known)}; got {', '.join(given) or 'nothing'}")
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+
+    torch.set_num_threads(args.threads)
+    company = machine.Company()
+    budget = args.budget or (QUICK if args.quick else FULL)
+    options = Options(args.quick, budget, dtypes, points, args.threads)
+    document: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        **machine.commit(),
+        "machine": machine.describe(args.threads),
+        "versions": machine.versions(),
+        "settings": {"quick": args.quick, "seconds_per_case": budget},
+        "ceilings": machine.ceilings(min(budget, 4)),
+    }
+    print(report.header(document), flush=True)
+    cases: list[Case] = []
+    for section in only:
+        found = SECTIONS[section](options)
+        for table in report.tables(document, found):
+            print(f"\n{table.text()}", flush=True)
+        cases += found
+    document["company"] = company.percent()
+    print(f"\n{report.verdict(cases)}\n\n{report.header(document)}")
+    document["settings"]["wall_seconds"] = round(time.perf_counter() - options.started)
+
+    folder = args.out or machine.ROOT / "build" / "bench"
+    if args.record:
+        folder = args.out or machine.ROOT / "benchmarks" / "results" / document["machine"]["name"]
+    for path in write(folder, document, cases):
+        print(f"wrote {path}")
+
+
+def write(folder: Path, document: dict[str, Any], cases: list[Case]) -> list[Path]:
+    """``<date>.json``, ``.md``, ``.png`` and ``.svg`` in ``folder``."""
+    path = folder / f"{document['date']}.json"
+    record.save(path, document, cases)
+    pictures = plot.draw(document, cases, path)
+    picture = f"![extra time over the plain layer]({pictures[-1].name})\n\n" if pictures else ""
+    body = "\n\n".join(table.markdown() for table in report.tables(document, cases))
+    header = report.header(document).replace("\n", "  \n")
+    text = f"# {document['machine']['name']}, {document['date']}\n\n{header}\n\n{picture}{body}"
+    path.with_suffix(".md").write_text(f"{text}\n\n## Verdict\n\n{_list(report.verdict(cases))}\n")
+    return [path, path.with_suffix(".md"), *pictures]
+
+
+def compare(words: list[str]) -> None:
+    """Prints which points of two records differ by more than their noise."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=compare.__doc__)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    args = parser.parse_args(words)
+    (old, before), (new, after) = record.load(args.before), record.load(args.after)
+    for key in ("cpu", "threads", "isa"):
+        if old["machine"][key] != new["machine"][key]:
+            print(f"note: {key} differs: {old['machine'][key]} and {new['machine'][key]}")
+    print(report.comparison(*record.changes(before, after)))
+
+
+def readme(words: list[str]) -> None:
+    """Prints the Markdown table for the project's README."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=readme.__doc__)
+    parser.add_argument("file", type=Path)
+    path = parser.parse_args(words).file
+    resolved = path.resolve()
+    source = resolved.relative_to(machine.ROOT) if resolved.is_relative_to(machine.ROOT) else Path(path.name)
+    print(report.readme(*record.load(path), source.as_posix()))
+
+
+def _list(text: str) -> str:
+    """Lines of text as Markdown: a blank line between a paragraph and the list under it."""
+    return (
+        text.replace(":\n- ", ":\n\n- ").replace("\nSlower", "\n\nSlower").replace("\nMissed", "\n\nMissed")
+    )
+
+
+if __name__ == "__main__":
+    main()

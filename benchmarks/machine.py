@@ -1,0 +1,136 @@
+"""What the figures were measured on: machine, versions, commit, and the ceilings of the kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moa_ops
+from benchmarks.timer import measure
+
+ROOT = Path(__file__).resolve().parent.parent
+ZEN = {23: {range(0x31): "zen", range(0x31, 0x100): "zen2"}, 26: {range(0x100): "zen5"}}
+ZEN[25] = {
+    range(0x10): "zen3",
+    range(0x10, 0x20): "zen4",
+    range(0x20, 0x60): "zen3",
+    range(0x60, 0x100): "zen4",
+}
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """The machine: CPU, cores, threads used, instruction set of the kernels in use."""
+    info = _cpuinfo()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpu = info.get("model name") or platform.processor() or platform.machine()
+    architecture = _microarchitecture(info)
+    parts = (
+        re.sub(r"\(.*?\)|\bCPU\b|\b\d+-Core\b.*|@.*|\bProcessor\b", " ", cpu),
+        architecture,
+        f"{cores}core",
+    )
+    return {
+        "name": "-".join(re.findall(r"[a-z0-9]+", " ".join(parts).lower())),
+        "cpu": cpu,
+        "microarchitecture": architecture or None,
+        "family, model, stepping": ", ".join(info.get(k, "?") for k in ("cpu family", "model", "stepping")),
+        "cores": cores,
+        "threads": threads,
+        "isa": torch.ops.moa_ops.cpu_isa(),
+        "os": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, Any]:
+    build = json.loads(torch.ops.moa_ops.build_info())
+    return {
+        "moa_ops": moa_ops.__version__,
+        "built_with": f"{build['compiler']}, {build['build_type']}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> dict[str, Any]:
+    """The short commit, and whether the sources of the library differ from it."""
+    try:
+        head = _git("rev-parse", "--short=10", "HEAD")
+        return {"commit": head, "modified": bool(_git("status", "--porcelain", "--", "csrc", "moa_ops"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
+
+
+def ceilings(budget: float) -> dict[str, float]:
+    """The best measured here and now: GF/s of large GEMMs, GB/s (read and written) of a large copy."""
+    functions: dict[str, Callable[[], object]] = {}
+    flop: dict[str, float] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        for n in (1024, 2048):
+            a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+            functions[f"{name} {n}"] = lambda a=a, b=b: a @ b
+            flop[f"{name} {n}"] = 2.0 * n**3
+    source = torch.zeros(16 << 20)
+    target = torch.empty_like(source)
+    functions["copy"] = lambda: target.copy_(source)
+    timings = measure(functions, "copy", budget=budget)
+    rate = {name: 1e-9 * flop[name] / timings[name].seconds.least for name in flop}
+    return {
+        "gemm_float32_gflops": max(rate["float32 1024"], rate["float32 2048"]),
+        "gemm_bfloat16_gflops": max(rate["bfloat16 1024"], rate["bfloat16 2048"]),
+        "copy_gbytes_per_s": 2e-9 * source.nbytes / timings["copy"].seconds.least,
+    }
+
+
+class Company:
+    """How much of the machine other processes, or other guests of its host, took since this was made."""
+
+    def __init__(self) -> None:
+        self.before = self._read()
+
+    def percent(self) -> dict[str, float | None]:
+        """Of all cores' time: what other processes here used, and what the host gave to other guests."""
+        if self.before is None or (now := self._read()) is None:
+            return {"others_percent": None, "steal_percent": None}
+        total, busy, steal, own = (b - a for a, b in zip(self.before, now, strict=True))
+        return {"others_percent": 100 * max(0.0, busy - own) / total, "steal_percent": 100 * steal / total}
+
+    @staticmethod
+    def _read() -> tuple[float, float, float, float] | None:
+        """Seconds: of all cores, of those not idle, stolen, used by this process and its children."""
+        try:
+            ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        user, nice, system, idle, iowait, irq, softirq, steal = (n / os.sysconf("SC_CLK_TCK") for n in ticks)
+        busy = user + nice + system + irq + softirq
+        return busy + idle + iowait + steal, busy, steal, sum(os.times()[:4])
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _microarchitecture(info: dict[str, str]) -> str:
+    """Where the model name does not say it: AMD's generation, by family and model."""
+    if info.get("vendor_id") != "AuthenticAMD":
+        return ""
+    models = ZEN.get(int(info.get("cpu family", 0)), {})
+    return next((name for models_, name in models.items() if int(info["model"]) in models_), "")

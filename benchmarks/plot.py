@@ -1,0 +1,124 @@
+"""The picture of a record: what a mixture costs over the plain layer, beside the others and the floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.alternatives import PlainLora
+from benchmarks.record import OURS, Case
+
+INK, FAINT, OUR_COLOUR, OTHER, ONE = "#22313f", "#d9dee4", "#28536b", "#e0a458", "#7fb7be"
+LEGEND = ("MoALinear", "one plain LoRA, no routing", "best in plain PyTorch", "floor: arithmetic alone")
+LEAST = 1.0  # per cent: the left end of a logarithmic axis
+
+
+def draw(record: dict[str, Any], cases: list[Case], path: Path) -> list[Path]:
+    """Writes ``path`` as .png and .svg, and returns both; none without matplotlib or without a layer."""
+    dtypes = list(dict.fromkeys(c.dtype for c in cases if c.section == "layer"))
+    if not dtypes:
+        return []
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = {
+        "font.size": 10,
+        "axes.edgecolor": FAINT,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "svg.hashsalt": "moa_ops",
+        "svg.fonttype": "none",
+    }
+    with plt.rc_context(settings):
+        shown = {d: [c for c in cases if _shown(c) and c.dtype == d] for d in dtypes}
+        height = 1.9 + 0.46 * max(map(len, shown.values()))
+        figure, axes = plt.subplots(
+            1, len(dtypes), figsize=(5.6 * len(dtypes), height), sharey=False, squeeze=False
+        )
+        right = max(
+            _percent(c.best_alternative()[1]) for s in shown.values() for c in s if c.best_alternative()
+        )
+        for axis, dtype in zip(axes[0], dtypes, strict=True):
+            _panel(axis, shown[dtype], dtype, labels=dtype == dtypes[0], right=max(right, 100) * 1.4)
+        by_name = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+        names = [name for name in LEGEND if name in by_name]
+        figure.legend(
+            [by_name[name] for name in names], names, loc="upper left", bbox_to_anchor=(0.008, 0.925),
+            ncols=4, frameon=False, handletextpad=0.1, columnspacing=1.6,
+        )  # fmt: skip
+        figure.suptitle(
+            "Extra time of a mixture of two LoRAs over the plain layer, log scale",
+            x=0.016,
+            ha="left",
+            weight="bold",
+            size=13,
+        )
+        machine = record["machine"]
+        caption = (
+            f"{machine['cpu']} {machine['microarchitecture'] or ''}, {machine['threads']} threads, "
+            f"{machine['isa']}, torch {record['versions']['torch']}, commit {record['commit']}, "
+            f"{record['date']}; r=16, own router included"
+        )
+        if record["settings"]["quick"]:
+            caption += "; quick run"
+
+        figure.text(0.016, 0.015, caption, size=8, color="#7b8794")
+        figure.tight_layout(rect=(0, 0.03, 1, 0.9))
+        paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
+        figure.savefig(paths[0], dpi=160)
+        figure.savefig(paths[1], metadata={"Date": None})
+        plt.close(figure)
+    return paths
+
+
+def _shown(case: Case) -> bool:
+    return case.section in ("layer", "training") and case.cache == "warm" and case.ratio(OURS) is not None
+
+
+def _percent(ratio: float) -> float:
+    return max(LEAST, 100 * (ratio - 1))
+
+
+def _panel(axis: Any, cases: list[Case], dtype: str, labels: bool, right: float) -> None:
+    axis.set_xscale("log")
+    axis.set_xlim(LEAST * 0.9, right)
+    axis.set_ylim(len(cases) - 0.5, -0.5)
+    for row, case in enumerate(cases):
+        ours, best, one = case.ratio(OURS), case.best_alternative(), case.ratio(PlainLora.name)
+        first = row == 0
+        if best:
+            span = [_percent(ours), _percent(best[1])]
+            axis.plot(span, [row, row], color=FAINT, lw=2, zorder=1)
+            axis.scatter(span[1], row, s=62, color=OTHER, zorder=3, label=LEGEND[2] if first else None)
+            axis.annotate(
+                best[0], (span[1], row), xytext=(0, 7), textcoords="offset points", size=7, ha="center"
+            )
+        axis.scatter(
+            _percent(case.facts["floor"]), row, s=230, marker="|", color=INK, linewidths=1.7, zorder=2,
+            label=LEGEND[3] if first else None,
+        )  # fmt: skip
+        if one is not None:
+            axis.scatter(
+                _percent(one), row, s=52, facecolors="white", edgecolors=ONE, linewidths=2, zorder=3,
+                label=LEGEND[1] if first else None,
+            )  # fmt: skip
+        axis.scatter(
+            _percent(ours), row, s=78, color=OUR_COLOUR, zorder=4, label=LEGEND[0] if first else None
+        )
+    names = [("training  " if c.section == "training" else "") + c.label for c in cases]
+    axis.set_yticks(range(len(cases)), names if labels else [])
+    ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000) if t < right]
+    axis.set_xticks(ticks, [f"{'≤' if t == LEAST else '+'}{t} %" for t in ticks])
+    axis.minorticks_off()
+    axis.tick_params(length=0)
+    axis.grid(axis="x", color=FAINT, lw=0.7)
+    axis.set_axisbelow(True)
+    axis.set_title(dtype, loc="left", size=10, weight="bold")
+    for side in axis.spines.values():
+        side.set_visible(False)

@@ -1,0 +1,279 @@
+"""The tables of a record: as text for the terminal, as Markdown for the record and the README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.alternatives import PlainLora
+from benchmarks.options import DISTURBED
+from benchmarks.record import BASE, GEMMS, OURS, Case, Change, losses
+
+LAYER_NOTE = (
+    "Times relative to nn.Linear: medians of paired ratios, for ours with the quartiles. floor: 1 + extra "
+    "arithmetic. aim: what two AVX-512 cores should reach. best ÷ ours: the fastest PyTorch form over ours."
+)
+
+
+@dataclass
+class Table:
+    """Rows of text under columns; the first column is aligned left, the others right."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def text(self) -> str:
+        cells = [self.columns, *self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+
+        def line(row: list[str]) -> str:
+            first, *others = zip(row, widths, strict=True)
+            return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
+
+        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+        body = [self.title, rule, line(self.columns), rule, *map(line, self.rows), rule]
+        return "\n".join([*body, self.note] if self.note else body)
+
+    def markdown(self, heading: str = "## ") -> str:
+        rule = ["---"] + ["---:"] * (len(self.columns) - 1)
+        lines = ["| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows)]
+        parts = [f"{heading}{self.title}\n", "\n".join(lines)]
+        return "\n".join([*parts, f"\n{self.note}"] if self.note else parts)
+
+
+def tables(record: dict[str, Any], cases: list[Case]) -> Iterator[Table]:
+    """One per section that was run."""
+    for section, build in SECTIONS.items():
+        chosen = [case for case in cases if case.section == section]
+        if chosen:
+            table = build(chosen, record)
+            if any(_mark(case) for case in chosen):
+                table.note += f"\n*: other processes took more than {DISTURBED:.0f} % of the cores meanwhile."
+            yield table
+
+
+def header(record: dict[str, Any]) -> str:
+    """What the figures belong to, in three lines."""
+    machine, versions, ceilings = record["machine"], record["versions"], record.get("ceilings", {})
+    zen = f" ({machine['microarchitecture']})" if machine["microarchitecture"] else ""
+    commit = f"{record['commit'] or 'unknown'}{' with changes' if record['modified'] else ''}"
+    lines = [
+        f"{machine['cpu']}{zen}, {machine['cores']} cores, {machine['threads']} threads used, kernels for "
+        f"{machine['isa']}",
+        f"moa_ops {versions['moa_ops']} at commit {commit}, torch {versions['torch']}, Python "
+        f"{versions['python']}, {record['date']}",
+    ]
+    if ceilings:
+        lines.append(
+            f"measured ceilings: GEMM {ceilings['gemm_float32_gflops']:.0f} GF/s float32, "
+            f"{ceilings['gemm_bfloat16_gflops']:.0f} GF/s bfloat16; "
+            f"copy {ceilings['copy_gbytes_per_s']:.1f} GB/s"
+        )
+    company = record.get("company", {})
+    if company.get("others_percent") is not None:
+        lines.append(
+            f"meanwhile other processes took {company['others_percent']:.1f} % of the cores, "
+            f"other guests of the host {company['steal_percent']:.1f} %"
+        )
+    return "\n".join(lines)
+
+
+def verdict(cases: list[Case]) -> str:
+    """Where ours loses, and by how much it wins on the whole."""
+    lines = []
+    beside = [
+        c for c in cases if c.section in ("layer", "training") and c.ratio(OURS) and c.best_alternative()
+    ]
+    if beside:
+        logs = [math.log(case.best_alternative()[1] / case.ratio(OURS)) for case in beside]
+        mean = math.exp(sum(logs) / len(logs))
+        lines.append(
+            f"Best alternative ÷ ours, geometric mean over {len(beside)} layer and training cases: {mean:.2f}"
+        )
+    missed = [c for c in beside if c.facts.get("aim") and c.ratio(OURS) > c.facts["aim"]]
+    for title, found in (
+        ("Slower than an alternative", [_loss(loss) for loss in losses(cases)]),
+        (
+            f"Slower than {PlainLora.name} (which does a k-th of the work and routes nothing)",
+            [_loss(loss) for loss in losses(cases, to=PlainLora.name)],
+        ),
+        ("Missed aims", [f"{_where(c)}: {c.ratio(OURS):.3f} > {c.facts['aim']:.3f}" for c in missed]),
+    ):
+        lines.append(f"{title}: {'none' if not found else ''}".rstrip())
+        lines += [f"- {item}" for item in found]
+    return "\n".join(lines)
+
+
+def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
+    """The Markdown that the project's README shows: generated, never typed."""
+    rows = []
+    for section, what in (("layer", "forward"), ("training", "training step")):
+        for case in cases:
+            if case.section != section or case.cache != "warm":
+                continue
+            best = case.best_alternative()
+            plain = case.ratio(PlainLora.name)
+            rows.append(
+                [
+                    f"{what}, {case.label}",
+                    case.dtype,
+                    f"**{case.ratio(OURS):.2f}**",
+                    f"{case.facts['floor']:.2f}",
+                    f"{plain:.2f}" if plain else "–",
+                    f"{best[1]:.2f} ({best[0]})" if best else "–",
+                ]
+            )
+    columns = ["r=16, top-2", "dtype", "MoALinear", "floor", PlainLora.name, "best in plain PyTorch"]
+    table = Table("", columns, rows).markdown(heading="").strip()
+    machine = record["machine"]
+    zen = f", {machine['microarchitecture']}" if machine["microarchitecture"] else ""
+    caption = (
+        f"Time ÷ `nn.Linear` sharing the same weight, own router included; medians of paired samples. "
+        f"{machine['cpu']}{zen}, {machine['threads']} threads, {machine['isa']}; torch "
+        f"{record['versions']['torch']}; commit {record['commit']}, {record['date']}. From `{source}` by "
+        f"`python -m benchmarks readme`."
+    )
+    return f"{table}\n\n{caption}"
+
+
+def comparison(found: list[Change], compared: int) -> str:
+    """What ``python -m benchmarks compare`` prints."""
+    if not compared:
+        return "The records have no point in common."
+    lines = [f"{len(found)} of {compared} points changed beyond their noise (and by more than 1 %)."]
+    for change in sorted(found, key=lambda c: c.after / c.before):
+        percent = 100 * (change.after / change.before - 1)
+        where = " ".join(part for part in change.key if part != "warm")
+        lines.append(f"{percent:+6.1f} %  {change.before:.3f} -> {change.after:.3f}  {where}")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------- one per section
+
+
+def _beside_base(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
+    def build(cases: list[Case], record: dict[str, Any]) -> Table:
+        others = [name for name in _names(cases) if name not in (BASE, OURS)]
+        rows = []
+        for case in cases:
+            aim, best = case.facts.get("aim"), case.best_alternative()
+            base, ours = case.variants[BASE]["seconds"]["median"], case.variants[OURS]["ratio"]
+            rows.append(
+                [
+                    case.label,
+                    case.dtype + (", cold" if case.cache == "cold" else ""),
+                    f"{base * 1e3:.3f}",
+                    f"{ours['median']:.3f}",
+                    f"{ours['q1']:.3f}–{ours['q3']:.3f}{_mark(case)}",
+                    f"{aim:.3f}" if aim else "",
+                    f"{case.facts['floor']:.3f}",
+                    *("–" if case.ratio(name) is None else f"{case.ratio(name):.2f}" for name in others),
+                    f"{best[1] / ours['median']:.2f}" if best else "",
+                ]
+            )
+        columns = ["", "dtype", "nn.Linear ms", OURS, "quartiles", "aim", "floor", *others, "best ÷ ours"]
+        return Table(title, columns, rows, LAYER_NOTE)
+
+    return build
+
+
+def _kernels(cases: list[Case], record: dict[str, Any]) -> Table:
+    ceilings, rows = record["ceilings"], []
+    for case in cases:
+        ours = case.variants[OURS]["seconds"]["median"]
+        flop = case.facts.get("flop", 0) * 1e-9 / ours
+        traffic = case.facts["bytes"] * 1e-9 / ours
+        peak, copy = ceilings[f"gemm_{case.dtype}_gflops"], ceilings["copy_gbytes_per_s"]
+        rows.append(
+            [
+                case.label,
+                case.dtype,
+                f"{ours * 1e6:.0f}{_mark(case)}",
+                f"{flop:.0f}" if flop else "",
+                f"{100 * flop / peak:.0f} %" if flop else "",
+                f"{traffic:.1f}",
+                f"{100 * traffic / copy:.0f} %",
+                f"{1 / case.ratio(OURS):.2f}" if case.baseline == GEMMS else "",
+                f"{1 / case.ratio(OURS):.2f}" if case.baseline != GEMMS else "",
+            ]
+        )
+    columns = [
+        "kernel",
+        "dtype",
+        "µs",
+        "GF/s",
+        "of GEMM",
+        "GB/s",
+        "of copy",
+        "GEMMs ÷ ours",
+        "PyTorch ÷ ours",
+    ]
+    note = (
+        "GF/s of the chosen experts' products, beside a large GEMM in the same dtype; GB/s if everything "
+        "were read and written once, beside a large copy. GEMMs: products of the same FLOPs, nothing routed; "
+        "PyTorch: the same result."
+    )
+    return Table("Kernels", columns, rows, note)
+
+
+def _memory(cases: list[Case], record: dict[str, Any]) -> Table:
+    names = [name for name in _names(cases) if any("bytes" in c.variants.get(name, {}) for c in cases)]
+    rows = []
+    for case in cases:
+        cells = [case.variants[name].get("bytes") for name in names]
+        aim = case.facts.get("aim")
+        megabytes = [f"{value / 1e6:.1f}" if value is not None else "–" for value in cells]
+        rows.append([case.label, case.dtype, *megabytes, f"{aim / 1e6:.1f}" if aim else ""])
+    note = "MB kept alive by autograd for the backward of one layer; x and the parameters aside."
+    return Table("Memory saved for backward", ["", "dtype", *names, "aim"], rows, note)
+
+
+def _overhead(cases: list[Case], record: dict[str, Any]) -> Table:
+    names = _names(cases)
+    rows = []
+    for case in cases:
+        timed = case.timed()
+        cells = (f"{timed[n]['seconds']['median'] * 1e6:.1f}" if n in timed else "–" for n in names)
+        rows.append([case.label, *cells])
+    note = "µs per call, one token through 32→32, E=8, r=4: almost nothing but Python and dispatch."
+    return Table("Overhead", ["", *names], rows, note)
+
+
+def _import(cases: list[Case], record: dict[str, Any]) -> Table:
+    rows = [[f"{c.facts['torch']:.2f}", f"{c.facts['moa_ops'] * 1e3:.0f} ms"] for c in cases]
+    return Table("Import", ["import torch, s", "import moa_ops after it"], rows)
+
+
+SECTIONS: dict[str, Callable[[list[Case], dict[str, Any]], Table]] = {
+    "layer": _beside_base("Forward, no gradients"),
+    "training": _beside_base("Training step: base frozen, gradients of x, router and adapters"),
+    "kernels": _kernels,
+    "memory": _memory,
+    "overhead": _overhead,
+    "import": _import,
+}
+
+
+def _names(cases: list[Case]) -> list[str]:
+    """All variants, in the order in which they first appear, the base and ours first."""
+    found = dict.fromkeys(name for case in cases for name in case.variants)
+    first = [name for name in (BASE, OURS) if name in found]
+    return [*first, *(name for name in found if name not in first)]
+
+
+def _mark(case: Case) -> str:
+    return " *" if case.facts.get("others_percent", 0) > DISTURBED else ""
+
+
+def _where(case: Case) -> str:
+    cold = ", cold" if case.cache == "cold" else ""
+    return f"{case.section}, {case.label}, {case.dtype}{cold}"
+
+
+def _loss(loss: Any) -> str:
+    sure = "" if loss.certain else " (within the noise)"
+    return f"{_where(loss.case)}: {loss.factor:.3f} × {loss.other}{sure}"

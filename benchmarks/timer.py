@@ -1,0 +1,141 @@
+"""The one timer of all benchmarks: interleaved, paired samples.
+
+In every round each function is sampled once, so that all of them see the same machine; what a neighbour or
+the clock does to one round it does to all. What is reported is the median over rounds of *this function's
+time / the baseline's time in the same round*, which is steadier than a ratio of two separate medians.
+
+A sample is preceded by an untimed call of the same function, so each is timed in its own steady state
+("warm"), or by a sweep through a buffer larger than the last cache ("cold"), as a layer deep in a model finds
+its weights. Without either, a function would pay for whatever the one before it left in the caches.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+MIN_SAMPLE = 300e-6  # seconds: faster functions are called several times per sample
+FLUSH_BYTES = 128 << 20  # beyond the share of the last cache that a core or two get
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles, the 95 % confidence interval of the median itself, and the least value."""
+
+    median: float
+    q1: float
+    q3: float
+    low: float
+    high: float
+    least: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """The interval is that of the order statistics: nothing is assumed about the distribution."""
+        ordered = sorted(values)
+        n = len(ordered)
+        reach = 0.98 * math.sqrt(n)
+        low, high = math.floor((n - 1) / 2 - reach), math.ceil((n - 1) / 2 + reach)
+        return cls(
+            _quantile(ordered, 0.5),
+            _quantile(ordered, 0.25),
+            _quantile(ordered, 0.75),
+            ordered[max(low, 0)],
+            ordered[min(high, n - 1)],
+            ordered[0],
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call of one function, and its paired ratio to the baseline."""
+
+    seconds: Spread
+    ratio: Spread
+    rounds: int
+    calls: int  # per sample
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    functions: dict[str, Callable[[], object]],
+    baseline: str,
+    *,
+    budget: float,
+    cold: bool = False,
+    min_rounds: int = 7,
+    max_rounds: int = 300,
+) -> dict[str, Timing]:
+    """Times ``functions`` against the one named ``baseline``, for about ``budget`` seconds in all.
+
+    The order is A B C A B C ..., starting one later each round. The garbage collector is off meanwhile.
+    """
+    once = {name: _calibrate(function) for name, function in functions.items()}
+    calls = {name: 1 if cold else max(1, math.ceil(MIN_SAMPLE / once[name])) for name in functions}
+    flush = _flusher() if cold else None
+    per_round = sum(once[name] * (1 if cold else 2 * calls[name]) for name in functions)
+    if flush:
+        per_round += len(functions) * _calibrate(flush)
+    rounds = min(max_rounds, max(min_rounds, round(budget / per_round)))
+
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    gc.collect()
+    gc.disable()
+    try:
+        for shift in range(rounds):
+            start = shift % len(names)
+            for name in names[start:] + names[:start]:
+                if flush:
+                    flush()
+                else:
+                    functions[name]()
+                samples[name].append(_sample(functions[name], calls[name]))
+    finally:
+        gc.enable()
+    base = samples[baseline]
+    return {
+        name: Timing(
+            Spread.of(times),
+            Spread.of([mine / other for mine, other in zip(times, base, strict=True)]),
+            rounds,
+            calls[name],
+        )
+        for name, times in samples.items()
+    }
+
+
+def _sample(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def _calibrate(function: Callable[[], object]) -> float:
+    """Warms the function up (at least three calls and 20 ms) and says roughly how long one call takes."""
+    deadline = time.perf_counter() + 0.02
+    times: list[float] = []
+    while len(times) < 3 or time.perf_counter() < deadline:
+        times.append(_sample(function, 1))
+    return min(times)
+
+
+def _flusher() -> Callable[[], object]:
+    buffer = torch.zeros(FLUSH_BYTES // 4)
+    return lambda: buffer.add_(1)
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    position = q * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

@@ -75,6 +75,7 @@ def main() -> None:
         with stages.stage("pretraining the base", settings.pretrain_steps) as step:
             base = build_base(settings)
             pretrain(base, corpus.pretrain, settings, step)
+            base.save_pretrained(arguments.out / "base")
 
         config = MoAConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=TARGETS, top_k=1)
         for name in DOMAINS:

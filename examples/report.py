@@ -146,7 +146,7 @@ def plot(
         axes.set_title("Which expert the routers chose")
         axes.set_ylabel("domain of the text")
         axes = figure.add_subplot(grid[1, 1])
-        limit = max(0.1, matrix.abs().max().item())
+        limit = 1.0  # bits; what lies beyond has the colour of the end
         _heatmap(axes, matrix, domains, experts, "RdBu", limit, -limit, "{:+.2f}")
         axes.set_title("Each adapter by id: bits per byte minus the base")
         figure.savefig(path)

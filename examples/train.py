@@ -21,14 +21,16 @@ Progress = Callable[[float], None]  # called after every step with the loss in b
 class Settings:
     """Sizes of one run. Steps are fixed, not time, so that a run can be repeated exactly."""
 
-    hidden_size: int = 192
-    layers: int = 4
+    hidden_size: int = 256
+    layers: int = 3
     intermediate_size: int = 640
     rank: int = 8
-    pretrain_steps: int = 300
-    adapter_steps: int = 40
-    router_steps: int = 40
-    batch: int = 8
+    pretrain_steps: int = 480
+    adapter_steps: int = 120
+    router_steps: int = 110
+    pretrain_batch: int = 4  # windows of CONTEXT bytes a step, or as many bytes in shorter ones
+    adapter_batch: int = 2
+    router_batch: int = 32
     pretrain_bytes: int = 4_000_000
     adapt_bytes: int = 400_000
     heldout_windows: int = 48
@@ -42,10 +44,10 @@ FAST = Settings(
     hidden_size=128,
     layers=2,
     intermediate_size=384,
-    pretrain_steps=60,
-    adapter_steps=10,
-    router_steps=15,
-    pretrain_bytes=400_000,
+    pretrain_steps=150,
+    adapter_steps=40,
+    router_steps=30,
+    pretrain_bytes=1_000_000,
     adapt_bytes=60_000,
     heldout_windows=16,
     matrix_windows=8,
@@ -81,17 +83,23 @@ def share(model: nn.Module) -> nn.Module:
 
 
 def pretrain(model: LlamaForCausalLM, stream: Tensor, settings: Settings, progress: Progress) -> None:
-    """Next-byte training on the pretraining stream: Muon for the blocks' matrices, AdamW for the rest."""
+    """Next-byte training on the pretraining stream: Muon for the blocks' matrices, AdamW for the rest.
+
+    Every step sees as many bytes, in windows that are short at first: a small model learns faster that way.
+    """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    muon = Muon(matrices, lr=8e-3)
-    adam = torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    muon_rate, adam_rate = 12e-3, 10e-3
+    muon = Muon(matrices, lr=muon_rate)
+    adam = torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed + 1)
     for step in range(settings.pretrain_steps):
         rate = _warmup_and_decay(step, settings.pretrain_steps)
-        muon.lr, adam.param_groups[0]["lr"] = 8e-3 * rate, 5e-3 * rate
-        windows = random_windows(stream, settings.batch, CONTEXT, generator)
+        muon.lr, adam.param_groups[0]["lr"] = muon_rate * rate, adam_rate * rate
+        done = step / settings.pretrain_steps
+        length = CONTEXT // 4 if done < 0.6 else CONTEXT // 2 if done < 0.85 else CONTEXT
+        windows = random_windows(stream, settings.pretrain_batch * CONTEXT // length, length, generator)
         loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
         muon.step()
@@ -118,8 +126,10 @@ def train_adapter(
         optimizer.param_groups[0]["lr"] = lr * _warmup_and_decay(step, steps)
         windows = torch.cat(
             [
-                random_windows(streams[(step * settings.batch + row) % len(streams)], 1, CONTEXT, generator)
-                for row in range(settings.batch)
+                random_windows(
+                    streams[(step * settings.adapter_batch + row) % len(streams)], 1, CONTEXT, generator
+                )
+                for row in range(settings.adapter_batch)
             ]
         )
         loss = model(input_ids=windows, labels=windows).loss
@@ -130,30 +140,24 @@ def train_adapter(
 
 
 def train_router(
-    model: MoAModel, corpus: Corpus, settings: Settings, progress: Progress, *, lr: float = 2e-2
+    model: MoAModel, corpus: Corpus, settings: Settings, progress: Progress, *, lr: float = 3e-2
 ) -> None:
     """Trains the routers alone, teacher-forced.
 
-    Every row runs through its domain's adapter, weighted with the probability the router gave it, so that the
-    LM loss and the router's cross-entropy reach the router.
+    Every row, as long as a prompt, runs through its domain's adapter, weighted with the probability the router
+    gave it, so that the LM loss and the router's cross-entropy both reach the router.
     """
     model.set_trainable(experts=False, router=True)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed + 3)
-    length, names = 2 * PROMPT, model.adapters
+    names = model.adapters
     for step in range(settings.router_steps):
         optimizer.param_groups[0]["lr"] = lr * _warmup_and_decay(step, settings.router_steps)
-        ids = torch.randint(len(names), (2 * settings.batch,), generator=generator)
+        ids = torch.randint(len(names), (settings.router_batch,), generator=generator)
         windows = torch.cat(
-            [random_windows(corpus.domains[names[e]].adapt, 1, length, generator) for e in ids]
+            [random_windows(corpus.domains[names[e]].adapt, 1, PROMPT, generator) for e in ids]
         )
-        out = model(
-            windows,
-            labels=windows,
-            domain_ids=ids,
-            routing_mode="teacher_forced",
-            routing_mask=prompt_mask(windows),
-        )
+        out = model(windows, labels=windows, domain_ids=ids, routing_mode="teacher_forced")
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -171,7 +175,7 @@ class Muon:
     Matrices of one shape go through the steps together, as a batch.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95):
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.8):
         self.lr, self.momentum = lr, momentum
         self.groups: dict[tuple[int, int], list[nn.Parameter]] = {}
         for matrix in matrices:
@@ -188,7 +192,7 @@ class Muon:
             updates = torch._foreach_lerp(gradients, averages, self.momentum)
             wide = torch.stack([u if u.shape[0] == rows else u.t() for u in updates])
             wide /= wide.norm(dim=(1, 2), keepdim=True) + 1e-7
-            for _ in range(5):
+            for _ in range(3):
                 gram = wide @ wide.mT
                 gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
                 wide = torch.baddbmm(wide, gram, wide, beta=3.4445)

@@ -37,16 +37,22 @@ def as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 2 else x[None]
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone, as
-    PyTorch does).
-    """
-    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (the meta device has none, and PyTorch raises when asked)."""
+    if x.is_cpu:  # spares the device object
+        return torch.is_autocast_enabled("cpu")
+    device_type = x.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on for x's device; float64 is left as it is."""
+    if not under_autocast(x):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in (x, *others)
     )
 
 
@@ -54,7 +60,7 @@ def _adapter(parameter: Tensor, x: Tensor) -> Tensor:
     """``parameter`` as the kernels take it under x: x's dtype or float32 stay; a third dtype is autocast's
     doing.
     """
-    if parameter.dtype in (x.dtype, torch.float32) or not torch.is_autocast_enabled(x.device.type):
+    if parameter.dtype in (x.dtype, torch.float32) or not under_autocast(x):
         return parameter
     return parameter.to(x.dtype)
 
@@ -310,18 +316,11 @@ def routed_moa_linear(
     Takes what the layer has checked: all tensors on one device, x and weight of one dtype, ``score_func`` as
     a number. The operators check again what they read memory with.
     """
-    rows = as_rows(x)
     if router_weight.dtype is not torch.float32 or x.dtype is torch.float64:
         router_weight = router_weight.to(accumulation_dtype(x.dtype))
-    if needs_grad(rows, lora_A, lora_B, router_weight, weight, bias):
-        router = (router_weight, top_k, score_func, norm_topk_prob)
-        y = autograd.RoutedMoALinear.apply(rows, weight, bias, lora_A, lora_B, *router, scaling)[0]
-    else:
-        _, weights, _, expert_offsets, order = ops.linear_routing(
-            rows, router_weight, top_k, score_func, norm_topk_prob, None, None
-        )
-        y, _ = ops.segment_lora(
-            rows, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, None, bias
-        )
-        y.addmm_(rows, weight.t())
+    layer = (weight, bias, lora_A, lora_B, router_weight, top_k, score_func, norm_topk_prob, scaling)
+    if not needs_grad(x, lora_A, lora_B, router_weight, weight, bias):
+        return ops.routed_linear(x, *layer)
+    rows = as_rows(x)
+    y = autograd.RoutedMoALinear.apply(rows, *layer)[0]
     return y if rows is x else y.view(*x.shape[:-1], lora_B.shape[1])

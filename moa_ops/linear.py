@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_ops import functional
+from moa_ops import functional, ops
 from moa_ops.functional import SCORE_FUNCS
 from moa_ops.reference import accumulation_dtype
 from moa_ops.routing import Routing
@@ -37,8 +37,11 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[..., E]`` of x ``[..., in]``, in float32 (float64 for float64 x), also under autocast."""
         dtype = accumulation_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if functional.under_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x, weight)
+        return F.linear(x, weight)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""
@@ -231,38 +234,46 @@ class MoALinear(nn.Module):
         mask: bool, the shape of x without its last dimension; tokens where it is False (padding) get no
             adapter and count nowhere. Not together with ``routing``, which says the same by index -1.
         """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be [..., {self.in_features}] (in_features), got shape {list(x.shape)}")
-        # At one token the mixture is some 16 µs of kernels. So the common case comes first, and parameters
-        # are read from their dictionaries: nn.Module.__getattr__ costs 0.3 µs each.
-        parameters, modules = self._parameters, self._modules
+        # At one token the mixture is some 20 µs of kernels, and beside weights that have just swept the caches
+        # every Python object touched is a miss: so the common case comes first, reads little, and checks
+        # nothing that the operators check.
+        modules = self._modules
         router = modules["router"]
         if (
             routing is None
             and mask is None
             and router is not None
-            and self.routing_level == "token"
             and modules["base_layer"] is None
-            and "parametrizations" not in modules
+            and self.routing_level == "token"
             and not (self.lora_dropout and self.training)
+            and "parametrizations" not in modules
         ):
-            weight, device_type = parameters["weight"], x.device.type
-            if x.dtype is weight.dtype and not torch.is_autocast_enabled(device_type):
-                return functional.routed_moa_linear(
+            parameters = self._parameters
+            weight = parameters["weight"]
+            if x.dtype is weight.dtype and not functional.under_autocast(x):
+                router_weight = router._parameters["weight"]
+                layer = (
                     x,
                     weight,
                     parameters["bias"],
                     parameters["lora_A"],
                     parameters["lora_B"],
-                    router._parameters["weight"],
+                    router_weight,
                     self.top_k,
                     SCORE_FUNCS[self.score_func],
                     self.norm_topk_prob,
                     self.scaling,
                 )
+                if torch.is_grad_enabled() or x.dtype is torch.float64:
+                    return functional.routed_moa_linear(*layer)
+                return ops.routed_linear(*layer)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [..., {self.in_features}] (in_features), got shape {list(x.shape)}")
         return self._forward_in_parts(x, routing, mask)
 
     def _forward_in_parts(self, x: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor:
+        if self.base_layer is None and x.dtype != self.weight.dtype and not functional.under_autocast(x):
+            raise TypeError(f"x is {x.dtype}, the layer's weight {self.weight.dtype}; convert one with .to()")
         if routing is None:
             _, routing = self.route(x, mask)
         elif mask is not None:

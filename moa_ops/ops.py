@@ -25,6 +25,7 @@ OPERATORS = (
     "linear_routing",
     "segment_lora",
     "segment_lora_backward",
+    "routed_linear",
 )
 
 topk_routing = torch.ops.moa_ops.topk_routing.default
@@ -33,6 +34,7 @@ sort_by_expert = torch.ops.moa_ops.sort_by_expert.default
 linear_routing = torch.ops.moa_ops.linear_routing.default
 segment_lora = torch.ops.moa_ops.segment_lora.default
 segment_lora_backward = torch.ops.moa_ops.segment_lora_backward.default
+routed_linear = torch.ops.moa_ops.routed_linear.default
 
 
 def has_kernels(device_type: str) -> bool:
@@ -46,7 +48,7 @@ def has_kernels(device_type: str) -> bool:
 # --------------------------------------------------------------------------- devices without compiled kernels
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` as a kernel: it sees tensors as they are, without autograd or autocast around it."""
 
     @functools.wraps(function)
@@ -59,10 +61,17 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # "default" serves every device that has no kernel of its own, so compiled ones always take precedence.
 for _name in OPERATORS:
-    torch.library.impl(f"moa_ops::{_name}", "default", _plain(getattr(reference, _name)))
+    torch.library.impl(f"moa_ops::{_name}", "default", plain(getattr(reference, _name)))
 
 
 # ------------------------------------------------------------------------------------------------------ fakes
+
+
+def _check_devices(first: Tensor, *others: Tensor | None) -> None:
+    """A compiled kernel refuses tensors of several devices; what is traced must not let them pass."""
+    for tensor in others:
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"tensors are on {first.device} and {tensor.device}; move them to one device")
 
 
 @torch.library.register_fake("moa_ops::topk_routing")
@@ -74,6 +83,7 @@ def _topk_routing(
     selection_bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(logits, selection_bias, mask)
     tokens, num_experts = logits.shape
     return (
         logits.new_empty(tokens, top_k, dtype=accumulation_dtype(logits.dtype)),
@@ -87,6 +97,7 @@ def _topk_routing(
 def _topk_routing_backward(
     grad_weights: Tensor, logits: Tensor, indices: Tensor, score_func: int, norm_topk_prob: bool
 ) -> Tensor:
+    _check_devices(logits, grad_weights, indices)
     return logits.new_empty(logits.shape)
 
 
@@ -108,6 +119,7 @@ def _linear_routing(
     selection_bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(x, router_weight)
     logits = x.new_empty(x.shape[0], router_weight.shape[0], dtype=accumulation_dtype(x.dtype))
     return (logits, *_topk_routing(logits, top_k, score_func, norm_topk_prob, selection_bias, mask))
 
@@ -126,6 +138,7 @@ def _segment_lora(
     base: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks, base, bias)
     return (
         x.new_empty(x.shape[0], lora_B.shape[1]),
         x.new_empty(order.shape[0], lora_A.shape[1], dtype=accumulation_dtype(x.dtype)),
@@ -156,6 +169,9 @@ def _segment_lora_backward(
     need_weights: bool,
     need_router: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(x, grad_y, lora_A, lora_B, weights, indices, expert_offsets, order, h)
+    _check_devices(x, expert_scaling, ranks, router_weight, logits)
+
     def grad(needed: bool, like: Tensor | None) -> Tensor:
         return x.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
 
@@ -166,3 +182,20 @@ def _segment_lora_backward(
         grad(need_weights, weights),
         grad(need_router, router_weight),
     )
+
+
+@torch.library.register_fake("moa_ops::routed_linear")
+def _routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    scaling: float,
+) -> Tensor:
+    _check_devices(x, weight, bias, lora_A, lora_B, router_weight)
+    return x.new_empty(*x.shape[:-1], lora_B.shape[1])

@@ -50,7 +50,7 @@ class Routing:
         num_experts < 1, and an error naming the id for one out of range.
         """
         if not isinstance(indices, Tensor):
-            indices = torch.as_tensor(indices)
+            indices = torch.as_tensor(indices, dtype=None if len(indices) else torch.int64)
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise TypeError(f"indices must be integers (expert ids), got {indices.dtype}")
         if indices.dim() not in (1, 2):

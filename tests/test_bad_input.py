@@ -1,0 +1,423 @@
+"""What does not fit is a clear Python error before memory is read with it, at every level; never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moa_ops
+from helpers import FORWARD, make_mixture, moa
+from moa_ops import MoALinear, Routing, functional
+from moa_ops.reference import SOFTMAX
+
+F64 = torch.float64
+
+
+def raises(message: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """``function`` raises, and says ``message``: what was given and what is allowed."""
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        function(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------- the functions
+
+
+def test_topk_routing() -> None:
+    logits = torch.randn(4, 5)
+    route = moa_ops.topk_routing
+    raises(r"top_k must be between 1 and the number of experts, 5; got 6", route, logits, 6)
+    raises(r"got 0", route, logits, 0)
+    raises(r"got -1", route, logits, -1)
+    raises(
+        r"score_func must be one of \['sigmoid', 'softmax'\], got 'relu'", route, logits, 2, score_func="relu"
+    )
+    raises(r"floating, got torch.int64", route, logits.long(), 2)
+    raises(r"got a scalar", route, torch.tensor(1.0), 1)
+    raises(r"mask must be .*\[4\], got shape \[5\]", route, logits, 2, mask=torch.ones(5, dtype=torch.bool))
+    raises(r"mask must be torch.bool, got torch.float32", route, logits, 2, mask=torch.ones(4))
+    raises(
+        r"selection_bias must be \[E\] = \[5\], got shape \[4\]",
+        route,
+        logits,
+        2,
+        selection_bias=torch.ones(4),
+    )
+
+
+def test_linear_routing() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(5, 8)
+    route = functional.linear_routing
+    raises(r"got 6", route, x, weight, 6)
+    raises(r"router_weight must be \[E, in\] = \[\*, 8\], got shape \[5, 7\]", route, x, weight[:, :7], 2)
+    raises(r"mask must be .*\[4\]", route, x, weight, 2, mask=torch.ones(3, dtype=torch.bool))
+
+
+def test_from_indices() -> None:
+    make = Routing.from_indices
+    for bad in ([0, 5], [-2, 0], [2**40], [-(2**40)], [[0], [5]]):
+        raises(r"outside|out of range", make, bad, num_experts=5)
+    raises(r"5", make, [0, 5], num_experts=5)
+    raises(r"integers.*got torch.float32", make, torch.rand(3), num_experts=5)
+    raises(r"integers.*got torch.bool", make, torch.rand(3) < 1, num_experts=5)
+    raises(r"\[T\] or \[T, k\], got shape \[1, 1, 1\]", make, torch.zeros(1, 1, 1).long(), num_experts=5)
+    raises(r"num_experts must be at least 1, got 0", make, [-1], num_experts=0)
+    raises(r"shape of indices, \[2\], got \[3\]", make, [0, 1], torch.rand(3), num_experts=5)
+    raises(r"weights must be floating, got torch.int64", make, [0, 1], torch.ones(2).long(), num_experts=5)
+    routing = make([0, 1], num_experts=5)
+    raises(r"mask must be bool of shape \[2, 3\]", routing.repeat, 3, torch.ones(2, 4, dtype=torch.bool))
+    raises(r"repeats must be at least 0, got -1", routing.repeat, -1)
+
+
+FUNCTION_ERRORS: list[tuple[str, dict[str, Any]]] = [
+    (r"x must be \[\.\.\., 8\].*got shape \[6, 9\]", {"x": torch.randn(6, 9)}),
+    (r"x must be floating, got torch.int64", {"x": torch.ones(6, 8).long()}),
+    (r"lora_A must be torch.float32, got torch.float64", {"lora_A": torch.randn(3, 4, 8, dtype=F64)}),
+    (r"lora_A must be torch.float32, got torch.bfloat16", {"lora_A": torch.randn(3, 4, 8).bfloat16()}),
+    (r"lora_A must be \[E, r, in\].*got shape \[4, 8\]", {"lora_A": torch.randn(4, 8)}),
+    (r"lora_A must be \[E, r, in\] with E, r >= 1", {"lora_A": torch.randn(3, 0, 8)}),
+    (r"lora_B must be \[E, out, r\] = \[3, \*, 4\], got", {"lora_B": torch.randn(3, 10, 5)}),
+    (r"lora_B must be \[E, out, r\]", {"lora_B": torch.randn(2, 10, 4)}),
+    (r"routing must be a moa_ops.Routing, got Tensor", {"routing": torch.zeros(6)}),
+    (r"routing is for 4 experts, lora_A holds 3", {"routing": Routing.from_indices([0] * 6, num_experts=4)}),
+    (
+        r"routing is for 5 tokens, x .* has 6.*repeat",
+        {"routing": Routing.from_indices([0] * 5, num_experts=3)},
+    ),
+    (r"scaling must be a float or \[E\] = \[3\], got shape \[4\]", {"scaling": torch.ones(4)}),
+    (r"scaling has no gradient", {"scaling": torch.ones(3, requires_grad=True)}),
+    (r"ranks must be \[E\] = \[3\]", {"ranks": torch.ones(4).long()}),
+    (r"ranks must be torch.int32 or torch.int64, got torch.float32", {"ranks": torch.ones(3)}),
+    (r"ranks\[1\] is 5; allowed are 0 to 4", {"ranks": torch.tensor([4, 5, 1])}),
+    (r"ranks\[2\] is -1", {"ranks": torch.tensor([4, 4, -1], dtype=torch.int32)}),
+    (r"lora_B is on meta, x on cpu; move one", {"lora_B": torch.randn(3, 10, 4, device="meta")}),
+    (r"routing is on meta", {"routing": Routing.from_indices([0] * 6, num_experts=3).to("meta")}),
+]
+
+
+@pytest.mark.parametrize(("message", "given"), FUNCTION_ERRORS, ids=[m for m, _ in FUNCTION_ERRORS])
+@pytest.mark.parametrize("grad", [False, True])
+def test_segment_lora_and_moa_linear(message: str, given: dict[str, Any], grad: bool) -> None:
+    arguments = {
+        "x": torch.randn(6, 8, requires_grad=grad),
+        "lora_A": torch.randn(3, 4, 8),
+        "lora_B": torch.randn(3, 10, 4),
+        "routing": Routing.from_indices([0, 1, 2] * 2, num_experts=3),
+        **given,
+    }
+    raises(message, moa_ops.segment_lora, **arguments)
+    raises(message, moa_ops.moa_linear, weight=torch.randn(10, 8), bias=torch.randn(10), **arguments)
+
+
+def test_base_weight_and_bias() -> None:
+    x, lora = torch.randn(6, 8), (torch.randn(3, 4, 8), torch.randn(3, 10, 4))
+    routing = Routing.from_indices([0, 1, 2] * 2, num_experts=3)
+    for shape in ((6, 9), (5, 10), (10,)):
+        raises(
+            r"base must be .*\[6, 10\], got", moa_ops.segment_lora, x, *lora, routing, base=torch.randn(shape)
+        )
+    raises(
+        r"base must be torch.float32, got torch.float64",
+        moa_ops.segment_lora, x, *lora, routing, base=torch.randn(6, 10, dtype=F64),
+    )  # fmt: skip
+    linear = moa_ops.moa_linear
+    raises(
+        r"weight must be \[out, in\] = \[10, 8\], got", linear, x, torch.randn(8, 10), None, *lora, routing
+    )
+    raises(r"bias must be \[out\] = \[10\]", linear, x, torch.randn(10, 8), torch.randn(8), *lora, routing)
+    raises(r"weight must be torch.float32", linear, x, torch.randn(10, 8, dtype=F64), None, *lora, routing)
+    raises(r"on meta", linear, x, torch.randn(10, 8, device="meta"), None, *lora, routing)
+
+
+# -------------------------------------------------------------------------------------------------- the layer
+
+
+LAYER_ERRORS: list[tuple[str, dict[str, Any]]] = [
+    (r"top_k must be between 1 and the number of experts, 4; got 5", {"num_experts": 4, "top_k": 5}),
+    (r"got 0", {"top_k": 0}),
+    (r"num_experts must be at least 1, got 0", {"num_experts": 0}),
+    (r"r, the rank of the adapters, must be at least 1, got 0", {"r": 0}),
+    (r"routing_level must be one of \['token', 'sequence'\], got 'block'", {"routing_level": "block"}),
+    (r"score_func must be one of", {"score_func": "relu"}),
+    (r"lora_dropout must lie in \[0, 1\), got 1", {"lora_dropout": 1.0}),
+    (r"lora_dropout", {"lora_dropout": -0.1}),
+]
+
+
+@pytest.mark.parametrize(("message", "options"), LAYER_ERRORS, ids=[m for m, _ in LAYER_ERRORS])
+def test_layer_options(message: str, options: dict[str, Any]) -> None:
+    raises(message, MoALinear, 8, 8, **options)
+    raises(message, MoALinear.from_linear, nn.Linear(8, 8), **options)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_layer_input(grad: bool) -> None:
+    layer = MoALinear(8, 10, num_experts=3).requires_grad_(grad)
+    raises(r"x must be \[\.\.\., 8\] \(in_features\), got shape \[4, 9\]", layer, torch.randn(4, 9))
+    raises(r"got shape \[2, 2, 16\]", layer, torch.randn(2, 2, 16))  # as many numbers as 8 rows of 8
+    for dtype in (F64, torch.bfloat16, torch.int64):
+        raises(rf"x is {dtype}, the layer's weight torch.float32", layer, torch.ones(4, 8, dtype=dtype))
+    raises(r"meta", layer, torch.randn(4, 8, device="meta"))
+    raises(r"mask must be bool of shape \[4\]", layer, torch.randn(4, 8), mask=torch.ones(4))
+    raises(r"mask must be bool of shape \[2, 3\]", layer, torch.randn(2, 3, 8), mask=torch.ones(6) > 0)
+    routing = Routing.from_indices([0] * 4, num_experts=3)
+    raises(r"either routing or mask", layer, torch.randn(4, 8), routing, torch.ones(4) > 0)
+    raises(r"routing is for 4 tokens, x .* has 6", layer, torch.randn(6, 8), routing)
+    raises(r"must be a moa_ops.Routing, got Tensor", layer, torch.randn(6, 8), torch.ones(6) > 0)
+    layer.router = None
+    raises(r"no router.*give it a routing", layer, torch.randn(4, 8))
+    assert layer(torch.randn(4, 8), routing=routing).shape == (4, 10)
+    pooling = MoALinear(8, 10, routing_level="sequence")
+    raises(r"sequence.*takes x \[B, S, in\], got shape \[4, 8\]", pooling, torch.randn(4, 8))
+
+
+# ---------------------------------------------------------------------------------------------- the operators
+# They are reachable by anyone, so they trust nothing: whatever indexes memory is checked first.
+
+
+def corrupted(tensor: Tensor, position: int, value: int) -> Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[position] = value
+    return tensor
+
+
+def segment_problems() -> list[tuple[str, dict[str, Any]]]:
+    p = make_mixture(10, 8, 6, 4, 2, 3, ranks=True, expert_scaling=True, bias=True)
+    offsets, order = p.expert_offsets, p.order
+    big = 2**31 - 1
+    return [
+        (r"offsets", {"expert_offsets": corrupted(offsets, -1, 21)}),
+        (r"offsets", {"expert_offsets": corrupted(offsets, -1, big)}),
+        (r"offsets", {"expert_offsets": corrupted(offsets, 0, -1)}),
+        (r"offsets", {"expert_offsets": corrupted(offsets, 0, 1)}),
+        (r"offsets", {"expert_offsets": corrupted(offsets, 2, -5)}),
+        (r"offsets", {"expert_offsets": corrupted(offsets, 2, big)}),
+        (r"offsets", {"expert_offsets": offsets[:-1]}),
+        (r"offsets", {"expert_offsets": offsets.long()}),
+        (r"offsets", {"expert_offsets": offsets.float()}),
+        (r"offsets", {"expert_offsets": offsets.view(1, -1)}),
+        (r"order", {"order": corrupted(order, 0, 20)}),
+        (r"order", {"order": corrupted(order, 19, -1)}),
+        (r"order", {"order": corrupted(order, 5, big)}),
+        (r"order", {"order": corrupted(order, 5, -big)}),
+        (r"order", {"order": order[:-1]}),
+        (r"order", {"order": order.long()}),
+        (r"x", {"x": p.x[:, :7]}),
+        (r"x|weights|base", {"x": p.x[:9]}),
+        (r"x", {"x": p.x[0]}),
+        (r"lora_A|x", {"x": p.x.double()}),
+        (r"x", {"x": p.x.long()}),
+        (r"x", {"x": p.x.to(torch.complex64)}),
+        (r"lora_A", {"lora_A": p.lora_A[0]}),
+        (r"lora", {"lora_A": p.lora_A[:3]}),
+        (r"lora", {"lora_A": p.lora_A.double()}),
+        (r"lora", {"lora_A": p.lora_A.bfloat16(), "lora_B": p.lora_B.bfloat16()}),
+        (r"lora_B", {"lora_B": p.lora_B[:, :, :2]}),
+        (r"lora_A", {"lora_A": p.lora_A[:, :0], "lora_B": p.lora_B[:, :, :0]}),
+        (r"lora_A", {"lora_A": p.lora_A[:0], "lora_B": p.lora_B[:0], "expert_offsets": offsets[:1] * 0}),
+        (r"weights", {"weights": p.weights[0]}),
+        (r"weights", {"weights": p.weights.double()}),
+        (r"weights", {"weights": p.weights.half()}),
+        (r"order|weights|indices", {"weights": p.weights[:, :1]}),
+        (r"expert_scaling", {"expert_scaling": p.expert_scaling[:3]}),
+        (r"expert_scaling", {"expert_scaling": p.expert_scaling.long()}),
+        (r"ranks", {"ranks": p.ranks[:3]}),
+        (r"ranks", {"ranks": p.ranks.float()}),
+        (r"ranks\[0\] is 4", {"ranks": corrupted(p.ranks, 0, 4)}),
+        (r"ranks\[3\] is -1", {"ranks": corrupted(p.ranks, 3, -1)}),
+        (r"ranks", {"ranks": corrupted(p.ranks, 3, 2**40)}),
+        (r"base", {"base": p.base[:9]}),
+        (r"base", {"base": p.base.double()}),
+        (r"bias", {"bias": torch.randn(7)}),
+        (r"bias", {"bias": torch.randn(6).half()}),
+        *(
+            (rf"{name}|CPU|meta|device", {name: getattr(p, name).to("meta")})
+            for name in FORWARD
+            if name != "scaling"
+        ),
+    ]
+
+
+PROBLEMS = segment_problems()
+
+
+@pytest.mark.parametrize("problem", range(len(PROBLEMS)))
+def test_segment_lora_operators(problem: int) -> None:
+    message, given = PROBLEMS[problem]
+    p = make_mixture(10, 8, 6, 4, 2, 3, ranks=True, expert_scaling=True, bias=True)
+    h = p.forward()[1]
+    for name, value in given.items():
+        setattr(p, name, value)
+    raises(message, p.forward)
+    if not {"base", "bias"} & set(given):
+        raises(message, p.backward, h)
+
+
+def test_segment_lora_backward_operator() -> None:
+    p = make_mixture(10, 8, 6, 4, 2, 3)
+    h = p.forward()[1]
+    raises(r"h", p.backward, h[:-1])
+    raises(r"h", p.backward, h[:, :2])
+    raises(r"h", p.backward, h.double())
+    for grad in (p.grad_y[:9], p.grad_y[:, :5], p.grad_y.double(), p.grad_y[0]):
+        p.grad_y = grad
+        raises(r"grad_y", p.backward, h)
+
+
+def test_router_arguments_of_the_backward() -> None:
+    p = make_mixture(10, 8, 6, 4, 2, 3)
+    h = p.forward()[1]
+    good = {
+        "router_weight": torch.randn(4, 8),
+        "logits": torch.randn(10, 4),
+        "indices": p.indices,
+        "score": 0,
+    }
+
+    def backward(**given: Any) -> Any:
+        a = {**good, **given}
+        lora = (
+            p.x,
+            p.lora_A,
+            p.lora_B,
+            p.weights,
+            a["indices"],
+            p.expert_offsets,
+            p.order,
+            h,
+            None,
+            1.0,
+            None,
+        )
+        flags = (a["router_weight"], a["logits"], a["score"], False, True, False, False, False, True)
+        return moa.segment_lora_backward(p.grad_y, *lora, *flags)
+
+    backward()
+    for message, given in (
+        (r"router_weight", {"router_weight": torch.randn(4, 7)}),
+        (r"router_weight", {"router_weight": torch.randn(3, 8)}),
+        (r"router_weight", {"router_weight": torch.randn(4, 8).bfloat16()}),
+        (r"logits", {"logits": torch.randn(10, 5)}),
+        (r"logits", {"logits": torch.randn(9, 4)}),
+        (r"logits", {"logits": torch.randn(10, 4).bfloat16()}),
+        (r"logits", {"logits": None}),
+        (r"router", {"router_weight": None}),
+        (r"indices", {"indices": corrupted(p.indices, 3, 4)}),
+        (r"indices", {"indices": corrupted(p.indices, 3, -2)}),
+        (r"indices", {"indices": corrupted(p.indices, 3, 2**40)}),
+        (r"indices", {"indices": p.indices.int()}),
+        (r"indices", {"indices": p.indices[:9]}),
+        (r"score_func", {"score": 2}),
+        (r"score_func", {"score": -1}),
+    ):
+        raises(message, backward, **given)
+
+
+def test_routing_operators() -> None:
+    logits = torch.randn(5, 4)
+
+    def topk(z: Any = logits, k: int = 2, score: int = SOFTMAX, bias: Any = None, mask: Any = None) -> Any:
+        return moa.topk_routing(z, k, score, False, bias, mask)
+
+    topk()
+    raises(r"top_k is 5 with 4 experts", topk, k=5)
+    raises(r"top_k is 0", topk, k=0)
+    raises(r"top_k", topk, k=-(2**60))
+    raises(r"top_k", topk, k=2**60)
+    raises(r"score_func is 7", topk, score=7)
+    raises(r"logits", topk, z=logits[0])
+    raises(r"logits", topk, z=logits.long())
+    raises(r"top_k|logits", topk, z=logits[:, :0])
+    raises(r"selection_bias", topk, bias=torch.randn(5))
+    raises(r"selection_bias", topk, bias=torch.randn(4, dtype=F64))
+    raises(r"mask", topk, mask=torch.ones(4, dtype=torch.bool))
+    raises(r"mask", topk, mask=torch.ones(5))
+
+    _, ids, _, _ = topk()
+    grad = torch.randn(5, 2)
+
+    def backward(g: Any = grad, z: Any = logits, i: Any = ids, score: int = SOFTMAX) -> Any:
+        return moa.topk_routing_backward(g, z, i, score, True)
+
+    backward()
+    for bad in (4, -2, 2**40, -(2**40)):
+        raises(r"indices", backward, i=corrupted(ids, 3, bad))
+    raises(r"indices", backward, i=ids.int())
+    raises(r"indices", backward, i=ids[:4])
+    raises(r"grad_weights", backward, g=grad[:, :1])
+    raises(r"grad_weights", backward, g=grad.double())
+    raises(r"logits|indices", backward, z=logits[:4])
+    raises(r"score_func", backward, score=3)
+
+    for bad in (4, -2, 2**40, -(2**40)):
+        raises(r"id|range", moa.sort_by_expert, corrupted(ids, 3, bad), 4)
+    raises(r"indices", moa.sort_by_expert, ids.int(), 4)
+    raises(r"num_experts is 0", moa.sort_by_expert, ids, 0)
+    raises(r"num_experts", moa.sort_by_expert, ids, -3)
+    raises(r"experts", moa.sort_by_expert, ids, 2**40)
+
+
+def test_routed_operators() -> None:
+    good = {"x": torch.randn(5, 8), "w": torch.randn(4, 8), "k": 2, "score": 0, "A": torch.randn(4, 3, 8)}
+    good |= {"B": torch.randn(4, 6, 3), "bias": torch.randn(6), "weight": torch.randn(6, 8)}
+
+    def routed(**given: Any) -> Any:
+        a = {**good, **given}
+        lora = (a["A"], a["B"], a["w"], a["k"], a["score"], True, 1.0)
+        return moa.routed_linear(a["x"], a["weight"], a["bias"], *lora)
+
+    def linear(**given: Any) -> Any:
+        a = {**good, **given}
+        return moa.linear_routing(a["x"], a["w"], a["k"], a["score"], True, None, None)
+
+    routed()
+    linear()
+    for message, given in (
+        (r"top_k is 5", {"k": 5}),
+        (r"top_k is 0", {"k": 0}),
+        (r"score_func is 2", {"score": 2}),
+        (r"router_weight", {"w": torch.randn(4, 7)}),
+        (r"router_weight", {"w": torch.randn(4, 8).bfloat16()}),
+        (r"x", {"x": torch.ones(5, 8).long()}),
+    ):
+        raises(message, routed, **given)
+        raises(message, linear, **given)
+    for message, given in (
+        (r"router_weight", {"w": torch.randn(3, 8)}),
+        (r"lora_A", {"A": torch.randn(4, 3, 7)}),
+        (r"lora_B", {"B": torch.randn(4, 6, 2)}),
+        (r"lora", {"A": torch.randn(4, 3, 8, dtype=F64)}),
+        (r"bias", {"bias": torch.randn(5)}),
+        (r"bias", {"bias": torch.randn(6).half()}),
+        (r"weight", {"weight": torch.randn(6, 7)}),
+        (r"weight", {"weight": torch.randn(5, 8)}),
+        (r"weight", {"weight": torch.randn(6, 8).half()}),
+        (r"x|lora_A", {"x": torch.randn(2, 4, 4)}),
+        (r"x", {"x": torch.randn(())}),
+    ):
+        raises(message, routed, **given)
+
+
+def test_repeated_slots_do_not_write_out_of_bounds() -> None:
+    """order need not be a permutation to be safe: the result is meaningless, nothing is corrupted."""
+    p = make_mixture(64, 40, 24, 8, 2, 4)
+    for value in (0, 127):
+        p.order = torch.full_like(p.order, value)
+        y, h = p.forward()
+        assert y.shape == (64, 24)
+        assert len(p.backward(h)) == 4
+    p.expert_offsets = torch.tensor([0] * 8 + [128], dtype=torch.int32)
+    p.backward(p.forward()[1])
+    one = Routing.from_indices(torch.zeros(64, 40).long(), torch.rand(64, 40), num_experts=8)
+    y = moa_ops.segment_lora(p.x, p.lora_A, p.lora_B, one)  # one expert, forty times in every row
+    once = Routing.from_indices([0] * 64, one.weights.sum(1), num_experts=8)
+    torch.testing.assert_close(y, moa_ops.segment_lora(p.x, p.lora_A, p.lora_B, once), rtol=1e-4, atol=1e-3)
+
+
+def test_an_unknown_instruction_set() -> None:
+    before = moa.cpu_isa()
+    raises(r"'sse9'.*allowed are", moa.set_cpu_isa, "sse9")
+    assert moa.cpu_isa() == before

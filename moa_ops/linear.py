@@ -234,6 +234,8 @@ class MoALinear(nn.Module):
         mask: bool, the shape of x without its last dimension; tokens where it is False (padding) get no
             adapter and count nowhere. Not together with ``routing``, which says the same by index -1.
         """
+        if x.size(-1) != self.in_features:
+            raise ValueError(f"x must be [..., {self.in_features}] (in_features), got shape {list(x.shape)}")
         # At one token the mixture is some 20 µs of kernels, and beside weights that have just swept the caches
         # every Python object touched is a miss: so the common case comes first, reads little, and checks
         # nothing that the operators check.
@@ -267,8 +269,6 @@ class MoALinear(nn.Module):
                 if torch.is_grad_enabled() or x.dtype is torch.float64:
                     return functional.routed_moa_linear(*layer)
                 return ops.routed_linear(*layer)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be [..., {self.in_features}] (in_features), got shape {list(x.shape)}")
         return self._forward_in_parts(x, routing, mask)
 
     def _forward_in_parts(self, x: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor:

@@ -17,7 +17,13 @@ namespace MOA_ISA {
 struct Ahead {
   const char* at;
   const char* end;
+  int64_t pace = 256;  // bytes per step of a dot_tile: one to four lines
   Ahead(const void* p, int64_t bytes) : at(static_cast<const char*>(p)), end(at + bytes) {}
+  // Spreads what is wanted over so many steps.
+  void spread(int64_t steps) {
+    const int64_t lines = (end - at) / 64 / (steps > 0 ? steps : 1) + 1;
+    pace = 64 * (lines < 4 ? lines : 4);
+  }
   // The next `bytes` of it, all at once.
   void take(int64_t bytes) {
     const char* stop = end - at < bytes ? end : at + bytes;
@@ -26,28 +32,25 @@ struct Ahead {
 };
 
 // ---- dot -------------------------------------------------------------------------------------------------------------
-// x: M row pointers, and after them those of the rows to come. a: N rows, `lda` elements apart. out: out[m * ldo + n].
+// x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n]. soon_0, soon_1: two rows of x to come.
 template <class V, int M, int N>
-static void dot_tile(const typename V::In* const* x, const typename V::In* const* x_next, const typename V::In* a,
-                     int64_t lda, int64_t k_size, typename V::Acc* out, int64_t ldo, Ahead* ahead) {
+static void dot_tile(const typename V::In* const* x, const typename V::In* soon_0, const typename V::In* soon_1,
+                     const typename V::In* a, int64_t lda, int64_t k_size, typename V::Acc* out, int64_t ldo,
+                     Ahead* ahead) {
   using In = typename V::In;
   typename V::AccVec acc[M][N];
   const In* xp[M];
-  const In* xn[M];
   const In* ap[N];
   MOA_UNROLL
-  for (int m = 0; m < M; ++m) {
-    xp[m] = x[m];
-    xn[m] = x_next[m];
-  }
+  for (int m = 0; m < M; ++m) xp[m] = x[m];
   MOA_UNROLL
   for (int n = 0; n < N; ++n) ap[n] = a + n * lda;
   MOA_UNROLL
   for (int m = 0; m < M; ++m)
     MOA_UNROLL
     for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
-  // Four lines a step, if that many are wanted; else the same line again.
-  const int64_t step = ahead->end - ahead->at >= 256 * (k_size / V::kIn) ? 256 : 0;
+  // `pace` new lines a step, as long as there are any: a line asked for again costs nothing but its slot.
+  const int64_t step = ahead->end - ahead->at >= ahead->pace * (k_size / V::kIn) ? ahead->pace : 0;
   const char* soon = ahead->at;
   int64_t k = 0;
   for (; k + V::kIn <= k_size; k += V::kIn, soon += step) {
@@ -56,10 +59,11 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* const
     for (int n = 0; n < N; ++n) av[n] = V::load(ap[n] + k);
     MOA_UNROLL
     for (int n = 0; n < 4; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
+    __builtin_prefetch(soon_0 + k, 0, 2);
+    __builtin_prefetch(soon_1 + k, 0, 2);
     MOA_UNROLL
     for (int m = 0; m < M; ++m) {
       const typename V::InVec xv = V::load(xp[m] + k);
-      __builtin_prefetch(xn[m] + k, 0, 2);
       MOA_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, av[n], acc[m][n]);
     }
@@ -89,8 +93,9 @@ template <class V>
 static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_ahead, const typename V::In* a,
                       int64_t lda, int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer,
                       Ahead ahead) {
-  using Tile = void (*)(const typename V::In* const*, const typename V::In* const*, const typename V::In*, int64_t,
-                        int64_t, typename V::Acc*, int64_t, Ahead*);
+  using In = typename V::In;
+  using Tile = void (*)(const In* const*, const In*, const In*, const In*, int64_t, int64_t, typename V::Acc*, int64_t,
+                        Ahead*);
   constexpr int M = V::kDotM, N = V::kDotN;
   static_assert(M <= 6 && N <= 4, "the table below");
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
@@ -99,18 +104,22 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
    dot_tile<V, (m <= M ? m : 1), (3 <= N ? 3 : 1)>, dot_tile<V, (m <= M ? m : 1), (4 <= N ? 4 : 1)>}
   static constexpr Tile kTiles[6][4] = {MOA_ROW(1), MOA_ROW(2), MOA_ROW(3), MOA_ROW(4), MOA_ROW(5), MOA_ROW(6)};
 #undef MOA_ROW
-  auto tile = [&](int64_t m, int64_t n, bool fetch_x) {
+  const int64_t tiles = ((m_size + M - 1) / M) * ((n_size + N - 1) / N);
+  ahead.spread(tiles * (k_size / V::kIn));
+  // The rows of the next tile of x are fetched two at a time, while the groups of a pass over this one.
+  auto tile = [&](int64_t m, int64_t n, int64_t pass) {
     const int64_t rows = m_size - m < M ? m_size - m : M, cols = n_size - n < N ? n_size - n : N;
-    const bool more = fetch_x && m + rows + M <= m_size + m_ahead;
-    kTiles[rows - 1][cols - 1](x + m, x + m + (more ? rows : 0), a + n * lda, lda, k_size, out + m * ldo + n, ldo,
-                               &ahead);
+    const int64_t soon = m + rows + 2 * pass;
+    const bool more = pass < M / 2 && soon + 1 < m_size + m_ahead;
+    kTiles[rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, k_size,
+                               out + m * ldo + n, ldo, &ahead);
   };
   if (x_outer) {
     for (int64_t m = 0; m < m_size; m += M)
-      for (int64_t n = 0; n < n_size; n += N) tile(m, n, n == 0);
+      for (int64_t n = 0; n < n_size; n += N) tile(m, n, n / N);
   } else {
     for (int64_t n = 0; n < n_size; n += N)
-      for (int64_t m = 0; m < m_size; m += M) tile(m, n, n == 0);
+      for (int64_t m = 0; m < m_size; m += M) tile(m, n, n / N);
   }
 }
 

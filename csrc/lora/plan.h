@@ -34,8 +34,8 @@ struct Expand {
 inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t width) {
   const int64_t want = clamp(24 * experts / top_k, 256, 4096);
   const int64_t blocks = tokens < want * 3 / 2 ? 1 : ceil_div(tokens, want);
-  const int64_t token_block = ceil_div(tokens, blocks);
-  int64_t cols = clamp(kTile / 4 / (token_block > 0 ? token_block : 1) / 64 * 64, 64, 256);
+  const int64_t token_block = tokens > 0 ? ceil_div(tokens, blocks) : 1;
+  int64_t cols = clamp(kTile / 4 / token_block / 64 * 64, 64, 256);
   if (ceil_div(width, cols) * blocks < 8) cols = clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);
   return {token_block, cols};
 }

@@ -22,9 +22,9 @@ Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& l
                           const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
                           double scaling, const OptionalTensor& ranks, const OptionalTensor& base,
                           const OptionalTensor& bias);
-Tensor routed_lora_cpu(const Tensor& x, const Tensor& router_weight, int64_t top_k, int64_t score_func,
-                       bool norm_topk_prob, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                       const OptionalTensor& bias);
+Tensor routed_linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                         const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
+                         bool norm_topk_prob, double scaling);
 Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                                    const Tensor& weights, const Tensor& indices, const Tensor& expert_offsets,
                                    const Tensor& order, const Tensor& h, const OptionalTensor& expert_scaling,

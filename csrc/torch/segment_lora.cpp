@@ -1,6 +1,8 @@
 // Segment LoRA operators on the CPU: checks, allocation, kernels.
 #include "lora/lora.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <vector>
 
 #include "common/scratch.h"
@@ -98,7 +100,8 @@ struct Arguments : Adapters {
   }
 };
 
-Tensor none(ScalarType type) { return empty_cpu({0}, type); }
+// What stands for a gradient nobody asked for.
+Tensor none(const Tensor& like) { return empty_cpu({0}, like.scalar_type()); }
 
 }  // namespace
 
@@ -129,13 +132,17 @@ Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& l
   return {y, h};
 }
 
-Tensor routed_lora_cpu(const Tensor& x, const Tensor& router_weight, int64_t top_k, int64_t score_func,
-                       bool norm_topk_prob, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                       const OptionalTensor& bias) {
+Tensor routed_linear_cpu(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                         const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
+                         bool norm_topk_prob, double scaling) {
+  STD_TORCH_CHECK(x_.dim() >= 1, "x has no dimensions; expected [..., in]");
+  const int64_t dims = x_.dim();
+  const Tensor x = dims == 2 ? x_ : torch::stable::reshape(x_, {-1, x_.size(dims - 1)});
   ForwardParams p{};
   const Adapters a(&p, x, lora_A, lora_B, scaling);
   const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0), slots = tokens * top_k;
   check_tensor(router_weight, "router_weight", {experts, p.in}, a.acc);
+  check_tensor(weight, "weight", {p.out, p.in}, x.scalar_type());
   const Tensor router_rows = dense(router_weight);
   OptionalTensor bias_row;
   if (bias.has_value()) {
@@ -185,7 +192,14 @@ Tensor routed_lora_cpu(const Tensor& x, const Tensor& router_weight, int64_t top
   k.topk(t);
   sort_by_expert(t.indices, slots, experts, offsets, order);
   k.forward(p);
-  return y;
+  // The mixture with its bias is there; the base is added to it, which spares a pass over y.
+  const Tensor columns = torch::stable::transpose(weight, 0, 1);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), y.get(), a.x.get(), columns.get(), 1.0, 1.0));
+  if (dims == 2) return y;
+  std::vector<int64_t> shape(dims);
+  for (int64_t i = 0; i < dims - 1; ++i) shape[i] = x_.size(i);
+  shape[dims - 1] = p.out;
+  return torch::stable::view(y, {shape.data(), shape.size()});
 }
 
 Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
@@ -208,11 +222,11 @@ Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const 
 
   const bool router = router_weight.has_value() && (need_x || need_router);
   const bool sparse = score_func == 1 || norm_topk_prob;  // the gradient reaches the selected logits alone
-  Tensor dx = need_x ? empty_cpu({s.tokens, p.in}, x.scalar_type()) : none(x.scalar_type());
-  Tensor dA = need_A ? empty_cpu({s.experts, p.rank, p.in}, lora_A.scalar_type()) : none(lora_A.scalar_type());
-  Tensor dB = need_B ? empty_cpu({s.experts, p.out, p.rank}, lora_B.scalar_type()) : none(lora_B.scalar_type());
-  Tensor dw = need_weights || router ? empty_cpu({s.tokens, s.top_k}, a.acc) : none(a.acc);
-  Tensor d_router = need_router ? empty_cpu({s.experts, p.in}, a.acc) : none(a.acc);
+  Tensor dx = need_x ? empty_cpu({s.tokens, p.in}, x.scalar_type()) : none(x);
+  Tensor dA = need_A ? empty_cpu({s.experts, p.rank, p.in}, lora_A.scalar_type()) : none(x);
+  Tensor dB = need_B ? empty_cpu({s.experts, p.out, p.rank}, lora_B.scalar_type()) : none(x);
+  Tensor dw = need_weights || router ? empty_cpu({s.tokens, s.top_k}, a.acc) : none(x);
+  Tensor d_router = need_router ? empty_cpu({s.experts, p.in}, a.acc) : none(x);
   p.dw = need_weights || router ? data<void>(dw) : nullptr;
   p.dx = need_x ? data<void>(dx) : nullptr;
   p.dA = need_A ? data<void>(dA) : nullptr;
@@ -264,7 +278,7 @@ Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const 
     r.rows = rows;
     kernels().router_backward(r);
   }
-  return {dx, dA, dB, dw, d_router};
+  return {dx, dA, dB, need_weights ? dw : none(x), d_router};
 }
 
 }  // namespace moa

@@ -17,6 +17,7 @@ import moa_ops
 from benchmarks.timer import measure
 
 ROOT = Path(__file__).resolve().parent.parent
+DISTURBED = 10.0  # per cent of all cores taken by others, beyond which a measurement is repeated and marked
 ZEN = {23: {range(0x31): "zen", range(0x31, 0x100): "zen2"}, 26: {range(0x100): "zen5"}}
 ZEN[25] = {
     range(0x10): "zen3",
@@ -69,7 +70,10 @@ def commit() -> dict[str, Any]:
 
 
 def ceilings(budget: float) -> dict[str, float]:
-    """The best measured here and now: GF/s of large GEMMs, GB/s (read and written) of a large copy."""
+    """The best measured here and now: GF/s of large GEMMs, GB/s (read and written) of a large copy.
+
+    Measured up to three times if other processes are at work meanwhile: a ceiling is what is possible.
+    """
     functions: dict[str, Callable[[], object]] = {}
     flop: dict[str, float] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -80,12 +84,18 @@ def ceilings(budget: float) -> dict[str, float]:
     source = torch.zeros(16 << 20)
     target = torch.empty_like(source)
     functions["copy"] = lambda: target.copy_(source)
-    timings = measure(functions, "copy", budget=budget)
-    rate = {name: 1e-9 * flop[name] / timings[name].seconds.least for name in flop}
+    least: dict[str, float] = {}
+    for _ in range(3):
+        company = Company()
+        for name, timing in measure(functions, "copy", budget=budget).items():
+            least[name] = min(timing.seconds.least, least.get(name, float("inf")))
+        if (company.percent()["others_percent"] or 0) < DISTURBED:
+            break
+    rate = {name: 1e-9 * flop[name] / least[name] for name in flop}
     return {
         "gemm_float32_gflops": max(rate["float32 1024"], rate["float32 2048"]),
         "gemm_bfloat16_gflops": max(rate["bfloat16 1024"], rate["bfloat16 2048"]),
-        "copy_gbytes_per_s": 2e-9 * source.nbytes / timings["copy"].seconds.least,
+        "copy_gbytes_per_s": 2e-9 * source.nbytes / least["copy"],
     }
 
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from benchmarks.inputs import Shape
-from benchmarks.machine import Company
+from benchmarks.machine import DISTURBED, Company
 from benchmarks.record import OURS, Case
 
-DISTURBED = 10.0  # per cent of all cores taken by other processes: such a case is measured again and marked
 T = TypeVar("T", bound=Shape)
 
 

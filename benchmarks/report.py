@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.alternatives import PlainLora
-from benchmarks.options import DISTURBED
+from benchmarks.machine import DISTURBED
 from benchmarks.record import BASE, GEMMS, OURS, Case, Change, losses
 
 LAYER_NOTE = (

@@ -4,15 +4,16 @@ In every round each function is sampled once, so that all of them see the same m
 the clock does to one round it does to all. What is reported is the median over rounds of *this function's
 time / the baseline's time in the same round*, which is steadier than a ratio of two separate medians.
 
-A sample is preceded by an untimed call of the same function, so each is timed in its own steady state
-("warm"), or by a sweep through a buffer larger than the last cache ("cold"), as a layer deep in a model finds
-its weights. Without either, a function would pay for whatever the one before it left in the caches.
+A sample is preceded by untimed calls of the same function, so each is timed in its own steady state ("warm"),
+or by a sweep through a buffer larger than the last cache ("cold"), as a layer deep in a model finds its
+weights. Without either, a function would pay for whatever the one before it left in the caches.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-MIN_SAMPLE = 300e-6  # seconds: faster functions are called several times per sample
+MIN_SAMPLE = 1e-3  # seconds: faster functions are called several times per sample
+WARM_UP = 2e-3  # seconds of untimed calls before a warm sample, one call at least
 FLUSH_BYTES = 128 << 20  # beyond the share of the last cache that a core or two get
 
 
@@ -76,27 +78,29 @@ def measure(
 ) -> dict[str, Timing]:
     """Times ``functions`` against the one named ``baseline``, for about ``budget`` seconds in all.
 
-    The order is A B C A B C ..., starting one later each round. The garbage collector is off meanwhile.
+    Every round has its own order, so that no function always follows the same one. The garbage collector is
+    off meanwhile.
     """
     once = {name: _calibrate(function) for name, function in functions.items()}
-    calls = {name: 1 if cold else max(1, math.ceil(MIN_SAMPLE / once[name])) for name in functions}
+    calls = {name: 1 if cold else math.ceil(MIN_SAMPLE / once[name]) for name in functions}
+    before = {name: 0 if cold else math.ceil(WARM_UP / once[name]) for name in functions}
     flush = _flusher() if cold else None
-    per_round = sum(once[name] * (1 if cold else 2 * calls[name]) for name in functions)
+    per_round = sum(once[name] * (before[name] + calls[name]) for name in functions)
     if flush:
         per_round += len(functions) * _calibrate(flush)
     rounds = min(max_rounds, max(min_rounds, round(budget / per_round)))
 
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
+    names, shuffle = list(functions), random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for shift in range(rounds):
-            start = shift % len(names)
-            for name in names[start:] + names[:start]:
+        for _ in range(rounds):
+            shuffle.shuffle(names)
+            for name in names:
                 if flush:
                     flush()
-                else:
+                for _ in range(before[name]):
                     functions[name]()
                 samples[name].append(_sample(functions[name], calls[name]))
     finally:

@@ -6,7 +6,7 @@
 1. A small Llama over bytes is pretrained on text found on this machine.
 2. One LoRA per domain is trained, each alone, and saved as a file.
 3. They are composed into MoALinear layers, which share the base's weights.
-4. One router per block learns the domain from the first 64 bytes, teacher-forced: loss = LM + cross-entropy.
+4. One router per block learns the domain from half a window, teacher-forced: loss = LM + cross-entropy.
 5. The mixture is compared with the base, with the right adapter by id, and with one LoRA on mixed data.
 
 A toy trained from scratch mirrors the layout of the Mixture-of-LoRAs paper (2403.03432), not its numbers.
@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import transformers
 from corpus import DESCRIPTIONS, DOMAINS, Corpus, load_corpus, package_versions
 from evaluate import (
     Scores,
@@ -63,6 +64,7 @@ def main() -> None:
         highlight=False,
     )
     torch.manual_seed(settings.seed)
+    transformers.utils.logging.disable_progress_bar()
 
     with Stages(console) as stages:
         with stages.stage("reading text on this machine"):

@@ -192,7 +192,7 @@ def _bars(
     axes.set_xticks(range(len(domains)), domains)
     axes.set_ylabel("bits per byte")
     axes.set_title(
-        "Held-out text, bytes after a 64-byte prompt (lower is better; lines: standard error over windows)"
+        "Held-out text, bytes after the prompt (lower is better; lines: standard error over windows)"
     )
     axes.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=9)
 

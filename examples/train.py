@@ -13,7 +13,7 @@ from inject import MoAModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-PROMPT = 64  # bytes a router may read; bits per byte are counted on what follows
+PROMPT = 128  # bytes a router may read; bits per byte are counted on what follows
 Progress = Callable[[float], None]  # called after every step with the loss in bits per byte
 
 
@@ -25,9 +25,9 @@ class Settings:
     layers: int = 3
     intermediate_size: int = 640
     rank: int = 8
-    pretrain_steps: int = 480
+    pretrain_steps: int = 450
     adapter_steps: int = 120
-    router_steps: int = 110
+    router_steps: int = 90
     pretrain_batch: int = 4  # windows of CONTEXT bytes a step, or as many bytes in shorter ones
     adapter_batch: int = 2
     router_batch: int = 32
@@ -144,8 +144,8 @@ def train_router(
 ) -> None:
     """Trains the routers alone, teacher-forced.
 
-    Every row, as long as a prompt, runs through its domain's adapter, weighted with the probability the router
-    gave it, so that the LM loss and the router's cross-entropy both reach the router.
+    Every row is as long as a prompt and runs through its domain's adapter, weighted with the probability the
+    router gave it, so that both the LM loss and the router's cross-entropy reach the router.
     """
     model.set_trainable(experts=False, router=True)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -94,14 +94,23 @@ def verdict(cases: list[Case]) -> str:
         lines.append(
             f"Best alternative ÷ ours, geometric mean over {len(beside)} layer and training cases: {mean:.2f}"
         )
-    missed = [c for c in beside if c.facts.get("aim") and c.ratio(OURS) > c.facts["aim"]]
+    missed = [
+        f"{_where(c)}: {c.ratio(OURS):.3f} > {c.facts['aim']:.3f}"
+        for c in beside
+        if c.facts.get("aim") and c.ratio(OURS) > c.facts["aim"]
+    ]
+    missed += [
+        f"{_where(c)}: {c.variants[OURS]['bytes'] / 1e6:.1f} > {c.facts['aim'] / 1e6:.1f} MB"
+        for c in cases
+        if c.section == "memory" and c.facts["aim"] and c.variants[OURS]["bytes"] > c.facts["aim"]
+    ]
     for title, found in (
         ("Slower than an alternative", [_loss(loss) for loss in losses(cases)]),
         (
             f"Slower than {PlainLora.name} (which does a k-th of the work and routes nothing)",
             [_loss(loss) for loss in losses(cases, to=PlainLora.name)],
         ),
-        ("Missed aims", [f"{_where(c)}: {c.ratio(OURS):.3f} > {c.facts['aim']:.3f}" for c in missed]),
+        ("Missed aims", missed),
     ):
         lines.append(f"{title}: {'none' if not found else ''}".rstrip())
         lines += [f"- {item}" for item in found]

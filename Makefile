@@ -4,6 +4,7 @@
 #   TORCH=2.13.0        the torch to install (pip's own settings, such as PIP_INDEX_URL, say from where)
 #   MOA_CUDA=auto|0|1   build the CUDA kernels (CMakeLists.txt)
 #   FAST=1              make demo: the short form            ARGS=...     passed on to pytest, the demo, the benchmarks
+#   QUICK=1             make bench: the short form
 #   CUDA=1              make wheel: with CUDA kernels, and +cuXYZ in the version
 
 PYTHON ?= python3
@@ -31,7 +32,7 @@ test: build  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: build  ## micro-benchmarks against the alternatives
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 wheel: $(VENV)/.tools  ## a wheel in dist/ (CUDA=1: with CUDA kernels)
 	rm -rf build/lib* build/bdist*

@@ -48,8 +48,8 @@ inline void from_acc(float v, double* out) { *out = v; }
 inline void from_acc(float v, bf16_t* out) {  // round to nearest, ties to even
   const uint32_t u = as_bits(v);
   const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  out->bits = nan ? static_cast<uint16_t>(u >> 16 | 0x40u)
-                  : static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+  out->bits =
+      nan ? static_cast<uint16_t>(u >> 16 | 0x40u) : static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 inline void from_acc(float v, f16_t* out) {
 #if defined(MOA_HAS_AVX2)
@@ -75,6 +75,15 @@ template <class S, class D>
 inline void convert_row(const S* src, D* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_acc(to_acc(src[i]), dst + i);
 }
+#if defined(MOA_HAS_AVX512_BF16)
+inline void convert_row(const float* src, bf16_t* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(src + i))));
+  for (; i < n; ++i) from_acc(src[i], dst + i);
+}
+#endif
 #if defined(MOA_HAS_AVX512)
 inline void convert_row(const bf16_t* src, float* dst, int64_t n) {
   int64_t i = 0;

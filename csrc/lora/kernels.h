@@ -56,8 +56,7 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
 // how many there are; `next` is the expert asked for after this one, to be fetched ahead. coef: [slots, ldc] in sorted order, weight and scale folded in.
 template <class V, class T, class Panel, class Fetch>
 static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, int64_t width, T* y, const T* base,
-                   int64_t ldbase, const T* bias, const Panel& panel,
-                   const Fetch& fetch) {
+                   int64_t ldbase, const T* bias, const Panel& panel, const Fetch& fetch) {
   using Acc = typename V::Acc;
   using In = typename V::In;
   const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width);

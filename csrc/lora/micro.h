@@ -46,9 +46,8 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   MOA_UNROLL
   for (int n = 0; n < N; ++n) ap[n] = a + n * lda;
   MOA_UNROLL
-  for (int m = 0; m < M; ++m)
-    MOA_UNROLL
-    for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
+  for (int m = 0; m < M; ++m) MOA_UNROLL
+  for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
   // `pace` new lines a step, as long as there are any: a line asked for again costs nothing but its slot.
   const int64_t step = ahead->end - ahead->at >= ahead->pace * (k_size / V::kIn) ? ahead->pace : 0;
   const char* soon = ahead->at;
@@ -94,14 +93,16 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
                       int64_t lda, int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer,
                       Ahead ahead) {
   using In = typename V::In;
-  using Tile = void (*)(const In* const*, const In*, const In*, const In*, int64_t, int64_t, typename V::Acc*, int64_t,
-                        Ahead*);
+  using Tile =
+      void (*)(const In* const*, const In*, const In*, const In*, int64_t, int64_t, typename V::Acc*, int64_t, Ahead*);
   constexpr int M = V::kDotM, N = V::kDotN;
   static_assert(M <= 6 && N <= 4, "the table below");
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
-#define MOA_ROW(m)                                                                       \
-  {dot_tile<V, (m <= M ? m : 1), 1>, dot_tile<V, (m <= M ? m : 1), (2 <= N ? 2 : 1)>,    \
-   dot_tile<V, (m <= M ? m : 1), (3 <= N ? 3 : 1)>, dot_tile<V, (m <= M ? m : 1), (4 <= N ? 4 : 1)>}
+#define MOA_ROW(m)                                                                                       \
+  {                                                                                                      \
+    dot_tile<V, (m <= M ? m : 1), 1>, dot_tile<V, (m <= M ? m : 1), (2 <= N ? 2 : 1)>,                   \
+        dot_tile<V, (m <= M ? m : 1), (3 <= N ? 3 : 1)>, dot_tile<V, (m <= M ? m : 1), (4 <= N ? 4 : 1)> \
+  }
   static constexpr Tile kTiles[6][4] = {MOA_ROW(1), MOA_ROW(2), MOA_ROW(3), MOA_ROW(4), MOA_ROW(5), MOA_ROW(6)};
 #undef MOA_ROW
   const int64_t tiles = ((m_size + M - 1) / M) * ((n_size + N - 1) / N);
@@ -230,8 +231,7 @@ static inline void transpose_16(const uint32_t* src, int64_t lds, int cols, uint
   for (int i = 0; i < 16; ++i)
     if (i < cols) _mm512_storeu_si512(dst + i * ldd, r[i]);
 }
-static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst,
-                             int64_t ldd) {
+static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
   int64_t j = 0;
   for (; j + 16 <= rows; j += 16)
     for (int64_t i = 0; i < cols; i += 16)
@@ -239,8 +239,7 @@ static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int
   if (j < rows) transpose_plain(src + j * lds, lds, rows - j, cols, dst + j, ldd);
 }
 #else
-static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst,
-                             int64_t ldd) {
+static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
   for (int64_t j = 0; j < rows; j += 16)  // blocks of 16 rows keep the written lines in L1
     transpose_plain(src + j * lds, lds, rows - j < 16 ? rows - j : 16, cols, dst + j, ldd);
 }
@@ -252,15 +251,14 @@ static inline void transpose(const double* src, int64_t lds, int64_t rows, int64
   transpose_plain(src, lds, rows, cols, dst, ldd);
 }
 
-
 // Pairs for kPack == 2: dst = a0 b0 a1 b1 ...; a null b counts as zeros.
 static inline void interleave(const bf16_t* a, const bf16_t* b, int64_t n, bf16_t* dst) {
   int64_t i = 0;
 #if defined(MOA_HAS_AVX512_BF16)
   for (; i + 16 <= n; i += 16) {
     const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i)));
-    const __m256i bits = b != nullptr ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i))
-                                      : _mm256_setzero_si256();
+    const __m256i bits =
+        b != nullptr ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i)) : _mm256_setzero_si256();
     _mm512_storeu_si512(dst + 2 * i, _mm512_or_si512(lo, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
   }
 #endif

@@ -125,8 +125,8 @@ struct Lora {
       const In** rows = scratch<const In*>(Scratch::pointers, known - begin);
       In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, (end - begin) * k_size);
       for (int64_t q = begin; q < known; ++q)
-        rows[q - begin] = row_as<V, TX>(x + s.order[q] / s.top_k * ldx, k_size,
-                                        direct ? nullptr : buffer + (q - begin) * k_size);
+        rows[q - begin] =
+            row_as<V, TX>(x + s.order[q] / s.top_k * ldx, k_size, direct ? nullptr : buffer + (q - begin) * k_size);
       int64_t pos = begin;
       for (int64_t e = expert_at(s, pos); pos < end; ++e) {
         const int64_t stop = min64(s.offsets[e + 1], end), used = min64(rank_of(e), j1);
@@ -162,18 +162,20 @@ struct Lora {
     const Segments& s = p.seg;
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
-    shrink(static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank),
-           [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
-           [&](int64_t e) { return Ahead(A + e * p.rank * p.in, p.rank * p.in * static_cast<int64_t>(sizeof(TA))); });
+    shrink(
+        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank),
+        [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
+        [&](int64_t e) { return Ahead(A + e * p.rank * p.in, p.rank * p.in * static_cast<int64_t>(sizeof(TA))); });
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
     In* coef = scratch<In>(Scratch::call_first, n * coef_ld(false));
     coefficients(h, nullptr, false, coef);
-    expand<V, TX>(s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
-                  static_cast<const TX*>(f.bias),
-                  [&](int64_t e, int64_t c0, int64_t cols, const In** rows) { return b_panel(e, c0, cols, rows); },
-                  [&](int64_t e, int64_t c0, int64_t cols) {
-                    return Ahead(B + (e * p.out + c0) * p.rank, cols * p.rank * static_cast<int64_t>(sizeof(TA)));
-                  });
+    expand<V, TX>(
+        s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
+        static_cast<const TX*>(f.bias),
+        [&](int64_t e, int64_t c0, int64_t cols, const In** rows) { return b_panel(e, c0, cols, rows); },
+        [&](int64_t e, int64_t c0, int64_t cols) {
+          return Ahead(B + (e * p.out + c0) * p.rank, cols * p.rank * static_cast<int64_t>(sizeof(TA)));
+        });
   }
 
   // u = dy B and dw = s <h, u>.
@@ -183,9 +185,10 @@ struct Lora {
     Acc* u = static_cast<Acc*>(b.u);
     plan::Shrink plan = plan::shrink(n, p.rank);
     if (plan.slots == 48) plan.slots = 128;  // repacking B costs a tenth of 48 rows
-    shrink(static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan,
-           [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
-           [&](int64_t e) { return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA))); });
+    shrink(
+        static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan,
+        [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
+        [&](int64_t e) { return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA))); });
     if (b.dw == nullptr) return;
     const Acc* h = static_cast<const Acc*>(b.h);
     Acc* dw = static_cast<Acc*>(b.dw);
@@ -210,11 +213,12 @@ struct Lora {
       coefficients(static_cast<const Acc*>(b.u), dz, router, coef);
       const Acc* router_weight = router ? static_cast<const Acc*>(b.router_weight) : nullptr;
       if (b.dx != nullptr)
-        expand<V, TX>(s, coef, ldc, p.in, static_cast<TX*>(b.dx), nullptr, 0, nullptr,
-                      [&](int64_t e, int64_t c0, int64_t cols, const In** rows) {
-                        return a_panel(e, c0, cols, rows, router_weight);
-                      },
-                      [&](int64_t, int64_t, int64_t) { return Ahead(A, 0); });
+        expand<V, TX>(
+            s, coef, ldc, p.in, static_cast<TX*>(b.dx), nullptr, 0, nullptr,
+            [&](int64_t e, int64_t c0, int64_t cols, const In** rows) {
+              return a_panel(e, c0, cols, rows, router_weight);
+            },
+            [&](int64_t, int64_t, int64_t) { return Ahead(A, 0); });
       if (b.dA != nullptr || b.d_router != nullptr) {
         TA* dA = static_cast<TA*>(b.dA);
         Acc* d_router = static_cast<Acc*>(b.d_router);

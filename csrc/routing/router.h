@@ -23,21 +23,20 @@ static void router_logits(const RouterParams& p) {
     const int64_t t0 = task / splits * plan.tokens, e0 = task % splits * plan.expert_split;
     const int64_t m = p.tokens - t0 < plan.tokens ? p.tokens - t0 : plan.tokens;
     const int64_t n = p.experts - e0 < plan.expert_split ? p.experts - e0 : plan.expert_split;
-    const int64_t known = direct && m + V::kDotM < p.tokens - t0 ? m + V::kDotM : direct ? p.tokens - t0 : m;
-    const In** rows = scratch<const In*>(Scratch::pointers, known);
-    In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
-    for (int64_t i = 0; i < known; ++i) {
-      const T* row = x + (t0 + i) * p.ldx;
-      if constexpr (direct) {
-        rows[i] = row;
-      } else {
-        convert_row(row, buffer + i * p.in, p.in);
-        rows[i] = buffer + i * p.in;
-      }
-    }
     const Ahead rest(weight + e0 * p.in, plan.x_outer && t0 == 0 ? n * p.in * static_cast<int64_t>(sizeof(In)) : 0);
-    dot_block<V>(rows, m, known - m, weight + e0 * p.in, p.in, n, p.in, logits + t0 * p.experts + e0, p.experts,
-                 plan.x_outer, rest);
+    // Rows that must be converted go tile by tile where x stays in L1.
+    const int64_t step = direct || !plan.x_outer ? m : V::kDotM;
+    const int64_t left = p.tokens - t0;
+    const int64_t known = direct ? (m + V::kDotM < left ? m + V::kDotM : left) : step;
+    const In** rows = scratch<const In*>(Scratch::pointers, known);
+    In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, step * p.in);
+    for (int64_t i0 = 0; i0 < m; i0 += step) {
+      const int64_t here = m - i0 < step ? m - i0 : step, readable = direct ? known : here;
+      for (int64_t i = 0; i < readable; ++i)
+        rows[i] = row_as<V, T>(x + (t0 + i0 + i) * p.ldx, p.in, direct ? nullptr : buffer + i * p.in);
+      dot_block<V>(rows, here, readable - here, weight + e0 * p.in, p.in, n, p.in, logits + (t0 + i0) * p.experts + e0,
+                   p.experts, plan.x_outer, rest);
+    }
   });
 }
 
@@ -51,12 +50,13 @@ static void router_backward(const RouterBackwardParams& p) {
   const In* dz = static_cast<const In*>(p.dz);
   T* dx = static_cast<T*>(p.dx);
   if (dx != nullptr)
-    expand<V, T>(all, dz, p.experts, p.in, dx, dx, p.in, nullptr,
-                 [&](int64_t, int64_t col, int64_t, const In** rows) {
-                   for (int64_t e = 0; e < p.experts; ++e) rows[e] = weight + e * p.in + col;
-                   return p.experts;
-                 },
-                 [&](int64_t, int64_t, int64_t) { return Ahead(weight, 0); });
+    expand<V, T>(
+        all, dz, p.experts, p.in, dx, dx, p.in, nullptr,
+        [&](int64_t, int64_t col, int64_t, const In** rows) {
+          for (int64_t e = 0; e < p.experts; ++e) rows[e] = weight + e * p.in + col;
+          return p.experts;
+        },
+        [&](int64_t, int64_t, int64_t) { return Ahead(weight, 0); });
   In* dw = static_cast<In*>(p.d_weight);
   if (dw != nullptr)
     gram<V, T>(

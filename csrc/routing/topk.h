@@ -48,8 +48,8 @@ static inline float exp_acc(float x) {
   q = q * r * r + r + 1.0f;
   // 2^n in two factors: n reaches -150, below the exponents of normal numbers.
   const int32_t i = static_cast<int32_t>(n), half = i / 2;
-  const float y = q * as_float(static_cast<uint32_t>(half + 127) << 23) *
-                  as_float(static_cast<uint32_t>(i - half + 127) << 23);
+  const float y =
+      q * as_float(static_cast<uint32_t>(half + 127) << 23) * as_float(static_cast<uint32_t>(i - half + 127) << 23);
   return x != x ? x : y;
 }
 static inline double exp_acc(double x) { return std::exp(x); }

@@ -81,9 +81,10 @@ Tensor topk_routing_backward_cpu(const Tensor& grad_weights, const Tensor& logit
   const Tensor z = with_dense_rows(logits), ids = dense(indices), grad = dense(grad_weights);
   p.indices = data<int64_t>(ids);
   for (int64_t i = 0; i < tokens * p.top_k; ++i)
-    STD_TORCH_CHECK(p.indices[i] >= -1 && p.indices[i] < experts && (p.indices[i] < 0) == (p.indices[i / p.top_k * p.top_k] < 0),
-                    "indices[", i / p.top_k, ", ", i % p.top_k, "] is ", p.indices[i], "; allowed are 0 to ", experts - 1,
-                    ", or -1 in a whole row");
+    STD_TORCH_CHECK(
+        p.indices[i] >= -1 && p.indices[i] < experts && (p.indices[i] < 0) == (p.indices[i / p.top_k * p.top_k] < 0),
+        "indices[", i / p.top_k, ", ", i % p.top_k, "] is ", p.indices[i], "; allowed are 0 to ", experts - 1,
+        ", or -1 in a whole row");
   p.tokens = tokens;
   p.experts = experts;
   p.logits = data<void>(z);
@@ -108,8 +109,8 @@ Tensors2 sort_by_expert_cpu(const Tensor& indices, int64_t num_experts) {
   if (!sort_by_expert(data<int64_t>(ids), slots, num_experts, data<int32_t>(offsets), data<int32_t>(order))) {
     for (int64_t i = 0; i < slots; ++i) {
       const int64_t id = data<int64_t>(ids)[i];
-      STD_TORCH_CHECK(id >= -1 && id < num_experts, "expert id ", id, " at position ", i, " is out of range; allowed are 0 to ",
-                      num_experts - 1, ", and -1 for no adapter");
+      STD_TORCH_CHECK(id >= -1 && id < num_experts, "expert id ", id, " at position ", i,
+                      " is out of range; allowed are 0 to ", num_experts - 1, ", and -1 for no adapter");
     }
   }
   return {offsets, order};

@@ -213,7 +213,8 @@ Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const 
   const Segments& s = p.seg;
   check_tensor(grad_y, "grad_y", {s.tokens, p.out}, x.scalar_type());
   check_tensor(h, "h", {s.tokens * s.top_k, p.rank}, a.acc);
-  STD_TORCH_CHECK(router_weight.has_value() == logits.has_value(), "router_weight and logits go together: give both or neither");
+  STD_TORCH_CHECK(router_weight.has_value() == logits.has_value(),
+                  "router_weight and logits go together: give both or neither");
   STD_TORCH_CHECK(!need_router || router_weight.has_value(), "need_router without a router_weight");
   const Tensor dy = with_dense_rows(grad_y), hidden = dense(h);
   p.dy = data<void>(dy);

@@ -169,6 +169,7 @@ def topk_routing(
     check_routing_options(num_experts, top_k, score_func)
     if selection_bias is not None:
         _check_shape("selection_bias", selection_bias, (num_experts,), "[E]")
+        selection_bias = selection_bias.detach().to(accumulation_dtype(logits.dtype))
     if mask is not None:
         _check_shape("mask", mask, tuple(logits.shape[:-1]), "[...] as the leading dimensions of logits")
         _check_dtype("mask", mask, (torch.bool,))

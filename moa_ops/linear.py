@@ -236,7 +236,7 @@ class MoALinear(nn.Module):
         """
         if x.size(-1) != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}] (in_features), got shape {list(x.shape)}")
-        # At one token the mixture is some 20 µs of kernels, and beside weights that have just swept the caches
+        # At one token the mixture is some 20 µs of kernels, and beside weights that have just swept the cache
         # every Python object touched is a miss: so the common case comes first, reads little, and checks
         # nothing that the operators check.
         modules = self._modules

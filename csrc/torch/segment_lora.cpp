@@ -97,6 +97,13 @@ struct Arguments : Adapters {
     for (int64_t i = 0; i < slots; ++i) outside |= static_cast<uint32_t>(s.order[i]) >= static_cast<uint32_t>(slots);
     STD_TORCH_CHECK(outside == 0, "order has an entry outside 0 to ", slots - 1, ": it must permute the ", slots,
                     " slots");
+    // Kernels find an expert's slots in a block of tokens by bisection.
+    for (int64_t e = 0; e < s.experts; ++e) {
+      int falls = 0;
+      for (int64_t i = s.offsets[e] + 1; i < s.offsets[e + 1]; ++i) falls |= s.order[i] <= s.order[i - 1];
+      STD_TORCH_CHECK(falls == 0, "order does not ascend within the segment of expert ", e,
+                      "; moa_ops::sort_by_expert makes it so");
+    }
   }
 };
 

@@ -289,14 +289,14 @@ def _fill(documents: Iterator[Document], seen: set[bytes], size: int) -> tuple[b
 def _heldout_windows(
     name: str, documents: Iterator[Document], seen: set[bytes], count: int
 ) -> tuple[Tensor, int]:
-    """[count, CONTEXT] uint8: windows within one file each, at most an eighth of them from the same file."""
+    """[count, CONTEXT] uint8: windows within one file each, a sixteenth of them from one file at most."""
     windows: list[bytes] = []
     files = 0
     for document in documents:
         text = _fresh_text(document, seen)
         cuts = [text[start : start + CONTEXT] for start in range(0, len(text) - CONTEXT + 1, CONTEXT)]
         if cuts:
-            step = -(-len(cuts) // max(1, count // 8))
+            step = -(-len(cuts) // max(1, count // 16))
             windows += islice(cuts, 0, None, step)
             files += 1
         if len(windows) >= count:

@@ -49,6 +49,7 @@ class _Call:
     mode: str
     ids: Tensor | None = None  # [B] expert of each row, for "teacher_forced" and "by_id"
     routing_mask: Tensor | None = None  # [B, S] the tokens a router may read; all if None
+    train_gates: bool = True  # whether the output's loss reaches the routers
     decisions: dict[int, moa_ops.Routing] = field(default_factory=dict)  # block -> one row per sequence
     repeated: dict[int, moa_ops.Routing] = field(default_factory=dict)  # block -> one row per token
     logits: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, E]
@@ -192,7 +193,8 @@ class MoAModel(nn.Module):
         routing_mode: "routed" (the default), or "teacher_forced": row b uses expert ``domain_ids[b]``,
             weighted with the routers' own probability of it.
         adapter_names: one per row ("__base__": none); the routers are not asked then.
-        domain_ids: [B]. With ``labels``, the loss is LM + coef · the routers' mean cross-entropy with them.
+        domain_ids: [B]. The loss is LM + coef · the routers' mean cross-entropy with them; without labels it
+            is the second term alone, whose gradient does not go back through the model.
         routing_mask: [B, S] bool, the tokens a router may read; all by default.
         """
         mode = routing_mode or "routed"
@@ -204,15 +206,15 @@ class MoAModel(nn.Module):
             raise ValueError(f"routing_mode must be 'routed' or 'teacher_forced', got {mode!r}")
         elif mode == "teacher_forced" and ids is None:
             raise ValueError("routing_mode='teacher_forced' needs domain_ids, the expert of each row")
-        with self._session(_Call(mode, ids, routing_mask)) as call:
+        with self._session(_Call(mode, ids, routing_mask, train_gates=labels is not None)) as call:
             out = self.base_model(input_ids=input_ids, labels=labels, **kwargs)
         out.router_logits = [call.logits[b] for b in sorted(call.logits)]
-        if labels is not None:
-            out.moa_losses = {"lm": out.loss}
-            if domain_ids is not None and out.router_logits:
-                domain = torch.stack([F.cross_entropy(z, domain_ids) for z in out.router_logits]).mean()
-                out.moa_losses["router"] = domain
-                out.loss = out.loss + self.config.router_domain_loss_coef * domain
+        out.moa_losses = {} if labels is None else {"lm": out.loss}
+        if domain_ids is not None and out.router_logits:
+            domain = torch.stack([F.cross_entropy(z, domain_ids) for z in out.router_logits]).mean()
+            out.moa_losses["router"] = self.config.router_domain_loss_coef * domain
+        if out.moa_losses:
+            out.loss = sum(out.moa_losses.values())
         return out
 
     @torch.no_grad()
@@ -256,6 +258,7 @@ class MoAModel(nn.Module):
         call.logits[index] = logits
         if call.mode == "teacher_forced":
             weights = logits.softmax(-1).gather(1, call.ids[:, None]).squeeze(1)
+            weights = weights if call.train_gates else weights.detach()
             return moa_ops.Routing.from_indices(call.ids, weights, num_experts=len(self.adapters))
         top_k = min(self.config.top_k, len(self.adapters))
         return moa_ops.topk_routing(

@@ -27,15 +27,15 @@ class Settings:
     rank: int = 8
     pretrain_steps: int = 450
     adapter_steps: int = 120
-    router_steps: int = 90
+    router_steps: int = 140
     pretrain_batch: int = 4  # windows of CONTEXT bytes a step, or as many bytes in shorter ones
     adapter_batch: int = 2
     router_batch: int = 32
     pretrain_bytes: int = 4_000_000
-    adapt_bytes: int = 400_000
+    adapt_bytes: int = 800_000
     heldout_windows: int = 48
     matrix_windows: int = 16
-    sample_bytes: int = 160
+    sample_bytes: int = 120
     timing_rounds: int = 9
     seed: int = 0
 
@@ -145,7 +145,8 @@ def train_router(
     """Trains the routers alone, teacher-forced.
 
     Every row is as long as a prompt and runs through its domain's adapter, weighted with the probability the
-    router gave it, so that both the LM loss and the router's cross-entropy reach the router.
+    router gave it: so both the LM loss and the router's cross-entropy reach the router. The LM loss, whose
+    gradient has to come back through the whole model, is taken on every fifth step.
     """
     model.set_trainable(experts=False, router=True)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -157,7 +158,8 @@ def train_router(
         windows = torch.cat(
             [random_windows(corpus.domains[names[e]].adapt, 1, PROMPT, generator) for e in ids]
         )
-        out = model(windows, labels=windows, domain_ids=ids, routing_mode="teacher_forced")
+        labels = windows if step % 5 == 0 else None
+        out = model(windows, labels=labels, domain_ids=ids, routing_mode="teacher_forced")
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

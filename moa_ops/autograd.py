@@ -48,8 +48,7 @@ class _NoSecondOrder(Function):
 def _first_order(
     backward: Callable[..., Sequence[Tensor | None]],
 ) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Makes ``backward(ctx, saved, *grad_outputs)`` a backward without a graph, and an error where one is
-    needed.
+    """Makes ``backward(ctx, saved, *grad_outputs)`` a backward that keeps no graph, and refuses to need one.
 
     ``once_differentiable`` looks at the incoming gradients alone, so ``create_graph=True`` on a plain sum
     would silently give a constant; the saved tensors are part of the graph too. They are read once, as

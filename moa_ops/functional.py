@@ -1,10 +1,7 @@
 """The differentiable functions of the library: checks and autocast over ``torch.ops.moa_ops.*``.
 
-``topk_routing``, ``linear_routing``, ``segment_lora`` and ``moa_linear`` take a
-:class:`~moa_ops.routing.Routing` apart
-and call the operators: through :mod:`moa_ops.autograd` where a gradient flows,
-directly where
-none does. Gradients are of first order: differentiating a gradient again raises.
+They take a :class:`~moa_ops.routing.Routing` apart and call the operators: through :mod:`moa_ops.autograd`
+where a gradient flows, directly where none does. Gradients are of first order: differentiating one raises.
 """
 
 from __future__ import annotations
@@ -57,9 +54,7 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _adapter(parameter: Tensor, x: Tensor) -> Tensor:
-    """``parameter`` as the kernels take it under x: x's dtype or float32 stay; a third dtype is autocast's
-    doing.
-    """
+    """``parameter`` as the kernels take it: x's dtype or float32; a third dtype is cast under autocast."""
     if parameter.dtype in (x.dtype, torch.float32) or not under_autocast(x):
         return parameter
     return parameter.to(x.dtype)
@@ -153,8 +148,7 @@ def topk_routing(
 
     logits: ``[..., E]``, any floating dtype; leading dimensions are flattened to T tokens. Decided in float32
         (float64 for float64).
-    score_func, norm_topk_prob: "softmax" over all E or "sigmoid"; with norm_topk_prob the selected weights
-    sum to 1.
+    score_func, norm_topk_prob: "softmax" over all E or "sigmoid"; with norm_topk_prob the weights sum to 1.
     selection_bias: ``[E]``, added to the scores to choose experts, never to their weights; no gradient.
     mask: ``[...]`` bool; where False (padding), indices are -1 and weights 0.
 
@@ -223,8 +217,8 @@ def segment_lora(
 ) -> Tensor:
     """``y[t] = base[t] + Σ_j w[t, j]·s[e]·B_e (A_e x[t])`` with e = routing.indices[t, j].
 
-    x: ``[..., in]``, T tokens in all. lora_A: ``[E, r, in]``. lora_B: ``[E, out, r]``; both in x's dtype or
-    float32.
+    x: ``[..., in]``, T tokens in all.
+    lora_A: ``[E, r, in]``; lora_B: ``[E, out, r]``; both in x's dtype, or in float32 under a narrower x.
     routing: a :class:`Routing` of the same T tokens and E experts.
     scaling: a float or ``[E]``; a constant, without gradient.
     ranks: ``[E]`` int32 or int64: only the first ranks[e] rows of lora_A[e] and columns of lora_B[e] are

@@ -59,27 +59,29 @@ class Router(nn.Module):
 
 
 class MoALinear(nn.Module):
-    """``y[t] = W x[t] + b + Σ_j w[t, j]·s·B_e (A_e x[t])``: a linear layer and, per token, k of its E LoRA
-    adapters.
+    """A linear layer and, per token, a gated sum of k of its E LoRA adapters.
 
-    Args: in_features, out_features, bias: as of ``nn.Linear``. Weight and bias are frozen. num_experts: E,
-        the number of adapters. r: their rank. lora_alpha: their scale is s = lora_alpha / r, with
-        ``use_rslora`` lora_alpha / √r. top_k: k, the number of experts per token. routing_level: "token", or
-        "sequence": one decision per row of x ``[B, S, in]``, from the mean over its tokens. score_func,
-        norm_topk_prob: see :func:`moa_ops.topk_routing`. lora_dropout: probability with which inputs of the
-        adapters (not of the router) are dropped in training. device, dtype: of weight, bias and adapters; the
-        router's weight is float32.
+    ``y[t] = W x[t] + b + Σ_j w[t, j]·s·B_e (A_e x[t])`` with e the j-th of the experts chosen for token t.
 
-    Attributes: weight ``[out, in]``, bias ``[out]``: the frozen base, or ``None`` where ``base_layer`` is
-        another module. lora_A ``[E, r, in]``, lora_B ``[E, out, r]``: the adapters, lora_B zero at first, so
-        that a fresh layer equals
-            its base exactly. They may be float32 under a bfloat16 or float16 base.
-        router.weight ``[E, in]``: float32. Set ``router`` to ``None`` for a layer that is always given a
-        routing.
+    Args:
+        in_features, out_features, bias: as of ``nn.Linear``. Weight and bias are frozen.
+        num_experts: E, the number of adapters.
+        r: their rank.
+        lora_alpha: their scale is s = lora_alpha / r, with ``use_rslora`` lora_alpha / √r.
+        top_k: k, the number of experts per token.
+        routing_level: "token", or "sequence": one decision per row of x ``[B, S, in]``, from its mean.
+        score_func, norm_topk_prob: see :func:`moa_ops.topk_routing`.
+        lora_dropout: probability with which inputs of the adapters (not of the router) drop out in training.
+        device, dtype: of weight, bias and adapters; the router's weight is float32.
+
+    Attributes:
+        weight ``[out, in]``, bias ``[out]``: the frozen base; ``None`` where ``base_layer`` does its work.
+        lora_A ``[E, r, in]``, lora_B ``[E, out, r]``: the adapters, lora_B zero at first, so that a fresh
+            layer equals its base exactly. They may be float32 under a bfloat16 or float16 base.
+        router.weight ``[E, in]``: float32. ``router`` may be set to ``None`` where a routing is always given.
 
     Raises ``ValueError`` for r < 1, top_k outside [1, E], an unknown routing_level or score_func, and a
-    dropout outside [0, 1). The equations are those of LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and MoA
-    (2403.03432).
+    dropout outside [0, 1). Equations: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), MoA (2403.03432).
     """
 
     def __init__(

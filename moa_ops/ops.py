@@ -1,5 +1,4 @@
-"""The operators ``torch.ops.moa_ops.*`` as Python sees them: loaded, with a kernel on every device, with
-fakes.
+"""The operators ``torch.ops.moa_ops.*`` in Python: loaded, with fakes, and with a kernel on every device.
 
 Schemas and CPU kernels come from the C++ library. Here each operator gains its fake (shapes and dtypes only,
 for ``torch.compile``, ``torch.export`` and ``FakeTensorMode``), and :mod:`moa_ops.reference` as its kernel on

@@ -1,11 +1,8 @@
-"""The mathematics in plain PyTorch: what every test compares with, and what runs where no kernel was
-compiled.
+"""The mathematics in plain PyTorch: what tests compare with, and what runs where no kernel was compiled.
 
-The functions have the signatures of the operators in ``torch.ops.moa_ops``. They run on any device and in any
-floating dtype, float64 included, and the forward ones are differentiable, so that autograd can check the
-backward
-formulas. They are written to be read, not to be fast: a Python loop over experts, host reads, slices copied
-freely.
+The functions have the signatures of the operators in ``torch.ops.moa_ops``. They run on any device, in any
+floating dtype, and the forward ones are differentiable, so that autograd can check the backward formulas.
+They are written to be read, not to be fast: a Python loop over experts, host reads, copies.
 
 With ``h = x A_eᵀ``, ``u = dy B_e``, gate weight ``w`` and scale ``s``, for token t and its slots j:
 
@@ -83,9 +80,12 @@ def topk_routing_backward(
 ) -> Tensor:
     """Gradient of the weights with respect to ``logits``: ``[T, E]``, in the dtype of ``logits``.
 
-    With g the selected weights, dg their gradients, c = Σ_S g·dg: softmax over the selected g(dg - c);
-    softmax over all -p·c everywhere, plus g·dg on the selected; sigmoid dg·g(1 - g); normalised sigmoid p(1 -
-    p)(dg - c)/Σ_S p. Rows without experts (index -1) get zeros.
+    With g the selected weights, dg their gradients, p the scores and c = Σ_S g·dg:
+
+        softmax over the selected   g(dg - c)          softmax over all      -p·c everywhere, + g·dg on S
+        normalised sigmoid   p(1 - p)(dg - c)/Σ_S p    sigmoid               g(1 - g)·dg
+
+    Rows without experts (index -1) get zeros.
     """
     z = logits.to(accumulation_dtype(logits.dtype))
     routed = indices >= 0

@@ -83,8 +83,7 @@ class Routing:
         return self.indices.shape[1]
 
     def repeat(self, repeats: int, mask: Tensor | None = None) -> Routing:
-        """Give every row's decision to ``repeats`` consecutive tokens: one row per sequence, ``repeats``
-        tokens each.
+        """Give every row's decision to ``repeats`` consecutive tokens: one row per sequence.
 
         mask: ``[T, repeats]`` bool; tokens where it is False (padding) get index -1 and weight 0.
         """

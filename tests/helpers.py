@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moa_ops import Routing, reference
+from moa_ops import MoALinear, Routing, reference
 
 moa = torch.ops.moa_ops
 
@@ -20,9 +22,7 @@ DTYPES = list(TOLERANCE)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual - expected‖ ÷ ‖expected‖; where the expected is all zero, the norm itself. NaN counts as
-    infinite.
-    """
+    """‖actual - expected‖ ÷ ‖expected‖, the norm itself where the expected is all zero; NaN is infinite."""
     assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
     actual, expected = actual.detach().double(), expected.detach().double()
     norm = expected.norm().item()
@@ -39,9 +39,7 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def make_indices(tokens: int, top_k: int, experts: int, kind: str = "random") -> Tensor:
-    """Expert ids ``[T, k]``: "random" distinct; "one": expert 0 gets every token; "holes": empty experts, -1
-    slots; "none": -1 everywhere.
-    """
+    """Expert ids ``[T, k]``: "random"; "one" gets every token; "holes": empty experts, -1 slots; "none"."""
     ids = torch.rand(tokens, experts).argsort(-1)[:, :top_k]
     if kind == "one":
         ids = torch.where(ids == 0, ids[:, :1], ids)
@@ -181,3 +179,36 @@ def gradients(function: Callable[[], Tensor], inputs: dict[str, Tensor], grad: T
     """Gradients of ``function()`` for the inputs that require one."""
     wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
     return dict(zip(wanted, torch.autograd.grad(function(), list(wanted.values()), grad), strict=True))
+
+
+def make_layer(*sizes: int, dtype: torch.dtype = torch.float32, **options: object) -> MoALinear:
+    """A layer whose adapters do something: lora_B starts at zero, so it is drawn anew."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # top-1 renormalised: see test_top_1_renormalised_warns
+        layer = MoALinear(*(sizes or (48, 40)), dtype=dtype, **options)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def expected_output(layer: MoALinear, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The layer's equation in float64, routed per token."""
+    p = {name: parameter.detach().double() for name, parameter in layer.named_parameters()}
+    return reference.moa_linear(
+        x.double(),
+        p["weight"],
+        p.get("bias"),
+        p["lora_A"],
+        p["lora_B"],
+        p["router.weight"],
+        layer.top_k,
+        score_func=layer.score_func,
+        norm_topk_prob=layer.norm_topk_prob,
+        scaling=layer.scaling,
+        mask=mask,
+    )
+
+
+def raises(message: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """``function`` raises, and says ``message``: what was given and what is allowed."""
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        function(*args, **kwargs)

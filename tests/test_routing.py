@@ -86,6 +86,15 @@ def test_selection_bias_chooses_but_does_not_weigh() -> None:
     assert_close(routing.weights[:, 0], logits.double().softmax(-1)[:, 4])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selection_bias_may_have_any_dtype(dtype: torch.dtype) -> None:
+    logits, bias = torch.randn(20, 6).to(dtype), torch.randn(6).to(dtype)
+    for given in (bias, bias.float(), bias.double(), bias.requires_grad_()):
+        routing = moa_ops.topk_routing(logits, 2, selection_bias=given)
+        score = logits.double().softmax(-1) + given.detach().double()
+        assert torch.equal(routing.indices, score.topk(2).indices)
+
+
 def test_masked_rows_count_nowhere() -> None:
     mask = torch.tensor([[True, False, True], [False, False, True]])
     logits = torch.randn(2, 3, 5)

@@ -13,6 +13,7 @@ With ``h = x A_eᵀ``, ``u = dy B_e``, gate weight ``w`` and scale ``s``, for to
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -65,6 +66,8 @@ def topk_routing(
             weights = weights / weights.sum(-1, keepdim=True)
     elif norm_topk_prob:
         weights = z.gather(1, indices).softmax(-1)
+        if selection_bias is not None:  # scores that are all NaN are chosen by id, and may miss the culprit
+            weights = torch.where(key[:, :1].isnan(), math.nan, weights)
     else:
         weights = z.softmax(-1).gather(1, indices)
 
@@ -96,12 +99,13 @@ def topk_routing_backward(
 
     if score_func == SIGMOID:
         p = z_chosen.sigmoid()
+        slope = p * (-z_chosen).sigmoid()  # p(1 - p), without its cancellation near 1
         if norm_topk_prob:
             total = p.sum(-1, keepdim=True)
             c = (p / total * dg).sum(-1, keepdim=True)
-            dz_chosen = p * (1 - p) * (dg - c) / total
+            dz_chosen = slope * (dg - c) / total
         else:
-            dz_chosen = dg * p * (1 - p)
+            dz_chosen = dg * slope
     elif norm_topk_prob:
         g = z_chosen.softmax(-1)
         dz_chosen = g * (dg - (g * dg).sum(-1, keepdim=True))

@@ -170,6 +170,29 @@ def test_small_probabilities_keep_their_relative_accuracy(isa: str) -> None:
     torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_without_a_softmax_shows_it_under_a_selection_bias(isa: str, bad: float) -> None:
+    """All biased scores of the row are NaN, so the ids are the first ones and may miss the culprit."""
+    logits = torch.randn(3, 8)
+    logits[1, 6] = bad
+    weights, indices, _, _ = moa.topk_routing(logits, 2, SOFTMAX, True, torch.zeros(8), None)
+    assert weights[1].isnan().all() and not weights[[0, 2]].isnan().any()
+    assert indices[1].tolist() == [0, 1]
+    expected, _, _, _ = reference.topk_routing(logits, 2, SOFTMAX, True, torch.zeros(8))
+    assert torch.equal(expected.isnan(), weights.isnan())
+
+
+def test_saturated_sigmoids_keep_their_gradient(isa: str) -> None:
+    logits = torch.linspace(8, 30, 64).view(16, 4)
+    grad = torch.randn(16, 2)
+    indices = moa.topk_routing(logits, 2, SIGMOID, False, None, None)[1]
+    got = moa.topk_routing_backward(grad, logits, indices, SIGMOID, False)
+    z = logits.double().gather(1, indices)
+    wanted = torch.zeros(16, 4, dtype=torch.float64).scatter(1, indices, grad * z.sigmoid() * (-z).sigmoid())
+    for row, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert error(a, b) < 1e-6, row
+
+
 def test_layouts_of_logits_and_gradients(edge_isa: str) -> None:
     logits, grad = torch.randn(40, 12), torch.randn(40, 3)
     expected = moa.topk_routing(logits, 3, SOFTMAX, False, None, None)

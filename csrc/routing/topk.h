@@ -167,6 +167,8 @@ static void topk_rows(const TopkParams& p) {
       if (softmax) {
         if (p.norm_topk_prob) {
           softmax_row(chosen, k, w);
+          // Biased scores that are all NaN are chosen by id, and may miss the logit that made them so.
+          for (int64_t j = 0; all_scores && score[0] != score[0] && j < k; ++j) w[j] = score[0];
         } else {
           for (int64_t j = 0; j < k; ++j) w[j] = score[ids[j]];
         }
@@ -211,7 +213,7 @@ static void topk_backward_rows(const TopkBackwardParams& p) {
           for (int64_t j = 0; j < k; ++j) sum += w[j] = sigmoid_acc(chosen[j]);
           if (!p.norm_topk_prob) sum = Acc(1);
           for (int64_t j = 0; p.norm_topk_prob && j < k; ++j) c += w[j] / sum * dw[j];
-          for (int64_t j = 0; j < k; ++j) dz[ids[j]] = w[j] * (Acc(1) - w[j]) * (dw[j] - c) / sum;
+          for (int64_t j = 0; j < k; ++j) dz[ids[j]] = w[j] * sigmoid_acc(-chosen[j]) * (dw[j] - c) / sum;
         }
       }
       convert_row(dz, static_cast<T*>(p.grad_logits) + t * n, n);

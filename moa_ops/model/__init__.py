@@ -1,0 +1,1 @@
+"""Mixture-of-LoRAs models: adapters, routers and their life on disk."""

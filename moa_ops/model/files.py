@@ -55,6 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     _, save_file, _ = _safetensors()
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(copies, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 
 def _safetensors() -> tuple[Any, Any, type[Exception]]:

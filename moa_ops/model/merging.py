@@ -176,10 +176,15 @@ def _sparse_sum(
 
 
 def keep_largest(delta: Tensor, density: float) -> Tensor:
-    """ΔW with all but its ⌊density · numel⌋ largest magnitudes set to zero; ties go to the lower index."""
+    """ΔW with all but its ⌊density · numel⌋ largest magnitudes set to zero; of equal ones the first stay."""
     kept = int(density * delta.numel())
-    order = delta.abs().flatten().argsort(descending=True, stable=True)
-    return delta.flatten().index_fill(0, order[kept:], 0.0).view_as(delta)
+    if kept == 0:
+        return torch.zeros_like(delta)
+    size = delta.abs().flatten()
+    smallest = size.kthvalue(size.numel() - kept + 1).values
+    keep, equal = size > smallest, size == smallest
+    keep |= equal & (equal.cumsum(0) <= kept - keep.sum())
+    return torch.where(keep.view_as(delta), delta, 0.0)
 
 
 def drop_at_random(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -225,9 +230,10 @@ def learn_weights(
     optimizer = torch.optim.Adam([weights], lr=lr)
     best, best_value = weights.detach().clone(), float("inf")
     for step in range(steps + 1):
-        value = loss(weights) + l1 * weights.abs().sum()
+        value = loss(weights)
         if not value.requires_grad:
             raise ValueError("the loss does not depend on the weights; compute it under torch.enable_grad()")
+        value = value + l1 * weights.abs().sum()
         if not value.isfinite():
             raise ValueError(f"the loss is {value.item()} at weights {weights.tolist()}; try a lower lr")
         if value.item() < best_value:

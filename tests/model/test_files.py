@@ -55,6 +55,7 @@ def test_replaces_and_keeps_other_files(tmp_path: Path) -> None:
         "one/weights.safetensors",
     ]
     assert folder.stat().st_mode == mode
+    assert (folder / "one" / "weights.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 

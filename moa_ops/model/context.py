@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,9 +107,10 @@ class Decision:
 
 @dataclass
 class Block:
-    """A block as it runs: its decision, and the other tokens it sees (cross attention's keys and values)."""
+    """A block as it runs: its decision, which of its tokens count, and what its cross attention sees."""
 
-    decision: Decision
+    decision: Decision | None
+    mask: Tensor | None = None
     encoder: Tensor | None = None
     encoder_decision: Decision | None = None
 
@@ -122,7 +123,8 @@ class Call:
     single: the adapter of every token.
     ids: ``[B]`` adapter of each row, -1 for none.
     mode, domain_ids: "routed", "teacher_forced" (rows with a domain go to its expert) or "soft".
-    mask, encoder_mask, pool_mask: ``[B, S]`` bool: tokens that count, and those a router may read.
+    mask, encoder_mask, pool_mask: ``[B, S]``: tokens that count, of the model's input and of an encoder's,
+        and those a router may read. ``two_stacks``: there are an encoder's blocks beside a decoder's.
     kept: decisions that hold beyond this call, by site (a generation's, taken at prefill).
     """
 
@@ -134,6 +136,7 @@ class Call:
     domain_ids: Tensor | None = None
     mask: Tensor | None = None
     encoder_mask: Tensor | None = None
+    two_stacks: bool = False
     pool_mask: Tensor | None = None
     kept: dict[str, Decision] | None = None
     decisions: list[Decision] = field(default_factory=list)
@@ -174,29 +177,15 @@ class Call:
 
     def begin_step(self, mask: Tensor | None, encoder_mask: Tensor | None) -> None:
         """Another forward pass within the same call: a generation's next token."""
-        self.mask, self.encoder_mask = mask, encoder_mask
+        self.mask = mask if mask is not None else self.mask
+        self.encoder_mask = encoder_mask if encoder_mask is not None else self.encoder_mask
         self.block = None
         self.by_model.clear()
         self.decisions.clear()
 
     def snapshot(self) -> Call:
         """This moment of the call, for a recomputation: what is decided later does not change it."""
-        return Call(
-            self.num_experts,
-            self.routers,
-            self.single,
-            self.ids,
-            self.mode,
-            self.domain_ids,
-            self.mask,
-            self.encoder_mask,
-            self.pool_mask,
-            self.kept,
-            block=self.block,
-            by_model=dict(self.by_model),
-            by_tokens=self.by_tokens,
-            recomputing=True,
-        )
+        return replace(self, decisions=[], by_model=dict(self.by_model), recomputing=True, kept=None)
 
 
 # --------------------------------------------------------------------------------------------- checkpointing
@@ -244,10 +233,10 @@ def _with_weights(call: Call, weights: Sequence[Tensor]) -> Iterator[None]:
     before = call.block
     if before is not None:
         given = iter(weights)
-        call.block = Block(
-            _reweighted(before.decision, next(given)),
-            before.encoder,
-            None if before.encoder_decision is None else _reweighted(before.encoder_decision, next(given)),
+        call.block = replace(
+            before,
+            decision=before.decision and _reweighted(before.decision, next(given)),
+            encoder_decision=before.encoder_decision and _reweighted(before.encoder_decision, next(given)),
         )
     try:
         yield

@@ -49,8 +49,7 @@ def _left_padded(
 ) -> tuple[dict[str, Any], Tensor | None]:
     """The prompts with every row's padding in front, if the model is a decoder and they are not so yet."""
     mask, input_ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-    encoder_decoder = getattr(getattr(model.base_model, "config", None), "is_encoder_decoder", False)
-    if encoder_decoder or mask is None or input_ids is None or mask.shape != input_ids.shape:
+    if model._has_encoder() or mask is None or input_ids is None or mask.shape != input_ids.shape:
         return kwargs, routing_mask
     if kwargs.get("past_key_values") is not None or bool(mask[:, -1].all()):
         return kwargs, routing_mask

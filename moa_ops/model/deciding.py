@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,15 +120,17 @@ class RouterSet(nn.ModuleDict):
 
     def _decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
         config, router = self.config, self[key_of(site)]
-        mask = fitted(mask, hidden)
+        mask, sizes = fitted(mask, hidden), 1
         if config.routing_level == "sequence":
             read = fitted(call.pool_mask, hidden) if call.pool_mask is not None else mask
-            inputs, mask, rows = pooled(hidden, read, config.router_pooling), None, hidden.shape[0]
+            inputs, rows = pooled(hidden, read, config.router_pooling), hidden.shape[0]
+            sizes = hidden.shape[1:-1].numel() if mask is None else mask.sum(1)
+            mask = None
         else:
             inputs, rows = functional.as_rows(hidden), 0
             mask = None if mask is None else mask.reshape(-1)
         if isinstance(router, StaticRouter):
-            return Decision(site, None, _static(router.weight, len(inputs), mask), mask, rows)
+            return Decision(site, None, _static(router.weight, len(inputs), mask), mask, rows, sizes)
         logits = self._logits(router, inputs)
         experts = logits.shape[-1]
         top_k = experts if config.top_k is None or call.mode == "soft" else min(config.top_k, experts)
@@ -141,7 +143,7 @@ class RouterSet(nn.ModuleDict):
         )
         if call.mode == "teacher_forced":
             routing = _teacher_forced(routing, logits, call.domain_ids, config, mask)
-        return Decision(site, logits, routing, mask, rows)
+        return Decision(site, logits, routing, mask, rows, sizes, inputs if call.collect else None)
 
     def _logits(self, router: nn.Module, inputs: Tensor) -> Tensor:
         want = router.hidden.weight.shape[1] if isinstance(router, MLPRouter) else router.weight.shape[1]
@@ -150,10 +152,7 @@ class RouterSet(nn.ModuleDict):
                 f"a router made for inputs of width {want} got {list(inputs.shape)}; where a block's input "
                 "has another width than its linears, use router_granularity='module'"
             )
-        if self.config.router_norm:
-            inputs = inputs.to(accumulation_dtype(inputs.dtype))
-            inputs = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
-        logits = router(inputs)
+        logits = router(unit_mean_square(inputs) if self.config.router_norm else inputs)
         return logits if self.config.router_temperature == 1 else logits / self.config.router_temperature
 
 
@@ -176,6 +175,12 @@ def _hidden_states(block: str, given: Mapping[str, Any]) -> Tensor:
     raise ValueError(
         f"block {block} got no floating tensor [.., .., width] to route by; use router_granularity='module'"
     )
+
+
+def unit_mean_square(x: Tensor) -> Tensor:
+    """x / √(mean x² + 1e-6) over the last dimension, in float32 (float64 for float64)."""
+    x = x.to(accumulation_dtype(x.dtype))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def fitted(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -266,3 +271,13 @@ def _kept(decision: Decision, rows: int) -> Decision:
         num_experts=routing.num_experts,
     )
     return Decision(decision.site, None, routing, None, rows)
+
+
+def mean_inputs(decisions: Sequence[Decision], norm: bool) -> dict[str, Tensor]:
+    """What the routers of a collecting call read, as they saw it: the mean by site, padding aside."""
+    found: dict[str, list[Tensor]] = {}
+    for decision in decisions:
+        if decision.inputs is not None:
+            inputs = decision.inputs if decision.mask is None else decision.inputs[decision.mask]
+            found.setdefault(decision.site, []).append(unit_mean_square(inputs) if norm else inputs.float())
+    return {site: torch.cat(inputs).mean(0) for site, inputs in found.items()}

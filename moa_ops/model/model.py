@@ -6,16 +6,17 @@ import inspect
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moa_ops.model import context, generation
+from moa_ops.model import context, deciding, generation
 from moa_ops.model.adapters import UNTRAINABLE, AdaptedModel
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.context import Call
+from moa_ops.model.inspection import RoutingRecord
 from moa_ops.model.losses import router_losses
 
 ROUTING_MODES = ("routed", "teacher_forced", "soft")
@@ -95,6 +96,7 @@ class MoAModel(AdaptedModel):
             context.wrap_checkpointing(self._checkpointing)
         with context.use(call):
             out = self.base_model(*args, **kwargs)
+        call.observe()
         return self._with_losses(out, call)
 
     def _call(
@@ -116,10 +118,13 @@ class MoAModel(AdaptedModel):
             if adapter_ids is not None:
                 raise ValueError("give adapter_names or adapter_ids, not both")
             adapter_ids = self.ids_of(adapter_names)
+        call.records = context.records_of(self)
         if not self.adapters or context.is_disabled(self):
             return call
         if adapter_ids is not None:
             call.ids = adapter_ids
+        elif (rotation := context.rotation_of(self)) is not None:
+            call.rotation = rotation
         elif self.active_adapter is not None:
             call.single = self.expert_id(self.active_adapter)
         else:
@@ -161,8 +166,16 @@ class MoAModel(AdaptedModel):
     def _step(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before every forward of the base model: a step of a generation has masks of its own."""
         call = context.current()
-        if call is not None and call.kept is not None:
+        if call is None:
+            return
+        if call.kept is not None:
             call.begin_step(*self._masks(self._bound(args, kwargs)))
+        if call.rotation is not None:
+            call.single = call.rotation.next()
+
+    def record_routing(self) -> AbstractContextManager[RoutingRecord]:
+        """``with model.record_routing() as record``: within, on this thread, ``record`` counts decisions."""
+        return context.recording(self, RoutingRecord(list(self.adapters), self.moa_config.score_func))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -180,6 +193,47 @@ class MoAModel(AdaptedModel):
     ) -> Any:
         """The base model's ``generate``, routed: see :func:`moa_ops.model.generation.generate`."""
         return generation.generate(self, args, kwargs, adapter_names, adapter_ids, routing_mask)
+
+    def switch_adapters(self, adapter_names: Sequence[str], every: int = 1) -> AbstractContextManager[None]:
+        """Within, on this thread, adapters take turns: another one after every ``every`` passes.
+
+        A pass is a forward of the base model: a generated token, a step of a diffusion sampler (LoRA Switch,
+        arXiv 2402.16843).
+        """
+        experts = [self.expert_id(name) for name in adapter_names]
+        if not experts or every < 1:
+            raise ValueError(f"switching needs adapters and every >= 1, got {list(adapter_names)}, {every}")
+        return context.rotating(self, context.Rotation(experts, every))
+
+    @torch.no_grad()
+    def init_routers(self, prompts: Mapping[str, Mapping[str, Any]], margin: float = 4.0) -> None:
+        """Starts linear routers from examples: each adapter's row points to the mean of what its router reads.
+
+        prompts: for every adapter, arguments of the base model (``input_ids``, ``attention_mask``, ...) that
+            hold a batch of texts for it; they run through that adapter.
+        margin: how much more an adapter's own mean gets than others, in logits, on average.
+        """
+        if set(prompts) != set(self.adapters):
+            raise ValueError(f"prompts must be given for all of {self.adapters}, got {sorted(prompts)}")
+        if self.moa_config.router_type != "linear":
+            raise ValueError(
+                f"only linear routers start from examples, these are {self.moa_config.router_type!r}"
+            )
+        means: dict[str, list[Tensor]] = {}
+        for expert, name in enumerate(self.adapters):
+            batch = prompts[name]
+            rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+            ids = torch.full((rows,), expert)
+            call = self._call(batch, domain_ids=ids, routing_mode="teacher_forced")
+            if call.routers is None:
+                raise ValueError("routers cannot be started while an adapter is set: set_adapter(None) first")
+            call.collect = True
+            with context.use(call):
+                self.base_model(**batch)
+            for site, mean in deciding.mean_inputs(call.decisions, self.moa_config.router_norm).items():
+                means.setdefault(site, []).append(mean)
+        for site, rows in means.items():
+            self.routers[deciding.key_of(site)].separate(torch.stack(rows), margin)
 
     def _warn_untrainable(self, call: Call) -> None:
         if torch.compiler.is_compiling() or not (call.grad and self._renormalised_top_1()):

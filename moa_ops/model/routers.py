@@ -20,6 +20,18 @@ class LinearRouter(Router):
         super().__init__(in_features, num_experts, device)
         _draw(self.weight)
 
+    @torch.no_grad()
+    def separate(self, means: Tensor, margin: float) -> None:
+        """Rows along the centred ``means`` ``[E, in]`` of each expert's inputs.
+
+        They are scaled so that an expert's own mean gets ``margin`` more than the others, on average.
+        """
+        rows = means - means.mean(0)
+        logits = means.to(rows.dtype) @ rows.t()
+        own, experts = logits.diagonal().sum(), len(rows)
+        gap = own / experts - (logits.sum() - own) / max(experts * (experts - 1), 1)
+        self.weight.copy_(rows * (margin / gap.clamp(min=1e-12)))
+
     def reorder(self, sources: list[int | None]) -> None:
         """Row e becomes old row ``sources[e]``, bit for bit; a fresh one where that is ``None``."""
         self.weight = _rows(self.weight, sources)

@@ -1,0 +1,269 @@
+"""What one forward pass was asked to do and what its routers said: never kept on modules.
+
+A :class:`Call` lives in a thread-local while its forward pass runs; nested calls and other threads have their
+own. A recomputation under gradient checkpointing happens in the backward, when the call is over:
+:func:`checkpointed` hands the call to it again. (A thread-local and no ``contextvars.ContextVar``, because
+``torch.compile`` traces the one and not the other.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moa_ops.routing import Routing
+
+if TYPE_CHECKING:
+    from moa_ops.model.layer import AdaptedLinear
+    from moa_ops.model.routers import RouterSet
+
+
+class _Local(threading.local):
+    call: Call | None = None
+    disabled: tuple[nn.Module, ...] = ()
+
+
+_local = _Local()
+
+
+def current() -> Call | None:
+    """The call in progress on this thread."""
+    return _local.call
+
+
+@contextmanager
+def use(call: Call | None) -> Iterator[Call | None]:
+    """Makes ``call`` the one in progress."""
+    before = _local.call
+    _local.call = call
+    try:
+        yield call
+    finally:
+        _local.call = before
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within, on this thread, ``model`` runs without adapters."""
+    before = _local.disabled
+    _local.disabled = (*before, model)
+    try:
+        yield
+    finally:
+        _local.disabled = before
+
+
+def is_disabled(model: nn.Module) -> bool:
+    """Whether ``model`` runs without adapters on this thread."""
+    return any(other is model for other in _local.disabled)
+
+
+def check_not_recomputing(path: str) -> None:
+    """Raises ``RuntimeError`` where a backward recomputes ``path`` and its call is not known any more."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{path} is recomputed in a backward pass, outside of the model's forward, and cannot know which "
+            "adapters it had: switch checkpointing on by model.gradient_checkpointing_enable(), or pass the "
+            "checkpointed function through moa_ops.model.checkpointed(torch.utils.checkpoint.checkpoint)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- decisions
+
+
+@dataclass
+class Decision:
+    """What one router decided at one place.
+
+    logits: ``[N, E]`` for N rows of the batch or N tokens; ``None`` for a static router.
+    routing: of the N.
+    mask: ``[N]`` bool, False where padding; ``None``: none is.
+    rows: B at sequence level (N = B), 0 at token level.
+    """
+
+    site: str
+    logits: Tensor | None
+    routing: Routing
+    mask: Tensor | None
+    rows: int
+    expanded: dict[int, Routing] = field(default_factory=dict)
+
+    def of_tokens(self, tokens: int) -> Routing | None:
+        """The routing of ``tokens`` tokens in batch-major order, or ``None`` if they are not its own."""
+        if self.routing.num_tokens == tokens:
+            return self.routing
+        if not self.rows or tokens % self.rows:
+            return None
+        if tokens not in self.expanded:
+            self.expanded[tokens] = self.routing.repeat(tokens // self.rows)
+        return self.expanded[tokens]
+
+
+@dataclass
+class Block:
+    """A block as it runs: its decision, and the other tokens it sees (cross attention's keys and values)."""
+
+    decision: Decision
+    encoder: Tensor | None = None
+    encoder_decision: Decision | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward pass.
+
+    routers: decide, if neither ``single`` nor ``ids`` does; ``None``: no adapters at all.
+    single: the adapter of every token.
+    ids: ``[B]`` adapter of each row, -1 for none.
+    mode, domain_ids: "routed", "teacher_forced" (rows with a domain go to its expert) or "soft".
+    mask, encoder_mask, pool_mask: ``[B, S]`` bool: tokens that count, and those a router may read.
+    kept: decisions that hold beyond this call, by site (a generation's, taken at prefill).
+    """
+
+    num_experts: int
+    routers: RouterSet | None = None
+    single: int | None = None
+    ids: Tensor | None = None
+    mode: str = "routed"
+    domain_ids: Tensor | None = None
+    mask: Tensor | None = None
+    encoder_mask: Tensor | None = None
+    pool_mask: Tensor | None = None
+    kept: dict[str, Decision] | None = None
+    decisions: list[Decision] = field(default_factory=list)
+    block: Block | None = None
+    by_model: dict[str, Decision] = field(default_factory=dict)
+    by_tokens: dict[int, Routing] = field(default_factory=dict)
+    recomputing: bool = False
+    grad: bool = field(default_factory=torch.is_grad_enabled)
+
+    def routing(self, layer: AdaptedLinear, x: Tensor) -> Routing | None:
+        """The routing of x ``[..., in]`` in ``layer``; ``None``: no adapters."""
+        if self.ids is not None:
+            return self.by_id(x)
+        if self.routers is None:
+            return None
+        return self.routers.routing(self, layer, x)
+
+    def all_to_one(self, x: Tensor) -> Routing:
+        """Every token of x to expert 0 of 1."""
+        tokens = x.shape[:-1].numel()
+        if tokens not in self.by_tokens:
+            indices = torch.zeros(tokens, dtype=torch.int64, device=x.device)
+            self.by_tokens[tokens] = Routing.from_indices(indices, num_experts=1)
+        return self.by_tokens[tokens]
+
+    def by_id(self, x: Tensor) -> Routing:
+        """Every row of x to its adapter; where there are more rows than ids (beams), each id is repeated."""
+        tokens = x.shape[:-1].numel()
+        if tokens not in self.by_tokens:
+            if tokens % self.ids.shape[0]:
+                raise ValueError(
+                    f"{self.ids.shape[0]} adapter ids cannot be shared out over an input of shape "
+                    f"{list(x.shape)}: its {tokens} tokens are no multiple of them"
+                )
+            ids = self.ids.to(x.device).repeat_interleave(tokens // self.ids.shape[0])
+            self.by_tokens[tokens] = Routing.from_indices(ids, num_experts=self.num_experts)
+        return self.by_tokens[tokens]
+
+    def begin_step(self, mask: Tensor | None, encoder_mask: Tensor | None) -> None:
+        """Another forward pass within the same call: a generation's next token."""
+        self.mask, self.encoder_mask = mask, encoder_mask
+        self.block = None
+        self.by_model.clear()
+        self.decisions.clear()
+
+    def snapshot(self) -> Call:
+        """This moment of the call, for a recomputation: what is decided later does not change it."""
+        return Call(
+            self.num_experts,
+            self.routers,
+            self.single,
+            self.ids,
+            self.mode,
+            self.domain_ids,
+            self.mask,
+            self.encoder_mask,
+            self.pool_mask,
+            self.kept,
+            block=self.block,
+            by_model=dict(self.by_model),
+            by_tokens=self.by_tokens,
+            recomputing=True,
+        )
+
+
+# --------------------------------------------------------------------------------------------- checkpointing
+
+
+def checkpointed(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``checkpoint(function, *args)`` such that the recomputation finds the call its forward belonged to.
+
+    Gate weights decided before the checkpointed region enter it as arguments, so that their gradient leaves
+    it as any argument's does, also with ``use_reentrant=True``.
+    """
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = current()
+        if call is None:
+            return checkpoint(function, *args, **kwargs)
+        snapshot, first = call.snapshot(), [True]
+        decisions = _decisions(snapshot.block)
+        weights = [d.routing.weights for d in decisions]
+
+        def resumed(*inputs: Any) -> Any:
+            given, inner = inputs[: len(weights)], inputs[len(weights) :]
+            if first:  # the forward itself: decisions made inside count
+                first.clear()
+                with _with_weights(call, given):
+                    return function(*inner)
+            with use(snapshot), _with_weights(snapshot, given):
+                return function(*inner)
+
+        return checkpoint(resumed, *weights, *args, **kwargs)
+
+    run.moa_ops_checkpointed = True
+    return run
+
+
+def _decisions(block: Block | None) -> list[Decision]:
+    if block is None:
+        return []
+    return [d for d in (block.decision, block.encoder_decision) if d is not None]
+
+
+@contextmanager
+def _with_weights(call: Call, weights: Sequence[Tensor]) -> Iterator[None]:
+    """Within, the block's decisions have these weights (the same numbers, as the region's own inputs)."""
+    before = call.block
+    if before is not None:
+        given = iter(weights)
+        call.block = Block(
+            _reweighted(before.decision, next(given)),
+            before.encoder,
+            None if before.encoder_decision is None else _reweighted(before.encoder_decision, next(given)),
+        )
+    try:
+        yield
+    finally:
+        call.block = before
+
+
+def _reweighted(decision: Decision, weights: Tensor) -> Decision:
+    routing = decision.routing
+    routing = Routing(weights, routing.indices, routing.expert_offsets, routing.order, routing.num_experts)
+    return Decision(decision.site, decision.logits, routing, decision.mask, decision.rows)
+
+
+def wrap_checkpointing(modules: Sequence[nn.Module]) -> None:
+    """Makes transformers' checkpointing, where it is on, hand the call to the recomputation."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not getattr(function, "moa_ops_checkpointed", False):
+            module._gradient_checkpointing_func = checkpointed(function)

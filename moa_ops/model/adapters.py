@@ -215,8 +215,6 @@ class AdaptedModel(nn.Module):
             self._hooks[target.block] = module.register_forward_pre_hook(hook, with_kwargs=True)
         site, width = self.routers.site_of(layer), layer.in_features
         if site != layer.path:
-            if target.block is None:
-                return  # a linear outside of all blocks takes the decision that the first block made
             width = block_width(self.base_model, target.block)
         self.routers.add_site(site, width, len(self.adapters), layer.lora_A.device)
 

@@ -43,11 +43,10 @@ class RouterSet(nn.ModuleDict):
         return [key.replace("/", ".") for key in self]
 
     def site_of(self, layer: AdaptedLinear) -> str:
-        """The site that decides for a linear."""
-        if self.config.router_granularity == "model":
-            return MODEL_SITE
-        own = self.config.router_granularity == "module" or layer.block is None
-        return layer.path if own else layer.block
+        """The site that decides for a linear; one outside of all blocks always decides for itself."""
+        if self.config.router_granularity == "module" or layer.block is None:
+            return layer.path
+        return layer.block if self.config.router_granularity == "block" else MODEL_SITE
 
     # Deciding.
 
@@ -81,17 +80,15 @@ class RouterSet(nn.ModuleDict):
             mask = call.mask if block is None else call.encoder_mask if others else block.mask
             decision = self.decide(call, site, x, mask)
         elif block is None:
-            decision = next(iter(call.by_model.values()), None)  # outside of all blocks, under "model"
+            raise RuntimeError(
+                f"{layer.path} ran before its block did; use router_granularity='module' for this model"
+            )
         elif others and self.config.routing_level == "token":
             if block.encoder_decision is None:
                 block.encoder_decision = self.decide(call, site, x, call.encoder_mask)
             decision = block.encoder_decision
         else:
             decision = block.decision
-        if decision is None:
-            raise RuntimeError(
-                f"{layer.path} ran before any block decided; use router_granularity='module' for this model"
-            )
         routing = decision.of_tokens(x.shape[:-1].numel())
         if routing is None:
             raise ValueError(

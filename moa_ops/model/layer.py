@@ -1,8 +1,8 @@
 """``AdaptedLinear``: a linear of the base model that holds the slices of all adapters of the model.
 
 Stacked storage, and what is trained. The adapters lie in two parameters, ``lora_A`` ``[E, r, in]`` and
-``lora_B`` ``[E, out, r]``, so that one kernel call serves any routing. While one adapter is trained alone, the
-stacks must not be what the optimiser holds: AdamW's weight decay and momentum change every element of a
+``lora_B`` ``[E, out, r]``, so that one kernel call serves any routing. While one adapter is trained alone,
+the stacks must not be what the optimiser holds: AdamW's weight decay and momentum change every element of a
 parameter that has a gradient, zero or not, and the other adapters would drift. So the active adapter becomes
 two parameters of its own, ``active_A`` ``[r, in]`` and ``active_B`` ``[out, r]``, which share memory with its
 slice of the stacks: an in-place update lands in both. Whatever separates the two (conversion, deep copies,
@@ -250,7 +250,7 @@ class AdaptedLinear(MoALinear):
             x.to(base.dtype), lora_A, lora_B, routing, scaling=scaling, ranks=ranks, base=base
         )
 
-    # --------------------------------------------------------------------------------------------- conversions
+    # -------------------------------------------------------------------------------------------- conversions
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         self.link()

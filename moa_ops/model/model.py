@@ -207,7 +207,7 @@ class MoAModel(AdaptedModel):
 
     @torch.no_grad()
     def init_routers(self, prompts: Mapping[str, Mapping[str, Any]], margin: float = 4.0) -> None:
-        """Starts linear routers from examples: each adapter's row points to the mean of what its router reads.
+        """Starts linear routers from examples: a row points to the mean of what its router reads.
 
         prompts: for every adapter, arguments of the base model (``input_ids``, ``attention_mask``, ...) that
             hold a batch of texts for it; they run through that adapter.

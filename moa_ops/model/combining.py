@@ -153,9 +153,7 @@ class Combining:
             if adapter_names is None:
                 adapter_names = self.adapters if self.active_adapter is None else [self.active_adapter]
                 if len(adapter_names) != 1:
-                    raise ValueError(
-                        f"say which of the adapters {self.adapters} to merge: adapter_names=[...]"
-                    )
+                    raise ValueError(f"say which of the adapters {self.adapters} to merge: adapter_names=[...]")
             self.merge_adapter(adapter_names, weights, **options)
         elif adapter_names is not None:
             raise ValueError("adapters are merged already; call unmerge_adapter() first, or give no names")
@@ -176,9 +174,7 @@ class Combining:
         layer = self.layers[path]
         owner = layer if layer.base_layer is None else layer.base_layer
         old = owner.weight
-        owner.weight = (
-            weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-        )
+        owner.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         self._frozen = [owner.weight if p is old else p for p in self._frozen]
 
 
@@ -205,9 +201,7 @@ def _weight(path: str, layer: AdaptedLinear) -> nn.Parameter:
     shape = (layer.out_features, layer.in_features)
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype.is_floating_point
     if not plain or weight.shape not in (shape, shape[::-1]):
-        raise ValueError(
-            f"{path} is a {type(owner).__name__}, into whose weight nothing can be merged exactly"
-        )
+        raise ValueError(f"{path} is a {type(owner).__name__}, into whose weight nothing can be merged exactly")
     return weight
 
 

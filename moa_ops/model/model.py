@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from moa_ops.model import context, generation
 from moa_ops.model.adapter import BASE_NAME, LoraAdapter, LoraFactors, check_adapter_name
+from moa_ops.model.combining import Combining
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.context import Call
 from moa_ops.model.layer import AdaptedLinear
 from moa_ops.model.losses import router_losses
 from moa_ops.model.routers import MODEL_SITE, PrototypeRouter, RouterSet, block_hook, key_of
+from moa_ops.model.storage import Storage
 from moa_ops.model.targets import Target, block_width, by_pattern, find_linears, replace_module, select
 
 ROUTING_MODES = ("routed", "teacher_forced", "soft")
 
 
-class MoAModel(nn.Module):
+class MoAModel(Combining, Storage, nn.Module):
     """A model whose chosen linears are mixtures of named LoRA adapters.
 
     The linears of ``base_model`` are replaced in place by :class:`~moa_ops.model.layer.AdaptedLinear`, which
@@ -135,7 +137,7 @@ class MoAModel(nn.Module):
             if adapter_ids is not None:
                 raise ValueError("give adapter_names or adapter_ids, not both")
             adapter_ids = self.ids_of(adapter_names)
-        if not self.adapters or context.is_disabled(self):
+        if not self.adapters or self.merged is not None or context.is_disabled(self):
             return call
         if adapter_ids is not None:
             call.ids = adapter_ids
@@ -265,9 +267,7 @@ class MoAModel(nn.Module):
                 f"an adapter called {adapter_name!r} is already there; delete it, or choose another name"
             )
         targets = self._check_fits(adapter)
-        for path in targets:
-            if path not in self.layers:
-                self._inject(self._linears[path])
+        self._adapt(targets)
         expert = len(self.adapters)
         for path, layer in self.layers.items():
             layer.insert(expert, targets.get(path))
@@ -281,11 +281,11 @@ class MoAModel(nn.Module):
         Raises ``ValueError``, and changes nothing, as :meth:`insert_adapter` does.
         """
         expert, targets = self.expert_id(adapter_name), self._check_fits(adapter)
-        for path in targets:
-            if path not in self.layers:
-                self._inject(self._linears[path])
+        scale = self.adapter_scale(adapter_name)
+        self._adapt(targets)
         for path, layer in self.layers.items():
             layer.set(expert, targets.get(path))
+        self.set_adapter_scale(adapter_name, scale)
         self._notes[adapter_name] = dict(adapter.notes)
         self.refresh_prototypes()
 
@@ -330,6 +330,11 @@ class MoAModel(nn.Module):
         expert = self.expert_id(adapter_name)
         for layer in self.layers.values():
             layer.set_scale(expert, float(scale))
+
+    def adapter_scale(self, adapter_name: str) -> float:
+        """What :meth:`set_adapter_scale` set, 1 by default."""
+        expert = self.expert_id(adapter_name)
+        return next(slot.scale for layer in self.layers.values() if (slot := layer.slots[expert]).r)
 
     def _check_fits(self, adapter: LoraAdapter) -> dict[str, LoraFactors]:
         """The adapter's factors under the names of this model's linears, shapes checked."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moa_ops.routing import Routing
 
 if TYPE_CHECKING:
+    from moa_ops.model.inspection import RoutingRecord
     from moa_ops.model.layer import AdaptedLinear
     from moa_ops.model.routers import RouterSet
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 class _Local(threading.local):
     call: Call | None = None
     disabled: tuple[nn.Module, ...] = ()
+    rotations: tuple[tuple[nn.Module, Rotation], ...] = ()
+    records: tuple[tuple[nn.Module, RoutingRecord], ...] = ()
 
 
 _local = _Local()
@@ -46,6 +49,51 @@ def use(call: Call | None) -> Iterator[Call | None]:
         yield call
     finally:
         _local.call = before
+
+
+@contextmanager
+def recording(model: nn.Module, record: RoutingRecord) -> Iterator[RoutingRecord]:
+    """Within, on this thread, ``record`` observes what the routers of ``model`` decide."""
+    before = _local.records
+    _local.records = (*before, (model, record))
+    try:
+        yield record
+    finally:
+        _local.records = before
+
+
+def records_of(model: nn.Module) -> list[RoutingRecord]:
+    """What observes ``model`` on this thread."""
+    return [record for other, record in _local.records if other is model]
+
+
+class Rotation:
+    """LoRA Switch (Multi-LoRA Composition, 2402.16843): another adapter after every ``every`` passes."""
+
+    def __init__(self, experts: Sequence[int], every: int) -> None:
+        self.experts, self.every, self.passes = experts, every, 0
+
+    def next(self) -> int:
+        """The adapter of the next pass."""
+        expert = self.experts[self.passes // self.every % len(self.experts)]
+        self.passes += 1
+        return expert
+
+
+@contextmanager
+def rotating(model: nn.Module, rotation: Rotation) -> Iterator[None]:
+    """Within, on this thread, ``rotation`` says which adapter each pass of ``model`` uses."""
+    before = _local.rotations
+    _local.rotations = (*before, (model, rotation))
+    try:
+        yield
+    finally:
+        _local.rotations = before
+
+
+def rotation_of(model: nn.Module) -> Rotation | None:
+    """The innermost rotation of ``model`` on this thread."""
+    return next((r for other, r in reversed(_local.rotations) if other is model), None)
 
 
 @contextmanager
@@ -85,6 +133,8 @@ class Decision:
     routing: of the N.
     mask: ``[N]`` bool, False where padding; ``None``: none is.
     rows: B at sequence level (N = B), 0 at token level.
+    sizes: how many tokens each of the N stands for, ``[N]`` or one number.
+    inputs: ``[N, in]`` what the router read, where the call collects it.
     """
 
     site: str
@@ -92,6 +142,8 @@ class Decision:
     routing: Routing
     mask: Tensor | None
     rows: int
+    sizes: Tensor | int = 1
+    inputs: Tensor | None = None
     expanded: dict[int, Routing] = field(default_factory=dict)
 
     def of_tokens(self, tokens: int) -> Routing | None:
@@ -107,9 +159,10 @@ class Decision:
 
 @dataclass
 class Block:
-    """A block as it runs: its decision, and the other tokens it sees (cross attention's keys and values)."""
+    """A block as it runs: its decision, which of its tokens count, and what its cross attention sees."""
 
-    decision: Decision
+    decision: Decision | None
+    mask: Tensor | None = None
     encoder: Tensor | None = None
     encoder_decision: Decision | None = None
 
@@ -122,8 +175,10 @@ class Call:
     single: the adapter of every token.
     ids: ``[B]`` adapter of each row, -1 for none.
     mode, domain_ids: "routed", "teacher_forced" (rows with a domain go to its expert) or "soft".
-    mask, encoder_mask, pool_mask: ``[B, S]`` bool: tokens that count, and those a router may read.
+    mask, encoder_mask, pool_mask: ``[B, S]``: tokens that count, of the model's input and of an encoder's,
+        and those a router may read. ``two_stacks``: there are an encoder's blocks beside a decoder's.
     kept: decisions that hold beyond this call, by site (a generation's, taken at prefill).
+    rotation: sets ``single`` anew for every pass. collect: decisions keep what their routers read.
     """
 
     num_experts: int
@@ -134,8 +189,12 @@ class Call:
     domain_ids: Tensor | None = None
     mask: Tensor | None = None
     encoder_mask: Tensor | None = None
+    two_stacks: bool = False
     pool_mask: Tensor | None = None
     kept: dict[str, Decision] | None = None
+    rotation: Rotation | None = None
+    collect: bool = False
+    records: list[RoutingRecord] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     block: Block | None = None
     by_model: dict[str, Decision] = field(default_factory=dict)
@@ -172,31 +231,23 @@ class Call:
             self.by_tokens[tokens] = Routing.from_indices(ids, num_experts=self.num_experts)
         return self.by_tokens[tokens]
 
+    def observe(self) -> None:
+        """Shows the decisions so far to the records that wait for them."""
+        for record in self.records:
+            record.observe(self)
+
     def begin_step(self, mask: Tensor | None, encoder_mask: Tensor | None) -> None:
         """Another forward pass within the same call: a generation's next token."""
-        self.mask, self.encoder_mask = mask, encoder_mask
+        self.observe()
+        self.mask = mask if mask is not None else self.mask
+        self.encoder_mask = encoder_mask if encoder_mask is not None else self.encoder_mask
         self.block = None
         self.by_model.clear()
         self.decisions.clear()
 
     def snapshot(self) -> Call:
         """This moment of the call, for a recomputation: what is decided later does not change it."""
-        return Call(
-            self.num_experts,
-            self.routers,
-            self.single,
-            self.ids,
-            self.mode,
-            self.domain_ids,
-            self.mask,
-            self.encoder_mask,
-            self.pool_mask,
-            self.kept,
-            block=self.block,
-            by_model=dict(self.by_model),
-            by_tokens=self.by_tokens,
-            recomputing=True,
-        )
+        return replace(self, decisions=[], by_model=dict(self.by_model), recomputing=True, kept=None)
 
 
 # --------------------------------------------------------------------------------------------- checkpointing
@@ -244,10 +295,10 @@ def _with_weights(call: Call, weights: Sequence[Tensor]) -> Iterator[None]:
     before = call.block
     if before is not None:
         given = iter(weights)
-        call.block = Block(
-            _reweighted(before.decision, next(given)),
-            before.encoder,
-            None if before.encoder_decision is None else _reweighted(before.encoder_decision, next(given)),
+        call.block = replace(
+            before,
+            decision=before.decision and _reweighted(before.decision, next(given)),
+            encoder_decision=before.encoder_decision and _reweighted(before.encoder_decision, next(given)),
         )
     try:
         yield

@@ -41,7 +41,9 @@ def generate(
     )
     call.kept = {}
     with context.use(call):
-        return model.base_model.generate(*args, **kwargs)
+        output = model.base_model.generate(*args, **kwargs)
+    call.observe()
+    return output
 
 
 def _left_padded(
@@ -49,8 +51,7 @@ def _left_padded(
 ) -> tuple[dict[str, Any], Tensor | None]:
     """The prompts with every row's padding in front, if the model is a decoder and they are not so yet."""
     mask, input_ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-    encoder_decoder = getattr(getattr(model.base_model, "config", None), "is_encoder_decoder", False)
-    if encoder_decoder or mask is None or input_ids is None or mask.shape != input_ids.shape:
+    if model._has_encoder() or mask is None or input_ids is None or mask.shape != input_ids.shape:
         return kwargs, routing_mask
     if kwargs.get("past_key_values") is not None or bool(mask[:, -1].all()):
         return kwargs, routing_mask
@@ -62,3 +63,45 @@ def _left_padded(
     if routing_mask is not None:
         routing_mask = routing_mask.gather(1, order)
     return {**kwargs, **moved}, routing_mask
+
+
+@torch.no_grad()
+def composite_logits(model: MoAModel, adapter_names: Sequence[str], **batch: Any) -> Tensor:
+    """Mean of the logits that each of the adapters alone gives (LoRA Composite, arXiv 2402.16843).
+
+    batch: arguments of the base model, without labels; the adapters run one after the other.
+    """
+    if not adapter_names:
+        raise ValueError("a composite needs at least one adapter")
+    total = 0
+    for name in adapter_names:
+        rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        total = total + model(**batch, adapter_names=[name] * rows).logits
+    return total / len(adapter_names)
+
+
+def composite_generate(
+    model: MoAModel, input_ids: Tensor, adapter_names: Sequence[str], **kwargs: Any
+) -> Tensor:
+    """Greedy generation from the mean of the adapters' log-probabilities at every step, with KV cache.
+
+    Every prompt runs once per adapter in one batch, and its copies get the same token. Raises ``ValueError``
+    for sampling and beams, which would let the copies part.
+    """
+    from transformers import LogitsProcessorList
+
+    if kwargs.get("do_sample") or kwargs.get("num_beams", 1) != 1:
+        raise ValueError("composite_generate is greedy: leave do_sample and num_beams out")
+    count = len(adapter_names)
+
+    def mean(_ids: Tensor, scores: Tensor) -> Tensor:
+        together = scores.log_softmax(-1).view(-1, count, scores.shape[-1]).mean(1)
+        return together.repeat_interleave(count, 0)
+
+    ids = model.ids_of(adapter_names).to(input_ids.device).repeat(len(input_ids))
+    if kwargs.get("attention_mask") is not None:
+        kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(count, 0)
+    kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), mean])
+    inputs = input_ids.repeat_interleave(count, 0)
+    output = model.generate(inputs, adapter_ids=ids, do_sample=False, num_beams=1, **kwargs)
+    return output[::count]

@@ -1,12 +1,12 @@
 """``AdaptedLinear``: a linear of the base model that holds the slices of all adapters of the model.
 
-Stacked storage, and what is trained. The adapters lie in two frozen-by-default parameters, ``lora_A``
-``[E, r, in]`` and ``lora_B`` ``[E, out, r]``, so that one kernel call serves any routing. While one adapter is
-trained alone, the stacks must not be what the optimiser holds: AdamW's weight decay and momentum change every
-element of a parameter that has a gradient, zero or not, and the other adapters would drift. So the active
-adapter becomes two parameters of its own, ``active_A`` ``[r, in]`` and ``active_B`` ``[out, r]``, which share
-memory with its slice of the stacks: an in-place update lands in both. Whatever separates the two (conversion,
-deep copies, loading) puts them together again in :meth:`AdaptedLinear.link`.
+Stacked storage, and what is trained. The adapters lie in two parameters, ``lora_A`` ``[E, r, in]`` and
+``lora_B`` ``[E, out, r]``, so that one kernel call serves any routing. While one adapter is trained alone,
+the stacks must not be what the optimiser holds: AdamW's weight decay and momentum change every element of a
+parameter that has a gradient, zero or not, and the other adapters would drift. So the active adapter becomes
+two parameters of its own, ``active_A`` ``[r, in]`` and ``active_B`` ``[out, r]``, which share memory with its
+slice of the stacks: an in-place update lands in both. Whatever separates the two (conversion, deep copies,
+loading) puts them together again in :meth:`AdaptedLinear.link`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Slot:
 
 
 class AdaptedLinear(MoALinear):
-    """A :class:`~moa_ops.MoALinear` without a router, whose adapters differ in rank and scale and come and go.
+    """A :class:`~moa_ops.MoALinear` without a router; its adapters differ in rank and scale, come and go.
 
     Made by :class:`~moa_ops.model.MoAModel`. The decision comes from the call in progress
     (:mod:`moa_ops.model.context`); outside of one the layer computes its base alone.
@@ -78,7 +78,7 @@ class AdaptedLinear(MoALinear):
         self.lora_B = nn.Parameter(empty.view(0, 1, 0).expand(0, self.out_features, 0), requires_grad=False)
         self._describe()
 
-    # ------------------------------------------------------------------------------------------------ adapters
+    # --------------------------------------------------------------------------------------------- adapters
 
     @property
     def num_experts(self) -> int:
@@ -91,7 +91,7 @@ class AdaptedLinear(MoALinear):
         return self.lora_A.shape[1]
 
     def factors(self, expert: int) -> LoraFactors | None:
-        """Views of one adapter's A and B (detached) with its alpha, without its scale; ``None`` at rank 0."""
+        """Views of one adapter's A and B with its alpha, without its scale; ``None`` at rank 0."""
         slot = self.slots[expert]
         if not slot.r:
             return None
@@ -194,7 +194,7 @@ class AdaptedLinear(MoALinear):
             torch.tensor(ranks, dtype=torch.int32, device=device) if len(set(ranks)) > 1 else None
         )
 
-    # ------------------------------------------------------------------------------------------------- forward
+    # --------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """``[..., in]`` to ``[..., out]`` by the decision of the call in progress, or by ``routing``."""
@@ -250,7 +250,7 @@ class AdaptedLinear(MoALinear):
             x.to(base.dtype), lora_A, lora_B, routing, scaling=scaling, ranks=ranks, base=base
         )
 
-    # --------------------------------------------------------------------------------------------- conversions
+    # -------------------------------------------------------------------------------------------- conversions
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         self.link()

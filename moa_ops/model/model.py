@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import inspect
-import math
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from moa_ops.model import context, generation
 from moa_ops.model.adapter import BASE_NAME, LoraAdapter, LoraFactors, check_adapter_name
 from moa_ops.model.combining import Combining
+=======
+from moa_ops.model import context, deciding, generation
+from moa_ops.model.adapters import UNTRAINABLE, AdaptedModel
+>>>>>>> model
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.context import Call
-from moa_ops.model.layer import AdaptedLinear
+from moa_ops.model.inspection import RoutingRecord
 from moa_ops.model.losses import router_losses
+<<<<<<< HEAD
 from moa_ops.model.routers import MODEL_SITE, PrototypeRouter, RouterSet, block_hook, key_of
 from moa_ops.model.storage import Storage
 from moa_ops.model.targets import Target, block_width, by_pattern, find_linears, replace_module, select
+=======
+>>>>>>> model
 
 ROUTING_MODES = ("routed", "teacher_forced", "soft")
 
 
+<<<<<<< HEAD
 class MoAModel(Combining, Storage, nn.Module):
+=======
+class MoAModel(AdaptedModel):
+>>>>>>> model
     """A model whose chosen linears are mixtures of named LoRA adapters.
 
     The linears of ``base_model`` are replaced in place by :class:`~moa_ops.model.layer.AdaptedLinear`, which
@@ -46,26 +57,10 @@ class MoAModel(Combining, Storage, nn.Module):
     accepts_loss_kwargs = False  # transformers.Trainer then scales the whole loss under gradient accumulation
 
     def __init__(self, base_model: nn.Module, config: MoAConfig) -> None:
-        super().__init__()
-        if any(isinstance(module, AdaptedLinear) for module in base_model.modules()):
-            raise ValueError("base_model already holds a mixture of LoRAs; call unload() on it first")
-        self.moa_config = config
-        self.adapters: list[str] = []
-        self.active_adapter: str | None = None
-        self._linears = find_linears(base_model)
-        chosen = select(base_model, self._linears, config.target_modules, config.exclude_modules)
-        self._frozen = [p for p in base_model.parameters() if p.requires_grad]
-        self.base_model = base_model.requires_grad_(False)
-        self.routers = RouterSet(config)
-        self.layers: dict[str, AdaptedLinear] = {}
-        self._hooks: dict[str, Any] = {"": base_model.register_forward_pre_hook(self._step, with_kwargs=True)}
-        self._notes: dict[str, dict[str, Any]] = {}
+        super().__init__(base_model, config)
+        self._hooks[""] = base_model.register_forward_pre_hook(self._step, with_kwargs=True)
         self._checkpointing = [m for m in base_model.modules() if hasattr(m, "gradient_checkpointing")]
-        for target in chosen:
-            self._inject(target)
         self.forward = _with_signature(self)
-        for number in range(config.num_experts):
-            self.add_adapter(f"expert_{number}")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -117,6 +112,7 @@ class MoAModel(Combining, Storage, nn.Module):
             context.wrap_checkpointing(self._checkpointing)
         with context.use(call):
             out = self.base_model(*args, **kwargs)
+        call.observe()
         return self._with_losses(out, call)
 
     def _call(
@@ -133,14 +129,22 @@ class MoAModel(Combining, Storage, nn.Module):
             raise ValueError(f"routing_mode must be one of {list(ROUTING_MODES)}, got {routing_mode!r}")
         call = Call(len(self.adapters), domain_ids=domain_ids, mode=routing_mode, pool_mask=routing_mask)
         call.mask, call.encoder_mask = self._masks(given)
+        call.two_stacks = self._has_encoder()
         if adapter_names is not None:
             if adapter_ids is not None:
                 raise ValueError("give adapter_names or adapter_ids, not both")
             adapter_ids = self.ids_of(adapter_names)
+<<<<<<< HEAD
         if not self.adapters or self.merged is not None or context.is_disabled(self):
+=======
+        call.records = context.records_of(self)
+        if not self.adapters or context.is_disabled(self):
+>>>>>>> model
             return call
         if adapter_ids is not None:
             call.ids = adapter_ids
+        elif (rotation := context.rotation_of(self)) is not None:
+            call.rotation = rotation
         elif self.active_adapter is not None:
             call.single = self.expert_id(self.active_adapter)
         else:
@@ -172,16 +176,26 @@ class MoAModel(Combining, Storage, nn.Module):
     def _masks(self, given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Masks of the tokens themselves and of an encoder's, ``[B, S]``; ``None`` where all count."""
         mask, decoder = (_mask(given.get(name)) for name in ("attention_mask", "decoder_attention_mask"))
-        config = getattr(self.base_model, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
+        if self._has_encoder():
             return decoder, mask
         return mask, _mask(given.get("encoder_attention_mask"))
+
+    def _has_encoder(self) -> bool:
+        return getattr(getattr(self.base_model, "config", None), "is_encoder_decoder", False)
 
     def _step(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before every forward of the base model: a step of a generation has masks of its own."""
         call = context.current()
-        if call is not None and call.kept is not None:
+        if call is None:
+            return
+        if call.kept is not None:
             call.begin_step(*self._masks(self._bound(args, kwargs)))
+        if call.rotation is not None:
+            call.single = call.rotation.next()
+
+    def record_routing(self) -> AbstractContextManager[RoutingRecord]:
+        """``with model.record_routing() as record``: within, on this thread, ``record`` counts decisions."""
+        return context.recording(self, RoutingRecord(list(self.adapters), self.moa_config.score_func))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -200,72 +214,32 @@ class MoAModel(Combining, Storage, nn.Module):
         """The base model's ``generate``, routed: see :func:`moa_ops.model.generation.generate`."""
         return generation.generate(self, args, kwargs, adapter_names, adapter_ids, routing_mask)
 
-    # ----------------------------------------------------------------------------------------------- adapters
+    def switch_adapters(self, adapter_names: Sequence[str], every: int = 1) -> AbstractContextManager[None]:
+        """Within, on this thread, adapters take turns: another one after every ``every`` passes.
 
-    def expert_id(self, adapter_name: str) -> int:
-        """The id of an adapter. Raises ``ValueError`` with the names there are."""
-        if adapter_name not in self.adapters:
-            raise ValueError(f"no adapter is called {adapter_name!r}; there are {self.adapters}")
-        return self.adapters.index(adapter_name)
-
-    def ids_of(self, adapter_names: Sequence[str]) -> Tensor:
-        """``[B]`` ids of one adapter per row, -1 for "__base__"."""
-        if isinstance(adapter_names, str):
-            raise TypeError("adapter_names is a list with one name per row of the batch, got a string")
-        ids = [-1 if name == BASE_NAME else self.expert_id(name) for name in adapter_names]
-        return torch.tensor(ids, dtype=torch.int64)
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        *,
-        r: int | None = None,
-        lora_alpha: float | None = None,
-        use_rslora: bool | None = None,
-        target_modules: str | Sequence[str] | None = None,
-        exclude_modules: str | Sequence[str] | None = None,
-        rank_pattern: Mapping[str, int] | None = None,
-        alpha_pattern: Mapping[str, float] | None = None,
-    ) -> None:
-        """A fresh adapter, as the last expert: A uniform within ±1/√in, B zero, so that it changes nothing yet.
-
-        What is not given is taken from the model's config. Raises ``ValueError`` for a name that is taken or
-        cannot be one, and where ``target_modules`` chooses nothing.
+        A pass is a forward of the base model: a generated token, a step of a diffusion sampler (LoRA Switch,
+        arXiv 2402.16843).
         """
-        config = self.moa_config
-        targets = select(
-            self.base_model,
-            self._linears,
-            target_modules if target_modules is not None else config.target_modules,
-            exclude_modules if exclude_modules is not None else config.exclude_modules,
-        )
-        ranks = rank_pattern if rank_pattern is not None else config.rank_pattern
-        alphas = alpha_pattern if alpha_pattern is not None else config.alpha_pattern
-        r = r if r is not None else config.r
-        lora_alpha = lora_alpha if lora_alpha is not None else config.lora_alpha
-        use_rslora = use_rslora if use_rslora is not None else config.use_rslora
-        modules = {}
-        for t in targets:
-            rank = by_pattern(ranks, t.path, r)
-            if rank < 1:
-                raise ValueError(f"r, the rank of an adapter, must be at least 1, got {rank} for {t.path}")
-            A = torch.empty(rank, t.in_features)
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            B = torch.zeros(t.out_features, rank)
-            modules[t.path] = LoraFactors(A, B, by_pattern(alphas, t.path, lora_alpha), use_rslora)
-        self.insert_adapter(LoraAdapter(modules, config.lora_dropout), adapter_name)
+        experts = [self.expert_id(name) for name in adapter_names]
+        if not experts or every < 1:
+            raise ValueError(f"switching needs adapters and every >= 1, got {list(adapter_names)}, {every}")
+        return context.rotating(self, context.Rotation(experts, every))
 
-    def insert_adapter(self, adapter: LoraAdapter, adapter_name: str) -> None:
-        """Adds an adapter given as data, as the last expert; linears it is for are adapted if they are not.
+    @torch.no_grad()
+    def init_routers(self, prompts: Mapping[str, Mapping[str, Any]], margin: float = 4.0) -> None:
+        """Starts linear routers from examples: a row points to the mean of what its router reads.
 
-        Raises ``ValueError``, and changes nothing, for a name that is taken or cannot be one, for paths that
-        are no linears of the base model, and for shapes that are not theirs.
+        prompts: for every adapter, arguments of the base model (``input_ids``, ``attention_mask``, ...) that
+            hold a batch of texts for it; they run through that adapter.
+        margin: how much more an adapter's own mean gets than others, in logits, on average.
         """
-        check_adapter_name(adapter_name)
-        if adapter_name in self.adapters:
+        if set(prompts) != set(self.adapters):
+            raise ValueError(f"prompts must be given for all of {self.adapters}, got {sorted(prompts)}")
+        if self.moa_config.router_type != "linear":
             raise ValueError(
-                f"an adapter called {adapter_name!r} is already there; delete it, or choose another name"
+                f"only linear routers start from examples, these are {self.moa_config.router_type!r}"
             )
+<<<<<<< HEAD
         targets = self._check_fits(adapter)
         self._adapt(targets)
         expert = len(self.adapters)
@@ -443,60 +417,30 @@ class MoAModel(Combining, Storage, nn.Module):
     def _renormalised_top_1(self) -> bool:
         config = self.moa_config
         return config.top_k == 1 and config.norm_topk_prob and config.router_type != "static"
+=======
+        means: dict[str, list[Tensor]] = {}
+        for expert, name in enumerate(self.adapters):
+            batch = prompts[name]
+            rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+            ids = torch.full((rows,), expert)
+            call = self._call(batch, domain_ids=ids, routing_mode="teacher_forced")
+            if call.routers is None:
+                raise ValueError("routers cannot be started while an adapter is set: set_adapter(None) first")
+            call.collect = True
+            with context.use(call):
+                self.base_model(**batch)
+            for site, mean in deciding.mean_inputs(call.decisions, self.moa_config.router_norm).items():
+                means.setdefault(site, []).append(mean)
+        for site, rows in means.items():
+            self.routers[deciding.key_of(site)].separate(torch.stack(rows), margin)
+>>>>>>> model
 
     def _warn_untrainable(self, call: Call) -> None:
         if torch.compiler.is_compiling() or not (call.grad and self._renormalised_top_1()):
             return
-        if call.mode != "soft" and call.domain_ids is None and len(self.adapters) > 1:
-            if any(p.requires_grad for p in self.routers.parameters()):
-                warnings.warn(_UNTRAINABLE, stacklevel=4)
-
-    def update_routing(self, **changes: Any) -> None:
-        """Other settings of routing or losses from now on, by their names in ``MoAConfig``.
-
-        Raises ``ValueError`` for one that a built model cannot change.
-        """
-        self.moa_config = self.moa_config.with_routing(**changes)
-        self.routers.config = self.moa_config
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Those that take gradients now."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def num_parameters_by_kind(self) -> dict[str, int]:
-        """Elements: "trainable", "base", "adapters", "routers", "all" (active slices are not counted twice)."""
-        adapters = sum(x.numel() for layer in self.layers.values() for x in (layer.lora_A, layer.lora_B))
-        actives = sum(
-            p.numel()
-            for layer in self.layers.values()
-            for n, p in layer.named_parameters(recurse=False)
-            if n.startswith("active_")
-        )
-        routers = sum(p.numel() for p in self.routers.parameters())
-        base = sum(p.numel() for p in self.base_model.parameters()) - adapters - actives
-        trainable = sum(p.numel() for p in self.trainable_parameters())
-        return {
-            "trainable": trainable,
-            "base": base,
-            "adapters": adapters,
-            "routers": routers,
-            "all": base + adapters + routers,
-        }
-
-    def print_trainable_parameters(self) -> None:
-        """One line, as PEFT prints it."""
-        sizes = self.num_parameters_by_kind()
-        share = 100 * sizes["trainable"] / max(sizes["all"], 1)
-        print(
-            f"trainable params: {sizes['trainable']:,} || all params: {sizes['all']:,} || "
-            f"trainable%: {share:.4f}"
-        )
-
-
-_UNTRAINABLE = (
-    "top_k=1 with norm_topk_prob=True makes every gate weight exactly 1, so the output teaches the router "
-    "nothing; pass norm_topk_prob=False, or domain_ids with router_domain_loss_coef > 0"
-)
+        unlabelled = call.mode != "soft" and call.domain_ids is None and len(self.adapters) > 1
+        if unlabelled and any(p.requires_grad for p in self.routers.parameters()):
+            warnings.warn(UNTRAINABLE, stacklevel=4)
 
 
 def get_moa_model(base_model: nn.Module, config: MoAConfig) -> MoAModel:

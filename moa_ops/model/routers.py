@@ -1,32 +1,16 @@
-"""Routers: the modules that give logits, and the set of them that decides for a whole model."""
+"""Routers: modules that give logits, one per expert, and whose rows come and go with the experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_ops import functional
 from moa_ops.linear import Router
 from moa_ops.model.adapter import LoraFactors
-from moa_ops.model.config import MoAConfig
-from moa_ops.model.context import Block, Call, Decision, current
 from moa_ops.model.layer import AdaptedLinear
-from moa_ops.reference import accumulation_dtype
-from moa_ops.routing import Routing
-
-MODEL_SITE = "model"  # the one site of router_granularity="model"
-
-
-def key_of(site: str) -> str:
-    """A site's path as a key of ``nn.ModuleDict``, which allows no dots."""
-    return site.replace(".", "/")
-
-
-# ------------------------------------------------------------------------------------------------ the modules
 
 
 class LinearRouter(Router):
@@ -35,6 +19,18 @@ class LinearRouter(Router):
     def __init__(self, in_features: int, num_experts: int, device: Any = None, **_: Any) -> None:
         super().__init__(in_features, num_experts, device)
         _draw(self.weight)
+
+    @torch.no_grad()
+    def separate(self, means: Tensor, margin: float) -> None:
+        """Rows along the centred ``means`` ``[E, in]`` of each expert's inputs.
+
+        They are scaled so that an expert's own mean gets ``margin`` more than the others, on average.
+        """
+        rows = means - means.mean(0)
+        logits = means.to(rows.dtype) @ rows.t()
+        own, experts = logits.diagonal().sum(), len(rows)
+        gap = own / experts - (logits.sum() - own) / max(experts * (experts - 1), 1)
+        self.weight.copy_(rows * (margin / gap.clamp(min=1e-12)))
 
     def reorder(self, sources: list[int | None]) -> None:
         """Row e becomes old row ``sources[e]``, bit for bit; a fresh one where that is ``None``."""
@@ -125,245 +121,3 @@ def prototype(factors: LoraFactors | None, in_features: int) -> Tensor:
     P, S = torch.linalg.qr(factors.A.double().t())
     _, sizes, Vh = torch.linalg.svd(R @ S.t())
     return ((P @ Vh[0]) * (sizes[0] > 0)).float()
-
-
-# -------------------------------------------------------------------------------------------- the set of them
-
-
-class RouterSet(nn.ModuleDict):
-    """A router per site, and the decisions they make. Sites are paths of blocks or of linears, or "model"."""
-
-    def __init__(self, config: MoAConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def add_site(self, site: str, in_features: int, num_experts: int, device: Any) -> None:
-        """A fresh router, unless the site has one."""
-        if key_of(site) not in self:
-            kind = KINDS[self.config.router_type]
-            self[key_of(site)] = kind(in_features, num_experts, device, hidden=self.config.router_hidden_size)
-
-    def sites(self) -> list[str]:
-        """Paths of all sites."""
-        return [key.replace("/", ".") for key in self]
-
-    def site_of(self, layer: AdaptedLinear) -> str:
-        """The site that decides for a linear."""
-        if self.config.router_granularity == "model":
-            return MODEL_SITE
-        own = self.config.router_granularity == "module" or layer.block is None
-        return layer.path if own else layer.block
-
-    # Deciding.
-
-    def enter_block(self, call: Call, block: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Decides for a block that is about to run with these arguments."""
-        hidden = _hidden_states(block, args, kwargs)
-        encoder = kwargs.get("encoder_hidden_states")
-        encoder = encoder if isinstance(encoder, Tensor) else None
-        sequence = self.config.routing_level == "sequence"
-        if self.config.router_granularity == "model":
-            stack = "" if sequence else block.rpartition(".")[0]
-            decision = call.by_model.get(stack)
-            if decision is None:
-                decision = self.decide(call, MODEL_SITE, hidden, call.mask)
-                call.by_model[stack] = decision
-        elif sequence and encoder is not None:
-            # What a decoder's row is about is said by the encoder's states, and known before the first token.
-            decision = self.decide(call, block, encoder, call.encoder_mask)
-        else:
-            decision = self.decide(call, block, hidden, call.mask if encoder is None else call.mask)
-        call.block = Block(decision, encoder)
-
-    def routing(self, call: Call, layer: AdaptedLinear, x: Tensor) -> Routing:
-        """The routing of x in ``layer``: its block's decision, or its own."""
-        tokens = x.shape[:-1].numel()
-        site = self.site_of(layer)
-        if site == layer.path:
-            mask = call.encoder_mask if call.block is not None and x is call.block.encoder else call.mask
-            decision = self.decide(call, site, x, mask)
-        else:
-            block = call.block
-            if block is None:
-                raise RuntimeError(
-                    f"{layer.path} ran before any block decided; use router_granularity='module' for this model"
-                )
-            decision = block.decision
-            if block.encoder is x and self.config.routing_level == "token":
-                if block.encoder_decision is None:
-                    block.encoder_decision = self.decide(call, site, x, call.encoder_mask)
-                decision = block.encoder_decision
-        routing = decision.of_tokens(tokens)
-        if routing is None:
-            raise ValueError(
-                f"{layer.path} got an input of shape {list(x.shape)}, but its block decided for "
-                f"{decision.routing.num_tokens} {'rows' if decision.rows else 'tokens'}: it sees other tokens "
-                "than its block. Leave it out by exclude_modules, or use router_granularity='module'"
-            )
-        return routing
-
-    def decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
-        """The decision of a site's router for ``hidden`` ``[B, S, in]`` or ``[N, in]``."""
-        rows = hidden.shape[0] if self.config.routing_level == "sequence" else 0
-        if call.kept is not None and rows and site in call.kept:
-            return _kept(call.kept[site], rows)
-        if call.recomputing or torch.is_grad_enabled():
-            decision = self._decide(call, site, hidden, mask)
-        else:
-            # Reentrant checkpointing runs its forward without gradients; the losses on logits need theirs.
-            with torch.set_grad_enabled(call.grad):
-                decision = self._decide(call, site, hidden, mask)
-        if not call.recomputing:
-            call.decisions.append(decision)
-        if call.kept is not None and rows:
-            call.kept[site] = decision
-        return decision
-
-    def _decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
-        config, router = self.config, self[key_of(site)]
-        mask = fitted(mask, hidden)
-        if config.routing_level == "sequence":
-            read = fitted(call.pool_mask, hidden) if call.pool_mask is not None else mask
-            inputs, mask, rows = pooled(hidden, read, config.router_pooling), None, hidden.shape[0]
-        else:
-            inputs, rows = functional.as_rows(hidden), 0
-            mask = None if mask is None else mask.reshape(-1)
-        if isinstance(router, StaticRouter):
-            return Decision(site, None, _static(router.weight, len(inputs), mask), mask, rows)
-        logits = self._logits(router, inputs)
-        experts = logits.shape[-1]
-        top_k = experts if config.top_k is None or call.mode == "soft" else min(config.top_k, experts)
-        routing = functional.topk_routing(
-            logits,
-            top_k,
-            score_func=config.score_func,
-            norm_topk_prob=config.norm_topk_prob and call.mode != "soft",
-            mask=mask,
-        )
-        if call.mode == "teacher_forced":
-            routing = _teacher_forced(routing, logits, call.domain_ids, config, mask)
-        return Decision(site, logits, routing, mask, rows)
-
-    def _logits(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        want = router.hidden.weight.shape[1] if isinstance(router, MLPRouter) else router.weight.shape[1]
-        if inputs.shape[-1] != want:
-            raise ValueError(
-                f"a router made for inputs of width {want} got {list(inputs.shape)}; where a block's input has "
-                "another width than its linears, use router_granularity='module'"
-            )
-        if self.config.router_norm:
-            inputs = inputs.to(accumulation_dtype(inputs.dtype))
-            inputs = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
-        logits = router(inputs)
-        return logits if self.config.router_temperature == 1 else logits / self.config.router_temperature
-
-
-def block_hook(block: str):
-    """A forward pre-hook that lets the routers of the call in progress decide for ``block``."""
-
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = current()
-        if call is not None and call.routers is not None and call.single is None and call.ids is None:
-            call.routers.enter_block(call, block, args, kwargs)
-
-    return hook
-
-
-def _hidden_states(block: str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    candidates = [kwargs.get("hidden_states"), *args, *kwargs.values()]
-    for value in candidates:
-        if isinstance(value, Tensor) and value.dtype.is_floating_point and value.dim() >= 2:
-            return value
-    raise ValueError(
-        f"block {block} got no floating tensor [.., .., width] to route by; use router_granularity='module'"
-    )
-
-
-def fitted(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """``mask`` ``[B, M]`` for the tokens of ``hidden`` ``[B, S, in]``: its last S columns, rows repeated.
-
-    ``None`` (all count) where it speaks of other tokens.
-    """
-    if mask is None or hidden.dim() != 3 or mask.dim() != 2:
-        return None
-    batch, length = hidden.shape[:2]
-    if mask.shape[1] < length or batch % mask.shape[0]:
-        return None
-    mask = mask[:, mask.shape[1] - length :].to(hidden.device, torch.bool)
-    return mask if mask.shape[0] == batch else mask.repeat_interleave(batch // mask.shape[0], 0)
-
-
-def pooled(hidden: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """One vector per row of ``[B, S, in]``: the mean of the tokens that count, or the last of them.
-
-    ``[B, in]``, in float32 at least for the mean. A row without tokens gives zeros (mean) or its last (last).
-    """
-    if hidden.dim() == 2:
-        return hidden
-    if hidden.dim() > 3:
-        hidden = hidden.flatten(1, -2)
-    if how == "last":
-        if mask is None:
-            return hidden[:, -1]
-        positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
-        last = (mask * positions).argmax(1)
-        last = torch.where(mask.any(1), last, hidden.shape[1] - 1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
-    dtype = accumulation_dtype(hidden.dtype)
-    if mask is None:
-        return hidden.mean(1, dtype=dtype)
-    total = hidden.masked_fill(~mask[..., None], 0).sum(1, dtype=dtype)
-    return total / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _static(weight: Tensor, count: int, mask: Tensor | None) -> Routing:
-    experts = weight.shape[0]
-    indices = torch.arange(experts, device=weight.device).expand(count, experts)
-    weights = weight.float().expand(count, experts)
-    if mask is not None:
-        indices = torch.where(mask[:, None], indices, -1)
-        weights = torch.where(mask[:, None], weights, 0.0)
-    return Routing.from_indices(indices, weights, num_experts=experts)
-
-
-def scores(logits: Tensor, score_func: str) -> Tensor:
-    """Each expert's weight before selection: softmax over all, or sigmoid."""
-    return logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
-
-
-def _teacher_forced(
-    routing: Routing, logits: Tensor, domain_ids: Tensor, config: MoAConfig, mask: Tensor | None
-) -> Routing:
-    """Rows with a domain go to its expert alone, weighted with what the router gave it; others as routed."""
-    count, experts = logits.shape
-    ids = domain_ids.to(logits.device).repeat_interleave(count // len(domain_ids))
-    labelled = ids >= 0 if mask is None else (ids >= 0) & mask
-    expert = ids.clamp(min=0)[:, None]
-    own = scores(logits, config.score_func).gather(1, expert)
-    if config.norm_topk_prob:
-        own = torch.ones_like(own)
-    first = torch.arange(routing.top_k, device=logits.device) == 0
-    indices = torch.where(labelled[:, None], torch.where(first, expert, -1), routing.indices)
-    weights = torch.where(labelled[:, None], torch.where(first, own, 0.0), routing.weights)
-    return Routing.from_indices(indices, weights, num_experts=experts)
-
-
-def _kept(decision: Decision, rows: int) -> Decision:
-    """A decision taken at prefill, for a step with as many rows or a multiple (each repeated).
-
-    Beams of one prompt share its decision, and reordering exchanges beams of one prompt only, so that the
-    decisions need not follow it.
-    """
-    if decision.rows == rows:
-        return decision
-    if rows % decision.rows:
-        raise ValueError(
-            f"this generation decided for {decision.rows} rows at its prompt, and a step has {rows}"
-        )
-    times, routing = rows // decision.rows, decision.routing
-    routing = Routing.from_indices(
-        routing.indices.repeat_interleave(times, 0),
-        routing.weights.repeat_interleave(times, 0),
-        num_experts=routing.num_experts,
-    )
-    return Decision(decision.site, None, routing, None, rows)

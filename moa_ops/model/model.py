@@ -12,33 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from moa_ops.model import context, generation
-from moa_ops.model.adapter import BASE_NAME, LoraAdapter, LoraFactors, check_adapter_name
-from moa_ops.model.combining import Combining
-=======
 from moa_ops.model import context, deciding, generation
 from moa_ops.model.adapters import UNTRAINABLE, AdaptedModel
->>>>>>> model
+from moa_ops.model.combining import Combining
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.context import Call
 from moa_ops.model.inspection import RoutingRecord
 from moa_ops.model.losses import router_losses
-<<<<<<< HEAD
-from moa_ops.model.routers import MODEL_SITE, PrototypeRouter, RouterSet, block_hook, key_of
 from moa_ops.model.storage import Storage
-from moa_ops.model.targets import Target, block_width, by_pattern, find_linears, replace_module, select
-=======
->>>>>>> model
 
 ROUTING_MODES = ("routed", "teacher_forced", "soft")
 
 
-<<<<<<< HEAD
-class MoAModel(Combining, Storage, nn.Module):
-=======
-class MoAModel(AdaptedModel):
->>>>>>> model
+class MoAModel(Combining, Storage, AdaptedModel):
     """A model whose chosen linears are mixtures of named LoRA adapters.
 
     The linears of ``base_model`` are replaced in place by :class:`~moa_ops.model.layer.AdaptedLinear`, which
@@ -134,12 +120,8 @@ class MoAModel(AdaptedModel):
             if adapter_ids is not None:
                 raise ValueError("give adapter_names or adapter_ids, not both")
             adapter_ids = self.ids_of(adapter_names)
-<<<<<<< HEAD
-        if not self.adapters or self.merged is not None or context.is_disabled(self):
-=======
         call.records = context.records_of(self)
-        if not self.adapters or context.is_disabled(self):
->>>>>>> model
+        if not self.adapters or self.merged is not None or context.is_disabled(self):
             return call
         if adapter_ids is not None:
             call.ids = adapter_ids
@@ -239,185 +221,6 @@ class MoAModel(AdaptedModel):
             raise ValueError(
                 f"only linear routers start from examples, these are {self.moa_config.router_type!r}"
             )
-<<<<<<< HEAD
-        targets = self._check_fits(adapter)
-        self._adapt(targets)
-        expert = len(self.adapters)
-        for path, layer in self.layers.items():
-            layer.insert(expert, targets.get(path))
-        self.adapters.append(adapter_name)
-        self._notes[adapter_name] = dict(adapter.notes)
-        self._reorder([*range(expert), None])
-
-    def replace_adapter(self, adapter: LoraAdapter, adapter_name: str) -> None:
-        """Other weights, ranks and alphas for an adapter, which keeps its id, its scale and its router rows.
-
-        Raises ``ValueError``, and changes nothing, as :meth:`insert_adapter` does.
-        """
-        expert, targets = self.expert_id(adapter_name), self._check_fits(adapter)
-        scale = self.adapter_scale(adapter_name)
-        self._adapt(targets)
-        for path, layer in self.layers.items():
-            layer.set(expert, targets.get(path))
-        self.set_adapter_scale(adapter_name, scale)
-        self._notes[adapter_name] = dict(adapter.notes)
-        self.refresh_prototypes()
-
-    def adapter_data(self, adapter_name: str) -> LoraAdapter:
-        """The adapter as data, as copies; a scale set by :meth:`set_adapter_scale` is left out."""
-        expert = self.expert_id(adapter_name)
-        modules = {}
-        for path, layer in self.layers.items():
-            layer.link()
-            factors = layer.factors(expert)
-            if factors is not None:
-                A, B = factors.A.clone(), factors.B.clone(memory_format=torch.contiguous_format)
-                modules[path] = LoraFactors(A, B, factors.lora_alpha, factors.use_rslora)
-        conv = any(type(self._linears[path].module).__name__ == "Conv1D" for path in modules)
-        return LoraAdapter(modules, self.moa_config.lora_dropout, conv, self._notes[adapter_name])
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter and its router rows; the others keep theirs, bit for bit, and move up."""
-        expert = self.expert_id(adapter_name)
-        if adapter_name == self.active_adapter:
-            self.set_adapter(None)
-        for layer in self.layers.values():
-            layer.remove(expert)
-        del self.adapters[expert], self._notes[adapter_name]
-        self._reorder([e for e in range(len(self.adapters) + 1) if e != expert])
-
-    def rename_adapter(self, adapter_name: str, new_name: str) -> None:
-        """Gives an adapter another name; its id stays."""
-        expert = self.expert_id(adapter_name)
-        check_adapter_name(new_name)
-        if new_name in self.adapters:
-            raise ValueError(f"an adapter called {new_name!r} is already there")
-        self.adapters[expert] = new_name
-        self._notes[new_name] = self._notes.pop(adapter_name)
-        if self.active_adapter == adapter_name:
-            self.active_adapter = new_name
-
-    def set_adapter_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiplies what an adapter adds, everywhere; 1 is as it was trained, 0 switches it off."""
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
-        expert = self.expert_id(adapter_name)
-        for layer in self.layers.values():
-            layer.set_scale(expert, float(scale))
-
-    def adapter_scale(self, adapter_name: str) -> float:
-        """What :meth:`set_adapter_scale` set, 1 by default."""
-        expert = self.expert_id(adapter_name)
-        return next(slot.scale for layer in self.layers.values() if (slot := layer.slots[expert]).r)
-
-    def _check_fits(self, adapter: LoraAdapter) -> dict[str, LoraFactors]:
-        """The adapter's factors under the names of this model's linears, shapes checked."""
-        names = {path: t.path for t in self._linears.values() for path in t.paths}
-        unknown = sorted(set(adapter.modules) - set(names))
-        if unknown:
-            raise ValueError(
-                f"the adapter is for {len(unknown)} modules that are no linears of this "
-                f"{type(self.base_model).__name__}, such as {unknown[0]!r}; it was made for another model"
-            )
-        if not adapter.modules:
-            raise ValueError("the adapter is empty: it is for no module at all")
-        for path, factors in adapter.modules.items():
-            target = self._linears[names[path]]
-            have = tuple(factors.A.shape), tuple(factors.B.shape)
-            want = (factors.r, target.in_features), (target.out_features, factors.r)
-            if have != want:
-                raise ValueError(
-                    f"the adapter's A and B for {path} are {list(have[0])} and {list(have[1])}; that linear "
-                    f"takes {list(want[0])} and {list(want[1])}"
-                )
-        return {names[path]: factors for path, factors in adapter.modules.items()}
-
-    def _inject(self, target: Target) -> None:
-        """Puts an empty mixture in the place of a linear, and routers and hooks where it needs them."""
-        layer = AdaptedLinear(target, self.moa_config.lora_dropout, self.moa_config.autocast_adapter_dtype)
-        for expert in range(len(self.adapters)):
-            layer.insert(expert, None)
-        layer.train(target.module.training)
-        replace_module(self.base_model, target.paths, layer)
-        self.layers[target.path] = layer
-        site, width = self.routers.site_of(layer), layer.in_features
-        if target.block is not None and self.moa_config.router_granularity != "module":
-            width = block_width(self.base_model, target.block)
-            if target.block not in self._hooks:
-                module = self.base_model.get_submodule(target.block)
-                hook = block_hook(target.block)
-                self._hooks[target.block] = module.register_forward_pre_hook(hook, with_kwargs=True)
-        elif site == MODEL_SITE:
-            return  # a linear outside of all blocks takes the decision that the first block made
-        self.routers.add_site(site, width, len(self.adapters), layer.lora_A.device)
-
-    def _reorder(self, sources: list[int | None]) -> None:
-        for router in self.routers.values():
-            router.reorder(sources)
-        self.refresh_prototypes()
-
-    def refresh_prototypes(self) -> None:
-        """Reads the prototypes of Arrow routers anew; needed only after adapters were trained."""
-        for path, layer in self.layers.items():
-            router = self.routers[key_of(path)] if key_of(path) in self.routers else None
-            if isinstance(router, PrototypeRouter):
-                router.read(layer)
-
-    def unload(self) -> nn.Module:
-        """Takes everything out again: the base model, with the very modules it had. Adapters are lost."""
-        for hook in self._hooks.values():
-            hook.remove()
-        for path, layer in self.layers.items():
-            target = self._linears[path]
-            if layer.base_layer is None:  # conversions may have replaced the parameters
-                target.module.weight, target.module.bias = layer.weight, layer.bias
-            replace_module(self.base_model, target.paths, target.module)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        base = self.base_model
-        self.layers, self.adapters, self._hooks = {}, [], {}
-        return base
-
-    # ----------------------------------------------------------------------------------------------- training
-
-    def set_adapter(self, adapter_name: str | None) -> None:
-        """Every token uses this adapter, and training changes it alone, others bit for bit as they were.
-
-        ``None``: the routers decide again, and nothing is trainable until :meth:`set_trainable`. Make the
-        optimiser after this call: the trainable parameters are other ones.
-        """
-        expert = None if adapter_name is None else self.expert_id(adapter_name)
-        self.active_adapter = adapter_name
-        for layer in self.layers.values():
-            layer.link()
-            layer.activate(expert)
-            layer.lora_A.requires_grad_(False)
-            layer.lora_B.requires_grad_(False)
-        self.routers.requires_grad_(False)
-        self.refresh_prototypes()
-
-    def set_trainable(self, *, experts: bool, router: bool) -> None:
-        """Which parts take gradients: the adapters (all, or the one that is set) and the routers."""
-        for layer in self.layers.values():
-            active = [p for name, p in layer.named_parameters(recurse=False) if name.startswith("active_")]
-            for parameter in active if self.active_adapter is not None else (layer.lora_A, layer.lora_B):
-                parameter.requires_grad_(experts)
-        for module in self.routers.values():
-            module.requires_grad_(router and not isinstance(module, PrototypeRouter))
-        if not router:
-            return
-        config = self.moa_config
-        if config.router_type == "prototype":
-            warnings.warn("prototype routers have nothing to train", stacklevel=2)
-        elif len(self.adapters) < 2:
-            warnings.warn("a router over fewer than two adapters has nothing to learn", stacklevel=2)
-        elif self._renormalised_top_1() and not config.router_domain_loss_coef:
-            warnings.warn(_UNTRAINABLE, stacklevel=2)
-
-    def _renormalised_top_1(self) -> bool:
-        config = self.moa_config
-        return config.top_k == 1 and config.norm_topk_prob and config.router_type != "static"
-=======
         means: dict[str, list[Tensor]] = {}
         for expert, name in enumerate(self.adapters):
             batch = prompts[name]
@@ -433,7 +236,6 @@ class MoAModel(AdaptedModel):
                 means.setdefault(site, []).append(mean)
         for site, rows in means.items():
             self.routers[deciding.key_of(site)].separate(torch.stack(rows), margin)
->>>>>>> model
 
     def _warn_untrainable(self, call: Call) -> None:
         if torch.compiler.is_compiling() or not (call.grad and self._renormalised_top_1()):

@@ -8,7 +8,7 @@ checked before the model changes, and a folder is written whole or not at all (:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,14 +110,6 @@ class Storage:
         if is_trainable:
             model.set_trainable(experts=True, router=True)
         return model
-
-    def _adapt(self: MoAModel, modules: Iterable[str]) -> None:
-        """Makes these linears take adapters, if they do not."""
-        for path in modules:
-            if path not in self._linears:
-                raise ValueError(f"{path!r} is no linear of this {type(self.base_model).__name__}")
-            if path not in self.layers:
-                self._inject(self._linears[path])
 
     def _names_of_modules(self: MoAModel) -> list[str]:
         """Of the base model without mixtures, for PEFT's target_modules."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import TARGETS, batch, build
+from peft_folders import TARGETS, inputs
 from torch import Tensor, nn
+from zoo import build
 
 from helpers import error
 from moa_ops import MoAConfig, MoAModel, get_moa_model
@@ -18,9 +19,9 @@ FAMILIES = list(TARGETS)
 
 @torch.no_grad()
 def run(model: nn.Module, family: str = "llama", adapter: str | None = None) -> Tensor:
-    inputs = batch(family)
-    names = {} if adapter is None else {"adapter_names": [adapter] * len(inputs["input_ids"])}
-    return model(**inputs, **names).logits
+    given = inputs(family)
+    names = {} if adapter is None else {"adapter_names": [adapter] * len(given["input_ids"])}
+    return model(**given, **names).logits
 
 
 def mixture(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> MoAModel:
@@ -98,15 +99,15 @@ def test_learned_weights() -> None:
     """The text was written by a mixture of the adapters; its weights are found, and nothing else changes."""
     model = mixture()
     model.add_weighted_adapter(["a", "b"], [1.5, -0.5], "author")
-    inputs = batch("llama", rows=16, length=20)
-    teacher = run_logits(model, inputs, "author")
+    given = inputs("llama", rows=16, length=20)
+    teacher = run_logits(model, given, "author")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def loss_of(name: str) -> float:
-        return nn.functional.mse_loss(run_logits(model, inputs, name), teacher).item()
+        return nn.functional.mse_loss(run_logits(model, given, name), teacher).item()
 
     model.base_model.loss_function = lambda logits, **_: nn.functional.mse_loss(logits, teacher)
-    batches = [{**inputs, "labels": inputs["input_ids"]}]
+    batches = [{**given, "labels": given["input_ids"]}]
     weights = model.learn_adapter_weights(["a", "b"], batches, steps=150, lr=0.05)
     assert weights == pytest.approx([1.5, -0.5], abs=0.1)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -121,8 +122,8 @@ def test_learned_weights() -> None:
 
 
 @torch.no_grad()
-def run_logits(model: MoAModel, inputs: dict[str, Tensor], name: str) -> Tensor:
-    return model(**inputs, adapter_names=[name] * len(inputs["input_ids"])).logits
+def run_logits(model: MoAModel, given: dict[str, Tensor], name: str) -> Tensor:
+    return model(**given, adapter_names=[name] * len(given["input_ids"])).logits
 
 
 # ---------------------------------------------------------------------------------------------- into the base

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import TARGETS, batch, build, peft_folder
+from peft_folders import TARGETS, inputs, peft_folder
 from torch import Tensor, nn
+from zoo import build
 
 from helpers import error
 from moa_ops import MoAConfig, MoAModel, get_moa_model
@@ -31,10 +32,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def run(model: nn.Module, family: str, adapter: str | None = None, **options: Any) -> Tensor:
-    inputs = batch(family)
+    given = inputs(family)
     if adapter is not None:
-        options["adapter_names"] = [adapter] * len(inputs["input_ids"])
-    return model(**inputs, **options).logits
+        options["adapter_names"] = [adapter] * len(given["input_ids"])
+    return model(**given, **options).logits
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_by_id_equals_peft(folders: dict[str, Path], family: str) -> None:
     rows = torch.arange(4) % 3
     names = [list(OPTIONS)[i] for i in rows]
     with torch.no_grad():
-        mixed = model(**batch(family), adapter_names=names).logits
+        mixed = model(**inputs(family), adapter_names=names).logits
     for row, name in enumerate(names):
         assert error(mixed[row], run(model, family, name)[row]) < 1e-6
 
@@ -179,7 +180,7 @@ def test_an_empty_mixture(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
-from models import build
+from zoo import build
 from moa_ops import MoAModel
 from moa_ops.model import storage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,9 +113,7 @@ class AdaptedModel(nn.Module):
                 f"an adapter called {adapter_name!r} is already there; delete it, or choose another name"
             )
         targets = self._check_fits(adapter)
-        for path in targets:
-            if path not in self.layers:
-                self._inject(self._linears[path])
+        self._adapt(targets)
         expert = len(self.adapters)
         for path, layer in self.layers.items():
             layer.insert(expert, targets.get(path))
@@ -129,11 +127,11 @@ class AdaptedModel(nn.Module):
         Raises ``ValueError``, and changes nothing, as :meth:`insert_adapter` does.
         """
         expert, targets = self.expert_id(adapter_name), self._check_fits(adapter)
-        for path in targets:
-            if path not in self.layers:
-                self._inject(self._linears[path])
+        scale = self.adapter_scale(adapter_name)
+        self._adapt(targets)
         for path, layer in self.layers.items():
             layer.set(expert, targets.get(path))
+        self.set_adapter_scale(adapter_name, scale)
         self._notes[adapter_name] = dict(adapter.notes)
         self.refresh_prototypes()
 
@@ -179,6 +177,11 @@ class AdaptedModel(nn.Module):
         for layer in self.layers.values():
             layer.set_scale(expert, float(scale))
 
+    def adapter_scale(self, adapter_name: str) -> float:
+        """What :meth:`set_adapter_scale` set, 1 by default."""
+        expert = self.expert_id(adapter_name)
+        return next(slot.scale for layer in self.layers.values() if (slot := layer.slots[expert]).r)
+
     def _check_fits(self, adapter: LoraAdapter) -> dict[str, LoraFactors]:
         """The adapter's factors under the names of this model's linears, shapes checked."""
         names = {path: t.path for t in self._linears.values() for path in t.paths}
@@ -200,6 +203,14 @@ class AdaptedModel(nn.Module):
                     f"takes {list(want[0])} and {list(want[1])}"
                 )
         return {names[path]: factors for path, factors in adapter.modules.items()}
+
+    def _adapt(self, modules: Iterable[str]) -> None:
+        """Makes these linears take adapters, if they do not."""
+        for path in modules:
+            if path not in self._linears:
+                raise ValueError(f"{path!r} is no linear of this {type(self.base_model).__name__}")
+            if path not in self.layers:
+                self._inject(self._linears[path])
 
     def _inject(self, target: Target) -> None:
         """Puts an empty mixture in the place of a linear, and routers and hooks where it needs them."""

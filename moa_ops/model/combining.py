@@ -5,7 +5,6 @@ The mathematics is in :mod:`moa_ops.model.merging`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -112,8 +111,8 @@ class Combining:
         exact to the bit; otherwise the update is subtracted again, which rounds. combination_type, options:
         as of :meth:`add_weighted_adapter`.
 
-        Raises ``ValueError``, and changes nothing, where the base is quantised, something is merged already, or
-        a weight would not be finite.
+        Raises ``ValueError``, and changes nothing, where the base is quantised, where something is merged
+        already, and where a weight would not be finite.
         """
         if self.merged is not None:
             raise ValueError("adapters are merged into the base already; call unmerge_adapter() first")
@@ -153,7 +152,9 @@ class Combining:
             if adapter_names is None:
                 adapter_names = self.adapters if self.active_adapter is None else [self.active_adapter]
                 if len(adapter_names) != 1:
-                    raise ValueError(f"say which of the adapters {self.adapters} to merge: adapter_names=[...]")
+                    raise ValueError(
+                        f"say which of the adapters {self.adapters} to merge: adapter_names=[...]"
+                    )
             self.merge_adapter(adapter_names, weights, **options)
         elif adapter_names is not None:
             raise ValueError("adapters are merged already; call unmerge_adapter() first, or give no names")
@@ -168,13 +169,15 @@ class Combining:
         return merge_adapters([scaled_data(self, name) for name in names], weights, kind, **options)
 
     def _put_weight(self: MoAModel, path: str, weight: Tensor) -> None:
-        """Makes ``weight`` the base weight of a linear. The tensor that was there stays as it is, since it may
-        be another module's too.
+        """Makes ``weight`` the base weight of a linear. The tensor that was there stays as it is: it may be
+        another module's too.
         """
         layer = self.layers[path]
         owner = layer if layer.base_layer is None else layer.base_layer
         old = owner.weight
-        owner.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        owner.weight = (
+            weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        )
         self._frozen = [owner.weight if p is old else p for p in self._frozen]
 
 
@@ -201,7 +204,9 @@ def _weight(path: str, layer: AdaptedLinear) -> nn.Parameter:
     shape = (layer.out_features, layer.in_features)
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype.is_floating_point
     if not plain or weight.shape not in (shape, shape[::-1]):
-        raise ValueError(f"{path} is a {type(owner).__name__}, into whose weight nothing can be merged exactly")
+        raise ValueError(
+            f"{path} is a {type(owner).__name__}, into whose weight nothing can be merged exactly"
+        )
     return weight
 
 

@@ -152,7 +152,7 @@ def _pad(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
 
 
-# ------------------------------------------------------------------------------------- on ΔW, entry by entry
+# -------------------------------------------------------------------------------------- on ΔW, entry by entry
 
 
 def _sparse_sum(

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from moa_ops.model import context, deciding, generation
 from moa_ops.model.adapters import UNTRAINABLE, AdaptedModel
+from moa_ops.model.combining import Combining
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.context import Call
 from moa_ops.model.inspection import RoutingRecord
 from moa_ops.model.losses import router_losses
+from moa_ops.model.storage import Storage
 
 ROUTING_MODES = ("routed", "teacher_forced", "soft")
 
 
-class MoAModel(AdaptedModel):
+class MoAModel(Combining, Storage, AdaptedModel):
     """A model whose chosen linears are mixtures of named LoRA adapters.
 
     The linears of ``base_model`` are replaced in place by :class:`~moa_ops.model.layer.AdaptedLinear`, which
@@ -119,7 +121,7 @@ class MoAModel(AdaptedModel):
                 raise ValueError("give adapter_names or adapter_ids, not both")
             adapter_ids = self.ids_of(adapter_names)
         call.records = context.records_of(self)
-        if not self.adapters or context.is_disabled(self):
+        if not self.adapters or self.merged is not None or context.is_disabled(self):
             return call
         if adapter_ids is not None:
             call.ids = adapter_ids

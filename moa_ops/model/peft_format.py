@@ -176,12 +176,12 @@ def _check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         "r": _rank("r", config.get("r", 8)),
-        "lora_alpha": _finite("lora_alpha", config.get("lora_alpha", 8)),
+        "lora_alpha": finite_number("lora_alpha", config.get("lora_alpha", 8)),
         "use_rslora": _flag("use_rslora", config.get("use_rslora")),
         "fan_in_fan_out": _flag("fan_in_fan_out", config.get("fan_in_fan_out")),
         "lora_dropout": _probability("lora_dropout", config.get("lora_dropout")),
         "rank_pattern": _pattern("rank_pattern", config.get("rank_pattern"), _rank),
-        "alpha_pattern": _pattern("alpha_pattern", config.get("alpha_pattern"), _finite),
+        "alpha_pattern": _pattern("alpha_pattern", config.get("alpha_pattern"), finite_number),
     }
 
 
@@ -189,7 +189,8 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and value != []  # {} means "with defaults" to PEFT
 
 
-def _finite(name: str, value: Any) -> float:
+def finite_number(name: str, value: Any) -> float:
+    """``value`` if it is a number that a float can hold, else a ``ValueError`` that names it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise ValueError(f"{name} must be a finite number, got {_short(value)}")
     return value
@@ -215,7 +216,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _probability(name: str, value: Any) -> float:
-    value = _finite(name, 0.0 if value is None else value)
+    value = finite_number(name, 0.0 if value is None else value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {_short(value)}")
     return value

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from moa_ops.model.adapter import LoraAdapter, LoraFactors, check_adapter_name
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
-from moa_ops.model.peft_format import peft_files, read_peft_adapter, write_peft_adapter
 from moa_ops.model.peft_format import CONFIG_NAME as PEFT_CONFIG
 from moa_ops.model.peft_format import WEIGHTS_NAME as PEFT_WEIGHTS
+from moa_ops.model.peft_format import finite_number, peft_files, read_peft_adapter, write_peft_adapter
 from moa_ops.version import __version__
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class Storage:
         self.replace_adapter(read_peft_adapter(folder), adapter_name)
 
     def export_peft_adapter(self: MoAModel, adapter_name: str, folder: Folder) -> None:
-        """Writes one adapter as a folder that PEFT loads with equal outputs; its scale goes into its alpha."""
+        """Writes an adapter as a folder that PEFT loads with equal outputs; its scale goes into its alpha."""
         write_peft_adapter(folder, scaled_data(self, adapter_name), self._names_of_modules())
 
     def save_pretrained(
@@ -74,7 +73,8 @@ class Storage:
         if not is_main_process:
             return
         names = self._names_of_modules()
-        with atomic_folder(save_directory, drop=_saved_adapters(Path(save_directory))) as new:
+        gone = set(_saved_adapters(Path(save_directory))) - set(self.adapters)
+        with atomic_folder(save_directory, drop=gone) as new:
             for adapter_name in self.adapters:
                 folder = new / adapter_name
                 folder.mkdir()
@@ -98,6 +98,7 @@ class Storage:
         saved = read_mixture(folder)
         model = cls(base_model, replace(saved.config, num_experts=0))
         try:
+            model._adapt(saved.modules)
             for name, adapter in saved.adapters.items():
                 model.insert_adapter(adapter, name)
                 model.set_adapter_scale(name, saved.scales[name])
@@ -127,20 +128,22 @@ def scaled_data(model: MoAModel, adapter_name: str) -> LoraAdapter:
     return replace(adapter, modules=modules)
 
 
-# ------------------------------------------------------------------------------------------ a saved mixture
+# -------------------------------------------------------------------------------------------- a saved mixture
 
 
+@dataclass
 class SavedMixture:
-    """What a folder of :meth:`Storage.save_pretrained` holds, read and checked without a model."""
+    """What a folder of :meth:`Storage.save_pretrained` holds, read and checked without a model.
 
-    def __init__(
-        self,
-        config: MoAConfig,
-        adapters: dict[str, LoraAdapter],
-        scales: dict[str, float],
-        routers: dict[str, Tensor],
-    ) -> None:
-        self.config, self.adapters, self.scales, self.routers = config, adapters, scales, routers
+    modules: the linears that were adapted, of some of which no adapter may be left. scales: by name, in
+    expert order.
+    """
+
+    config: MoAConfig
+    modules: list[str]
+    scales: dict[str, float]
+    adapters: dict[str, LoraAdapter] = field(default_factory=dict)
+    routers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_mixture(folder: Folder) -> SavedMixture:
@@ -151,11 +154,12 @@ def read_mixture(folder: Folder) -> SavedMixture:
             raise FileNotFoundError(f"{folder} is no saved mixture: it has no {name}")
     values = read_json(folder / CONFIG_NAME)
     try:
-        config, scales = _check_description(values)
+        saved = _check_description(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-    adapters = {name: read_peft_adapter(folder / name) for name in scales}
-    return SavedMixture(config, adapters, scales, read_tensors(folder / ROUTER_NAME))
+    saved.adapters = {name: read_peft_adapter(folder / name) for name in saved.scales}
+    saved.routers = read_tensors(folder / ROUTER_NAME)
+    return saved
 
 
 def _describe(model: MoAModel) -> dict[str, Any]:
@@ -163,34 +167,36 @@ def _describe(model: MoAModel) -> dict[str, Any]:
         "format": _FORMAT,
         "moa_ops_version": __version__,
         "config": model.moa_config.to_dict(),
+        "modules": list(model.layers),
         "adapters": [{"name": name, "scale": model.adapter_scale(name)} for name in model.adapters],
     }
 
 
-def _check_description(values: Mapping[str, Any]) -> tuple[MoAConfig, dict[str, float]]:
-    """The settings, and scales by name in expert order."""
+def _check_description(values: Mapping[str, Any]) -> SavedMixture:
+    """The settings of a mixture, still without its tensors."""
     if values.get("format") != _FORMAT:
         raise ValueError(f"format is {values.get('format')!r}; this version reads format {_FORMAT}")
-    adapters, config = values.get("adapters"), values.get("config")
-    if not isinstance(config, dict) or not isinstance(adapters, list):
-        raise ValueError("config must be an object and adapters a list")
+    config, modules, adapters = (values.get(name) for name in ("config", "modules", "adapters"))
+    if not isinstance(config, dict) or not isinstance(modules, list) or not isinstance(adapters, list):
+        raise ValueError("config must be an object, modules and adapters lists")
+    if not all(isinstance(path, str) for path in modules):
+        raise ValueError("modules must be a list of names")
     scales: dict[str, float] = {}
     for entry in adapters:
         if not isinstance(entry, dict):
             raise ValueError(f"an adapter must be an object with name and scale, got {entry!r}")
         name, scale = check_adapter_name(entry.get("name")), entry.get("scale", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise ValueError(f"the scale of {name} must be a number, got {scale!r}")
+        finite_number(f"the scale of {name}", scale)
         if name in scales:
             raise ValueError(f"two adapters are called {name!r}")
         scales[name] = float(scale)
-    return MoAConfig.from_dict(config), scales
+    return SavedMixture(MoAConfig.from_dict(config), modules, scales)
 
 
 def _saved_adapters(folder: Path) -> list[str]:
     """Names of the folders of adapters that an older save in ``folder`` lists; none if it is not readable."""
     try:
-        return list(_check_description(read_json(folder / CONFIG_NAME))[1])
+        return list(_check_description(read_json(folder / CONFIG_NAME)).scales)
     except (OSError, ValueError, TypeError):
         return []
 

@@ -1,7 +1,7 @@
 """The six benefits claimed for mixtures of LoRAs, each shown with numbers on a small model of real text.
 
-One small Llama over bytes is pretrained on a mixture of text found on this machine; one adapter is trained per
-domain, alone; the routers are trained with domain labels. Losses are bits per byte on held-out files, counted
+One small Llama over bytes is pretrained on a mixture of text found on this machine; one adapter per domain
+is trained, alone; the routers are trained with domain labels. Losses are bits per byte on held-out files, counted
 on the second half of a window; routers read the first half. Numbers of every test go to its report
 (``--junit-xml``) and, with ``-s``, to the screen.
 """
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from corpus import CONTEXT, Corpus, load_corpus, random_windows  # noqa: E402
+from corpus import CONTEXT, Corpus, random_windows
 
-from moa_ops import MoAConfig, MoAModel, get_moa_model  # noqa: E402
+from moa_ops import MoAConfig, MoAModel
 
 DOMAINS = ("python", "cpp", "reference", "arithmetic")
 HALF = CONTEXT // 2

@@ -216,7 +216,7 @@ def test_keys_with_an_adapter_name_and_without_the_prefix(tmp_path: Path) -> Non
     assert all(torch.equal(named.modules[path].B, f.B) for path, f in plain.modules.items())
 
 
-# -------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_every_setting_of_peft_is_decided_on() -> None:
@@ -294,7 +294,7 @@ def test_pickle_is_never_opened(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-# ------------------------------------------------------------------------------------------ damaged, hostile
+# ------------------------------------------------------------------------------------------- damaged, hostile
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ class Call:
     mask, encoder_mask, pool_mask: ``[B, S]``: tokens that count, of the model's input and of an encoder's,
         and those a router may read. ``two_stacks``: there are an encoder's blocks beside a decoder's.
     kept: decisions that hold beyond this call, by site (a generation's, taken at prefill).
+    grad: whether the pass as a whole records gradients.
     rotation: sets ``single`` anew for every pass. collect: decisions keep what their routers read.
     """
 
@@ -199,7 +200,6 @@ class Call:
     block: Block | None = None
     by_model: dict[str, Decision] = field(default_factory=dict)
     by_tokens: dict[int, Routing] = field(default_factory=dict)
-    recomputing: bool = False
     grad: bool = field(default_factory=torch.is_grad_enabled)
 
     def routing(self, layer: AdaptedLinear, x: Tensor) -> Routing | None:
@@ -247,7 +247,7 @@ class Call:
 
     def snapshot(self) -> Call:
         """This moment of the call, for a recomputation: what is decided later does not change it."""
-        return replace(self, decisions=[], by_model=dict(self.by_model), recomputing=True, kept=None)
+        return replace(self, decisions=[], by_model=dict(self.by_model), kept=None)
 
 
 # --------------------------------------------------------------------------------------------- checkpointing
@@ -256,28 +256,40 @@ class Call:
 def checkpointed(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """``checkpoint(function, *args)`` such that the recomputation finds the call its forward belonged to.
 
-    Gate weights decided before the checkpointed region enter it as arguments, so that their gradient leaves
-    it as any argument's does, also with ``use_reentrant=True``.
+    What crosses the border of the region does so as its arguments and results, so that gradients do too, also
+    with ``use_reentrant=True``: gate weights decided before it enter, logits decided in it leave.
     """
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = current()
         if call is None:
             return checkpoint(function, *args, **kwargs)
-        snapshot, first = call.snapshot(), [True]
-        decisions = _decisions(snapshot.block)
-        weights = [d.routing.weights for d in decisions]
+        snapshot = call.snapshot()
+        weights = [d.routing.weights for d in _decisions(snapshot.block)]
+        made: list[Decision] = []
+        shape: list[Any] = []
 
-        def resumed(*inputs: Any) -> Any:
+        def resumed(*inputs: Any) -> tuple[Any, ...]:
             given, inner = inputs[: len(weights)], inputs[len(weights) :]
-            if first:  # the forward itself: decisions made inside count
-                first.clear()
-                with _with_weights(call, given):
-                    return function(*inner)
-            with use(snapshot), _with_weights(snapshot, given):
-                return function(*inner)
+            first = not shape
+            with use(call if first else snapshot) as here:
+                before, here.decisions = here.decisions, []
+                try:
+                    with _with_weights(here, given):
+                        out = function(*inner)
+                    decided = here.decisions
+                finally:
+                    here.decisions = before
+            if first:
+                made.extend(decided)
+                shape.append(type(out))
+            return *(out if isinstance(out, tuple) else (out,)), *(d.logits for d in decided)
 
-        return checkpoint(resumed, *weights, *args, **kwargs)
+        results = checkpoint(resumed, *weights, *args, **kwargs)
+        count = len(results) - len(made)  # a static router's logits are None
+        for decision, logits in zip(made, results[count:], strict=True):
+            call.decisions.append(replace(decision, logits=logits))
+        return results[:count] if issubclass(shape[0], tuple) else results[0]
 
     run.moa_ops_checkpointed = True
     return run

@@ -63,6 +63,11 @@ class RouterSet(nn.ModuleDict):
         if self.config.router_granularity == "model":
             stack = "" if sequence else block.rpartition(".")[0]
             if stack not in call.by_model:
+                if call.grad and not torch.is_grad_enabled():
+                    raise RuntimeError(
+                        "router_granularity='model' decides within a checkpointed region here, which "
+                        "use_reentrant=True runs without gradients; pass use_reentrant=False"
+                    )
                 call.by_model[stack] = self.decide(call, MODEL_SITE, hidden, mask)
             call.block.decision = call.by_model[stack]
         elif sequence and encoder is not None:
@@ -75,7 +80,7 @@ class RouterSet(nn.ModuleDict):
         """The routing of x in ``layer``: its block's decision, or its own."""
         site = self.site_of(layer)
         block = call.block if layer.block is not None else None
-        others = block is not None and x is block.encoder  # cross attention's keys and values
+        others = block is not None and _same_tokens(x, block.encoder)  # cross attention's keys and values
         if site == layer.path:
             mask = call.mask if block is None else call.encoder_mask if others else block.mask
             decision = self.decide(call, site, x, mask)
@@ -103,14 +108,8 @@ class RouterSet(nn.ModuleDict):
         rows = hidden.shape[0] if self.config.routing_level == "sequence" else 0
         if call.kept is not None and rows and site in call.kept:
             return _kept(call.kept[site], rows)
-        if call.recomputing or torch.is_grad_enabled():
-            decision = self._decide(call, site, hidden, mask)
-        else:
-            # Reentrant checkpointing runs its forward without gradients; the losses on logits need theirs.
-            with torch.set_grad_enabled(call.grad):
-                decision = self._decide(call, site, hidden, mask)
-        if not call.recomputing:
-            call.decisions.append(decision)
+        decision = self._decide(call, site, hidden, mask)
+        call.decisions.append(decision)
         if call.kept is not None and rows:
             call.kept[site] = decision
         return decision
@@ -172,6 +171,13 @@ def _hidden_states(block: str, given: Mapping[str, Any]) -> Tensor:
     raise ValueError(
         f"block {block} got no floating tensor [.., .., width] to route by; use router_granularity='module'"
     )
+
+
+def _same_tokens(x: Tensor, encoder: Tensor | None) -> bool:
+    """Whether x is the encoder's states; reentrant checkpointing passes them on as another tensor."""
+    if x is encoder or encoder is None or torch.compiler.is_compiling():
+        return x is encoder
+    return x.shape == encoder.shape and x.data_ptr() == encoder.data_ptr()
 
 
 def unit_mean_square(x: Tensor) -> Tensor:

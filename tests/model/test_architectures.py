@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error
 from torch import nn
+from zoo import MODELS, batch_of, build, fill, mixture, without_labels
 
+from helpers import error
 from moa_ops import MoAConfig, MoALinear, get_moa_model
 from moa_ops.model.peft_format import write_peft_adapter
-from zoo import MODELS, batch_of, build, fill, mixture, without_labels
 
 NAMES = list(MODELS)
 

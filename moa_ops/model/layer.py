@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moa_ops import functional
 from moa_ops.linear import MoALinear
@@ -140,11 +141,29 @@ class AdaptedLinear(MoALinear):
         """
         if "active_A" not in self._parameters:
             return
+        if is_sharded(self.lora_A):
+            self._link_shards(to_stacks=True)
+            return
         for name, part in zip(_ACTIVE, self._slice(self.active), strict=True):
             parameter = self._parameters[name]
             if parameter.data_ptr() != part.data_ptr() or parameter.device != part.device:
                 part.copy_(parameter.data)
                 parameter.data = part
+
+    def _link_shards(self, *, to_stacks: bool) -> None:
+        """What :meth:`link` does, or its inverse, where FSDP2 has the parameters in shards, by copying.
+
+        All processes must call it.
+        """
+        r = self.slots[self.active].r
+        for stack, parameter in ((self.lora_A, self.active_A), (self.lora_B, self.active_B)):
+            whole, active = stack.full_tensor(), parameter.full_tensor()
+            part = whole[self.active, :r] if stack is self.lora_A else whole[self.active, :, :r]
+            if to_stacks:
+                part.copy_(active)
+            source, target = (whole, stack) if to_stacks else (part, parameter)
+            shard = distribute_tensor(source.contiguous(), target.device_mesh, target.placements)
+            target.to_local().copy_(shard.to_local())
 
     def _slice(self, expert: int) -> tuple[Tensor, Tensor]:
         r = self.slots[expert].r
@@ -263,23 +282,27 @@ class AdaptedLinear(MoALinear):
         super().__setstate__(state)  # of a deep copy, or of a pickle
         self.link()
 
+    @torch.no_grad()
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.link()
         active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._parameters.update(active)
 
+    @torch.no_grad()
     def _load_from_state_dict(self, *args: Any) -> None:
         active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
         try:
             super()._load_from_state_dict(*args)
         finally:
             self._parameters.update(active)
-            for parameter, part in zip(
-                active.values(), self._slice(self.active) if active else (), strict=True
-            ):
-                parameter.data = part  # what was loaded wins
+            if active and is_sharded(self.lora_A):
+                self._link_shards(to_stacks=False)
+            elif active:
+                for parameter, part in zip(active.values(), self._slice(self.active), strict=True):
+                    parameter.data = part  # what was loaded wins
 
     def extra_repr(self) -> str:
         """Sizes and ranks, for ``print``."""
@@ -287,6 +310,11 @@ class AdaptedLinear(MoALinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"ranks={[slot.r for slot in self.slots]}"
         )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is spread over processes, as FSDP2's parameters are."""
+    return isinstance(tensor, DTensor)
 
 
 def _slot(factors: LoraFactors | None) -> Slot:

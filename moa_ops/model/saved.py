@@ -65,7 +65,8 @@ def _read_state(path: Path) -> SavedMixture:
     try:
         saved = check_description(state.from_bytes(tensors[state.EXTRA]))
         for expert, name in enumerate(saved.scales):
-            saved.adapters[name] = state.adapter_from_stacks(tensors, expert, saved.layers[expert])
+            factors = state.factors_from_stacks(tensors, expert, saved.layers[expert])
+            saved.adapters[name] = LoraAdapter(factors)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     saved.routers = state.router_tensors(tensors)

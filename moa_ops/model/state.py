@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moa_ops.model.adapter import LoraAdapter, LoraFactors
+from moa_ops.model.adapter import LoraFactors
+from moa_ops.model.layer import is_sharded
 from moa_ops.model.peft_format import check_factors, finite_number
 from moa_ops.version import __version__
 
@@ -128,8 +129,8 @@ def apply_slots(model: MoAModel, layers: Sequence[Any]) -> None:
             layer.slots[expert] = replace(layer.slots[expert], lora_alpha=alpha, use_rslora=use_rslora)
 
 
-def adapter_from_stacks(tensors: Mapping[str, Tensor], expert: int, described: Any) -> LoraAdapter:
-    """One adapter of a state dict. ``described``: as of :func:`slots`. Raises ``ValueError`` for a misfit."""
+def factors_from_stacks(tensors: Mapping[str, Tensor], expert: int, described: Any) -> dict[str, LoraFactors]:
+    """One adapter of a state dict, by path. ``described``: as of :func:`slots`. Raises ``ValueError`` for a misfit."""
     if not isinstance(described, dict) or not described:
         raise ValueError("an adapter is described by an object of layers")
     modules = {}
@@ -147,7 +148,7 @@ def adapter_from_stacks(tensors: Mapping[str, Tensor], expert: int, described: A
         finite_number(f"lora_alpha of {path}", alpha)
         check_factors(path, A[expert, :r], B[expert, :, :r])
         modules[path] = LoraFactors(A[expert, :r], B[expert, :, :r], alpha, bool(use_rslora))
-    return LoraAdapter(modules)
+    return modules
 
 
 def router_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,19 +161,9 @@ def router_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------------- sharding
 
 
-def is_sharded(model: MoAModel) -> bool:
-    """Whether parameters of adapters are spread over processes (FSDP2)."""
-    return any(hasattr(layer.lora_A, "full_tensor") for layer in model.layers.values())
-
-
 def gathered(model: MoAModel) -> dict[str, Tensor]:
     """The state dict with whole tensors, on every process; all processes must call it."""
     return {
-        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        name: tensor.full_tensor() if is_sharded(tensor) else tensor
         for name, tensor in model.state_dict().items()
     }
-
-
-def is_first_process() -> bool:
-    """Whether this is process 0 of those that share the work."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from moa_ops.model import state
 from moa_ops.model.adapter import LoraAdapter, LoraFactors, check_adapter_name
 from moa_ops.model.files import atomic_folder, write_json, write_tensors
+from moa_ops.model.layer import is_sharded
 from moa_ops.model.peft_format import CONFIG_NAME as PEFT_CONFIG
 from moa_ops.model.peft_format import WEIGHTS_NAME as PEFT_WEIGHTS
 from moa_ops.model.peft_format import peft_files, read_peft_adapter, write_peft_adapter
@@ -72,22 +74,29 @@ class Storage:
 
         Adapters of an older save of a mixture in the folder go; other files in it stay.
         state_dict: whole tensors, as gathered from shards, to be written in the place of the model's own. A
-            model sharded by FSDP2 gathers its own: then all processes must call this, and the first writes.
+            model sharded by FSDP2 gathers its own: then all processes call this, and the first one writes.
         is_main_process: False: another process writes; nothing is done.
         """
-        if state_dict is None and state.is_sharded(self):
-            state_dict, is_main_process = state.gathered(self), is_main_process and state.is_first_process()
-        if not is_main_process:
-            return
+        sharded = any(is_sharded(layer.lora_A) for layer in self.layers.values())
+        if sharded:
+            state_dict = state.gathered(self) if state_dict is None else state_dict
+            is_main_process = is_main_process and torch.distributed.get_rank() == 0
+        if is_main_process:
+            self._write_mixture(Path(save_directory), state_dict)
+        if sharded:
+            torch.distributed.barrier()
+
+    def _write_mixture(self: MoAModel, save_directory: Path, state_dict: Mapping[str, Tensor] | None) -> None:
         names = self._names_of_modules()
         routers = self.routers.state_dict() if state_dict is None else state.router_tensors(state_dict)
-        gone = set(saved_adapters(Path(save_directory))) - set(self.adapters)
+        gone = set(saved_adapters(save_directory)) - set(self.adapters)
         with atomic_folder(save_directory, drop=gone) as new:
             for expert, adapter_name in enumerate(self.adapters):
-                adapter = self.adapter_data(adapter_name)
-                if state_dict is not None:
-                    whole = state.adapter_from_stacks(state_dict, expert, state.slots(self, expert))
-                    adapter = replace(adapter, modules=whole.modules)
+                if state_dict is None:
+                    adapter = self.adapter_data(adapter_name)
+                else:
+                    modules = state.factors_from_stacks(state_dict, expert, state.slots(self, expert))
+                    adapter = self._as_data(adapter_name, modules)
                 folder = new / adapter_name
                 folder.mkdir()
                 config, tensors = peft_files(adapter, names)

@@ -190,8 +190,8 @@ class AdaptedModel(nn.Module):
     def _check_whole(self) -> None:
         if any(is_sharded(layer.lora_A) for layer in self.layers.values()):
             raise RuntimeError(
-                "the parameters are sharded over processes: load, change and set adapters before that, and use "
-                "save_pretrained to get them out"
+                "the parameters are sharded over processes: load, change and set adapters before that, and "
+                "use save_pretrained to get them out"
             )
 
     def _check_fits(self, adapter: LoraAdapter) -> dict[str, LoraFactors]:

@@ -6,7 +6,9 @@ the stacks must not be what the optimiser holds: AdamW's weight decay and moment
 parameter that has a gradient, zero or not, and the other adapters would drift. So the active adapter becomes
 two parameters of its own, ``active_A`` ``[r, in]`` and ``active_B`` ``[out, r]``, which share memory with its
 slice of the stacks: an in-place update lands in both. Whatever separates the two (conversion, deep copies,
-loading) puts them together again in :meth:`AdaptedLinear.link`.
+loading) puts them together again in :meth:`AdaptedLinear.link`. They have the stacks' width r, also where
+the adapter's rank is lower: FSDP takes contiguous parameters only, and what is beyond the rank is neither
+read nor given a gradient.
 """
 
 from __future__ import annotations
@@ -131,7 +133,7 @@ class AdaptedLinear(MoALinear):
             self._parameters.pop(name, None)
         self.active = expert
         if expert is not None and self.slots[expert].r:
-            for name, part in zip(_ACTIVE, self._slice(expert), strict=True):
+            for name, part in zip(_ACTIVE, self._rows(expert), strict=True):
                 self.register_parameter(name, nn.Parameter(part))
 
     def link(self) -> None:
@@ -144,7 +146,7 @@ class AdaptedLinear(MoALinear):
         if is_sharded(self.lora_A):
             self._link_shards(to_stacks=True)
             return
-        for name, part in zip(_ACTIVE, self._slice(self.active), strict=True):
+        for name, part in zip(_ACTIVE, self._rows(self.active), strict=True):
             parameter = self._parameters[name]
             if parameter.data_ptr() != part.data_ptr() or parameter.device != part.device:
                 part.copy_(parameter.data)
@@ -155,15 +157,16 @@ class AdaptedLinear(MoALinear):
 
         All processes must call it.
         """
-        r = self.slots[self.active].r
         for stack, parameter in ((self.lora_A, self.active_A), (self.lora_B, self.active_B)):
             whole, active = stack.full_tensor(), parameter.full_tensor()
-            part = whole[self.active, :r] if stack is self.lora_A else whole[self.active, :, :r]
             if to_stacks:
-                part.copy_(active)
-            source, target = (whole, stack) if to_stacks else (part, parameter)
-            shard = distribute_tensor(source.contiguous(), target.device_mesh, target.placements)
+                whole[self.active] = active
+            source, target = (whole, stack) if to_stacks else (whole[self.active], parameter)
+            shard = distribute_tensor(source, target.device_mesh, target.placements)
             target.to_local().copy_(shard.to_local())
+
+    def _rows(self, expert: int) -> tuple[Tensor, Tensor]:
+        return self.lora_A.data[expert], self.lora_B.data[expert]
 
     def _slice(self, expert: int) -> tuple[Tensor, Tensor]:
         r = self.slots[expert].r
@@ -243,11 +246,9 @@ class AdaptedLinear(MoALinear):
         if self.active == expert:
             lora_A, lora_B = self.active_A[None], self.active_B[None]
         else:
-            lora_A, lora_B = (
-                self.lora_A[expert : expert + 1, : slot.r],
-                self.lora_B[expert : expert + 1, :, : slot.r],
-            )
-        return self._mixture(x, lora_A, lora_B, call.all_to_one(x), slot.scaling, None)
+            lora_A, lora_B = self.lora_A[expert : expert + 1], self.lora_B[expert : expert + 1]
+        ranks = None if self.expert_ranks is None else self.expert_ranks[expert : expert + 1]
+        return self._mixture(x, lora_A, lora_B, call.all_to_one(x), slot.scaling, ranks)
 
     def _mixture(
         self,
@@ -301,7 +302,7 @@ class AdaptedLinear(MoALinear):
             if active and is_sharded(self.lora_A):
                 self._link_shards(to_stacks=False)
             elif active:
-                for parameter, part in zip(active.values(), self._slice(self.active), strict=True):
+                for parameter, part in zip(active.values(), self._rows(self.active), strict=True):
                     parameter.data = part  # what was loaded wins
 
     def extra_repr(self) -> str:

@@ -130,7 +130,10 @@ def apply_slots(model: MoAModel, layers: Sequence[Any]) -> None:
 
 
 def factors_from_stacks(tensors: Mapping[str, Tensor], expert: int, described: Any) -> dict[str, LoraFactors]:
-    """One adapter of a state dict, by path. ``described``: as of :func:`slots`. Raises ``ValueError`` for a misfit."""
+    """One adapter of a state dict, by path.
+
+    described: as of :func:`slots`. Raises ``ValueError`` where the tensors do not fit it.
+    """
     if not isinstance(described, dict) or not described:
         raise ValueError("an adapter is described by an object of layers")
     modules = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moa_ops.model.adapter import BASE_NAME, LoraAdapter, LoraFactors, check_adapter_name
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.deciding import RouterSet, block_hook, key_of
-from moa_ops.model.layer import AdaptedLinear
+from moa_ops.model.layer import AdaptedLinear, is_sharded
 from moa_ops.model.routers import PrototypeRouter
 from moa_ops.model.targets import Target, block_width, by_pattern, find_linears, replace_module, select
 
@@ -137,6 +137,7 @@ class AdaptedModel(nn.Module):
 
     def adapter_data(self, adapter_name: str) -> LoraAdapter:
         """The adapter as data, as copies; a scale set by :meth:`set_adapter_scale` is left out."""
+        self._check_whole()
         expert = self.expert_id(adapter_name)
         modules = {}
         for path, layer in self.layers.items():
@@ -145,11 +146,15 @@ class AdaptedModel(nn.Module):
             if factors is not None:
                 A, B = factors.A.clone(), factors.B.clone(memory_format=torch.contiguous_format)
                 modules[path] = LoraFactors(A, B, factors.lora_alpha, factors.use_rslora)
+        return self._as_data(adapter_name, modules)
+
+    def _as_data(self, adapter_name: str, modules: Mapping[str, LoraFactors]) -> LoraAdapter:
         conv = any(type(self._linears[path].module).__name__ == "Conv1D" for path in modules)
         return LoraAdapter(modules, self.moa_config.lora_dropout, conv, self._notes[adapter_name])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter and its router rows; the others keep theirs, bit for bit, and move up."""
+        self._check_whole()
         expert = self.expert_id(adapter_name)
         if adapter_name == self.active_adapter:
             self.set_adapter(None)
@@ -182,8 +187,16 @@ class AdaptedModel(nn.Module):
         expert = self.expert_id(adapter_name)
         return next(slot.scale for layer in self.layers.values() if (slot := layer.slots[expert]).r)
 
+    def _check_whole(self) -> None:
+        if any(is_sharded(layer.lora_A) for layer in self.layers.values()):
+            raise RuntimeError(
+                "the parameters are sharded over processes: load, change and set adapters before that, and "
+                "use save_pretrained to get them out"
+            )
+
     def _check_fits(self, adapter: LoraAdapter) -> dict[str, LoraFactors]:
         """The adapter's factors under the names of this model's linears, shapes checked."""
+        self._check_whole()
         names = {path: t.path for t in self._linears.values() for path in t.paths}
         unknown = sorted(set(adapter.modules) - set(names))
         if unknown:
@@ -263,6 +276,7 @@ class AdaptedModel(nn.Module):
         ``None``: the routers decide again, and nothing is trainable until :meth:`set_trainable`. Make the
         optimiser after this call: the trainable parameters are other ones.
         """
+        self._check_whole()
         expert = None if adapter_name is None else self.expert_id(adapter_name)
         self.active_adapter = adapter_name
         for layer in self.layers.values():

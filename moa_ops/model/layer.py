@@ -6,7 +6,9 @@ the stacks must not be what the optimiser holds: AdamW's weight decay and moment
 parameter that has a gradient, zero or not, and the other adapters would drift. So the active adapter becomes
 two parameters of its own, ``active_A`` ``[r, in]`` and ``active_B`` ``[out, r]``, which share memory with its
 slice of the stacks: an in-place update lands in both. Whatever separates the two (conversion, deep copies,
-loading) puts them together again in :meth:`AdaptedLinear.link`.
+loading) puts them together again in :meth:`AdaptedLinear.link`. They have the stacks' width r, also where
+the adapter's rank is lower: FSDP takes contiguous parameters only, and what is beyond the rank is neither
+read nor given a gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moa_ops import functional
 from moa_ops.linear import MoALinear
@@ -130,7 +133,7 @@ class AdaptedLinear(MoALinear):
             self._parameters.pop(name, None)
         self.active = expert
         if expert is not None and self.slots[expert].r:
-            for name, part in zip(_ACTIVE, self._slice(expert), strict=True):
+            for name, part in zip(_ACTIVE, self._rows(expert), strict=True):
                 self.register_parameter(name, nn.Parameter(part))
 
     def link(self) -> None:
@@ -140,11 +143,30 @@ class AdaptedLinear(MoALinear):
         """
         if "active_A" not in self._parameters:
             return
-        for name, part in zip(_ACTIVE, self._slice(self.active), strict=True):
+        if is_sharded(self.lora_A):
+            self._link_shards(to_stacks=True)
+            return
+        for name, part in zip(_ACTIVE, self._rows(self.active), strict=True):
             parameter = self._parameters[name]
             if parameter.data_ptr() != part.data_ptr() or parameter.device != part.device:
                 part.copy_(parameter.data)
                 parameter.data = part
+
+    def _link_shards(self, *, to_stacks: bool) -> None:
+        """What :meth:`link` does, or its inverse, where FSDP2 has the parameters in shards, by copying.
+
+        All processes must call it.
+        """
+        for stack, parameter in ((self.lora_A, self.active_A), (self.lora_B, self.active_B)):
+            whole, active = stack.full_tensor(), parameter.full_tensor()
+            if to_stacks:
+                whole[self.active] = active
+            source, target = (whole, stack) if to_stacks else (whole[self.active], parameter)
+            shard = distribute_tensor(source, target.device_mesh, target.placements)
+            target.to_local().copy_(shard.to_local())
+
+    def _rows(self, expert: int) -> tuple[Tensor, Tensor]:
+        return self.lora_A.data[expert], self.lora_B.data[expert]
 
     def _slice(self, expert: int) -> tuple[Tensor, Tensor]:
         r = self.slots[expert].r
@@ -224,11 +246,9 @@ class AdaptedLinear(MoALinear):
         if self.active == expert:
             lora_A, lora_B = self.active_A[None], self.active_B[None]
         else:
-            lora_A, lora_B = (
-                self.lora_A[expert : expert + 1, : slot.r],
-                self.lora_B[expert : expert + 1, :, : slot.r],
-            )
-        return self._mixture(x, lora_A, lora_B, call.all_to_one(x), slot.scaling, None)
+            lora_A, lora_B = self.lora_A[expert : expert + 1], self.lora_B[expert : expert + 1]
+        ranks = None if self.expert_ranks is None else self.expert_ranks[expert : expert + 1]
+        return self._mixture(x, lora_A, lora_B, call.all_to_one(x), slot.scaling, ranks)
 
     def _mixture(
         self,
@@ -263,23 +283,27 @@ class AdaptedLinear(MoALinear):
         super().__setstate__(state)  # of a deep copy, or of a pickle
         self.link()
 
+    @torch.no_grad()
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.link()
         active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._parameters.update(active)
 
+    @torch.no_grad()
     def _load_from_state_dict(self, *args: Any) -> None:
         active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
         try:
             super()._load_from_state_dict(*args)
         finally:
             self._parameters.update(active)
-            for parameter, part in zip(
-                active.values(), self._slice(self.active) if active else (), strict=True
-            ):
-                parameter.data = part  # what was loaded wins
+            if active and is_sharded(self.lora_A):
+                self._link_shards(to_stacks=False)
+            elif active:
+                for parameter, part in zip(active.values(), self._rows(self.active), strict=True):
+                    parameter.data = part  # what was loaded wins
 
     def extra_repr(self) -> str:
         """Sizes and ranks, for ``print``."""
@@ -287,6 +311,11 @@ class AdaptedLinear(MoALinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"ranks={[slot.r for slot in self.slots]}"
         )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is spread over processes, as FSDP2's parameters are."""
+    return isinstance(tensor, DTensor)
 
 
 def _slot(factors: LoraFactors | None) -> Slot:

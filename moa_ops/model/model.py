@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa_ops.model import context, deciding, generation
+from moa_ops.model import context, deciding, generation, state
 from moa_ops.model.adapters import UNTRAINABLE, AdaptedModel
 from moa_ops.model.combining import Combining
 from moa_ops.model.config import MoAConfig
@@ -47,6 +47,8 @@ class MoAModel(Combining, Storage, AdaptedModel):
         self._hooks[""] = base_model.register_forward_pre_hook(self._step, with_kwargs=True)
         self._checkpointing = [m for m in base_model.modules() if hasattr(m, "gradient_checkpointing")]
         self.forward = _with_signature(self)
+        self.register_state_dict_post_hook(state.leave_out_frozen)
+        self.register_load_state_dict_post_hook(state.nothing_missing)
 
     def __getattr__(self, name: str) -> Any:
         try:

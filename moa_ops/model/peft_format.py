@@ -114,7 +114,7 @@ def peft_files(
     if not adapter.modules:
         raise ValueError("the adapter has no layers; PEFT has no form for an empty adapter")
     for path, factors in adapter.modules.items():
-        _check_factors(path, factors.A, factors.B)
+        check_factors(path, factors.A, factors.B)
     rslora = Counter(factors.use_rslora for factors in adapter.modules.values()).most_common(1)[0][0]
     ranks = {path: factors.r for path, factors in adapter.modules.items()}
     # PEFT has one use_rslora for all layers: alpha of the others is expressed in the common rule.
@@ -302,7 +302,7 @@ def _factors(path: str, pair: Mapping[str, Tensor], settings: Mapping[str, Any])
         if side not in pair:
             raise ValueError(f"{_short(path)} has no lora_{side}")
     A, B = pair["A"], pair["B"]
-    _check_factors(path, A, B)
+    check_factors(path, A, B)
     r = _matched(settings["rank_pattern"], path, settings["r"])
     if A.shape[0] != r:
         raise ValueError(
@@ -312,7 +312,8 @@ def _factors(path: str, pair: Mapping[str, Tensor], settings: Mapping[str, Any])
     return LoraFactors(A, B, alpha, settings["use_rslora"])
 
 
-def _check_factors(path: str, A: Tensor, B: Tensor) -> None:
+def check_factors(path: str, A: Tensor, B: Tensor) -> None:
+    """Raises ``ValueError``, naming ``path``, where A ``[r, in]`` and B ``[out, r]`` are no factors."""
     for side, tensor in (("A", A), ("B", B)):
         name = f"lora_{side} of {_short(path)}"
         if tensor.dim() in (3, 4, 5):

@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from moa_ops.model import state
 from moa_ops.model.adapter import LoraAdapter, LoraFactors, check_adapter_name
-from moa_ops.model.config import MoAConfig
-from moa_ops.model.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
+from moa_ops.model.files import atomic_folder, write_json, write_tensors
+from moa_ops.model.layer import is_sharded
 from moa_ops.model.peft_format import CONFIG_NAME as PEFT_CONFIG
 from moa_ops.model.peft_format import WEIGHTS_NAME as PEFT_WEIGHTS
-from moa_ops.model.peft_format import finite_number, peft_files, read_peft_adapter, write_peft_adapter
-from moa_ops.version import __version__
+from moa_ops.model.peft_format import peft_files, read_peft_adapter, write_peft_adapter
+from moa_ops.model.saved import (
+    CONFIG_NAME,
+    ROUTER_NAME,
+    check_description,
+    check_routers,
+    read_mixture,
+    saved_adapters,
+)
 
 if TYPE_CHECKING:
     from moa_ops.model.model import MoAModel
 
-CONFIG_NAME = "moa_config.json"
-ROUTER_NAME = "router.safetensors"
-_FORMAT = 1
 Folder = str | os.PathLike[str]
 
 
@@ -67,22 +73,37 @@ class Storage:
         """Writes all adapters, the routers and the settings; see the top of the module.
 
         Adapters of an older save of a mixture in the folder go; other files in it stay.
-        state_dict: whole tensors, as gathered from shards, to be written in the place of the model's own.
+        state_dict: whole tensors, as gathered from shards, to be written in the place of the model's own. A
+            model sharded by FSDP2 gathers its own: then all processes call this, and the first one writes.
         is_main_process: False: another process writes; nothing is done.
         """
-        if not is_main_process:
-            return
+        sharded = any(is_sharded(layer.lora_A) for layer in self.layers.values())
+        if sharded:
+            state_dict = state.gathered(self) if state_dict is None else state_dict
+            is_main_process = is_main_process and torch.distributed.get_rank() == 0
+        if is_main_process:
+            self._write_mixture(Path(save_directory), state_dict)
+        if sharded:
+            torch.distributed.barrier()
+
+    def _write_mixture(self: MoAModel, save_directory: Path, state_dict: Mapping[str, Tensor] | None) -> None:
         names = self._names_of_modules()
-        gone = set(_saved_adapters(Path(save_directory))) - set(self.adapters)
+        routers = self.routers.state_dict() if state_dict is None else state.router_tensors(state_dict)
+        gone = set(saved_adapters(save_directory)) - set(self.adapters)
         with atomic_folder(save_directory, drop=gone) as new:
-            for adapter_name in self.adapters:
+            for expert, adapter_name in enumerate(self.adapters):
+                if state_dict is None:
+                    adapter = self.adapter_data(adapter_name)
+                else:
+                    modules = state.factors_from_stacks(state_dict, expert, state.slots(self, expert))
+                    adapter = self._as_data(adapter_name, modules)
                 folder = new / adapter_name
                 folder.mkdir()
-                config, tensors = peft_files(self.adapter_data(adapter_name), names)
+                config, tensors = peft_files(adapter, names)
                 write_json(folder / PEFT_CONFIG, config)
                 write_tensors(folder / PEFT_WEIGHTS, tensors)
-            write_tensors(new / ROUTER_NAME, self.routers.state_dict())
-            write_json(new / CONFIG_NAME, _describe(self))
+            write_tensors(new / ROUTER_NAME, routers)
+            write_json(new / CONFIG_NAME, state.describe(self))
 
     @classmethod
     def from_pretrained(
@@ -90,6 +111,8 @@ class Storage:
     ) -> MoAModel:
         """The mixture that :meth:`save_pretrained` wrote, in ``base_model``, which is changed in place.
 
+        folder: also one with a ``model.safetensors`` of the mixture's ``state_dict``, such as a checkpoint of
+            ``transformers.Trainer``.
         is_trainable: whether adapters and routers take gradients.
 
         Raises ``FileNotFoundError`` or ``ValueError`` for a folder that is damaged or does not fit the model,
@@ -102,7 +125,8 @@ class Storage:
             for name, adapter in saved.adapters.items():
                 model.insert_adapter(adapter, name)
                 model.set_adapter_scale(name, saved.scales[name])
-            _load_routers(model, saved.routers)
+            check_routers(saved.routers, model.routers.state_dict())
+            model.routers.load_state_dict(saved.routers)
         except (ValueError, RuntimeError) as error:
             model.unload()
             raise ValueError(f"{folder}: {error}") from error
@@ -110,6 +134,27 @@ class Storage:
         if is_trainable:
             model.set_trainable(experts=True, router=True)
         return model
+
+    # state_dict and load_state_dict, see moa_ops.model.state
+
+    def get_extra_state(self: MoAModel) -> Tensor:
+        """What the adapters in the state dict are: names, ranks, alphas, scales, and the settings."""
+        return state.to_bytes(state.describe_stacks(self))
+
+    def set_extra_state(self: MoAModel, extra: Tensor) -> None:
+        """Takes alphas and scales from a state dict, before its tensors are loaded.
+
+        Raises ``ValueError``, and nothing is loaded, where its adapters are not those of this model.
+        """
+        saved = check_description(state.from_bytes(extra))
+        if list(saved.scales) != self.adapters:
+            raise ValueError(
+                f"the state is of the adapters {list(saved.scales)}, this model has {self.adapters}; add or "
+                "rename them first, in this order, or use MoAModel.from_pretrained"
+            )
+        state.apply_slots(self, saved.layers)
+        for name, scale in saved.scales.items():
+            self.set_adapter_scale(name, scale)
 
     def _names_of_modules(self: MoAModel) -> list[str]:
         """Of the base model without mixtures, for PEFT's target_modules."""
@@ -126,92 +171,3 @@ def scaled_data(model: MoAModel, adapter_name: str) -> LoraAdapter:
         path: LoraFactors(f.A, f.B, f.lora_alpha * scale, f.use_rslora) for path, f in adapter.modules.items()
     }
     return replace(adapter, modules=modules)
-
-
-# -------------------------------------------------------------------------------------------- a saved mixture
-
-
-@dataclass
-class SavedMixture:
-    """What a folder of :meth:`Storage.save_pretrained` holds, read and checked without a model.
-
-    modules: the linears that were adapted, of some of which no adapter may be left. scales: by name, in
-    expert order.
-    """
-
-    config: MoAConfig
-    modules: list[str]
-    scales: dict[str, float]
-    adapters: dict[str, LoraAdapter] = field(default_factory=dict)
-    routers: dict[str, Tensor] = field(default_factory=dict)
-
-
-def read_mixture(folder: Folder) -> SavedMixture:
-    """Reads the folder. Raises ``FileNotFoundError`` or ``ValueError``."""
-    folder = Path(folder)
-    for name in (CONFIG_NAME, ROUTER_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no saved mixture: it has no {name}")
-    values = read_json(folder / CONFIG_NAME)
-    try:
-        saved = _check_description(values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-    saved.adapters = {name: read_peft_adapter(folder / name) for name in saved.scales}
-    saved.routers = read_tensors(folder / ROUTER_NAME)
-    return saved
-
-
-def _describe(model: MoAModel) -> dict[str, Any]:
-    return {
-        "format": _FORMAT,
-        "moa_ops_version": __version__,
-        "config": model.moa_config.to_dict(),
-        "modules": list(model.layers),
-        "adapters": [{"name": name, "scale": model.adapter_scale(name)} for name in model.adapters],
-    }
-
-
-def _check_description(values: Mapping[str, Any]) -> SavedMixture:
-    """The settings of a mixture, still without its tensors."""
-    if values.get("format") != _FORMAT:
-        raise ValueError(f"format is {values.get('format')!r}; this version reads format {_FORMAT}")
-    config, modules, adapters = (values.get(name) for name in ("config", "modules", "adapters"))
-    if not isinstance(config, dict) or not isinstance(modules, list) or not isinstance(adapters, list):
-        raise ValueError("config must be an object, modules and adapters lists")
-    if not all(isinstance(path, str) for path in modules):
-        raise ValueError("modules must be a list of names")
-    scales: dict[str, float] = {}
-    for entry in adapters:
-        if not isinstance(entry, dict):
-            raise ValueError(f"an adapter must be an object with name and scale, got {entry!r}")
-        name, scale = check_adapter_name(entry.get("name")), entry.get("scale", 1.0)
-        finite_number(f"the scale of {name}", scale)
-        if name in scales:
-            raise ValueError(f"two adapters are called {name!r}")
-        scales[name] = float(scale)
-    return SavedMixture(MoAConfig.from_dict(config), modules, scales)
-
-
-def _saved_adapters(folder: Path) -> list[str]:
-    """Names of the folders of adapters that an older save in ``folder`` lists; none if it is not readable."""
-    try:
-        return list(_check_description(read_json(folder / CONFIG_NAME)).scales)
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def _load_routers(model: MoAModel, tensors: Mapping[str, Tensor]) -> None:
-    own = model.routers.state_dict()
-    if tensors.keys() != own.keys():
-        wrong = sorted(tensors.keys() ^ own.keys())
-        raise ValueError(f"{ROUTER_NAME} has other routers than this model: {wrong[:4]}")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape or not tensor.dtype.is_floating_point:
-            raise ValueError(
-                f"{ROUTER_NAME}: {name} is {tensor.dtype} {list(tensor.shape)}, this model has "
-                f"{list(own[name].shape)}"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{ROUTER_NAME}: {name} holds NaN or infinity")
-    model.routers.load_state_dict(tensors)

@@ -338,8 +338,8 @@ def test_a_failed_load_changes_nothing(folders: dict[str, Path], tmp_path: Path)
         ),
         ("moa_config.json", lambda v: v["adapters"][0].update(scale=10**400), "finite number"),
         ("moa_config.json", lambda v: v["adapters"].append(3), "an adapter must be an object"),
-        ("router.safetensors", lambda t: t.pop("model/layers/0.weight"), "other routers"),
-        ("router.safetensors", lambda t: t.update({"x": torch.ones(2)}), "other routers"),
+        ("router.safetensors", lambda t: t.pop("model/layers/0.weight"), "saved routers are other ones"),
+        ("router.safetensors", lambda t: t.update({"x": torch.ones(2)}), "saved routers are other ones"),
         ("router.safetensors", lambda t: t["model/layers/0.weight"].fill_(float("inf")), "NaN or infinity"),
         (
             "router.safetensors",

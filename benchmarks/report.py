@@ -269,8 +269,9 @@ def _model(cases: list[Case], record: dict[str, Any]) -> Table:
         )
     note = (
         "Times relative to the plain model: medians of paired ratios. Llama, 4 layers of 1024 (2816), "
-        "float32, adapters of r=16 on all seven linears, one router per block; 4 rows of 128 tokens; decoding: 32 "
-        "tokens of prompt and 16 more, one row. One adapter of PEFT's does less: it routes nothing."
+        "float32, adapters of r=16 on all seven linears, one router per block; 4 rows of 128 tokens; "
+        "decoding: 32 tokens of prompt and 16 more, one row. One adapter of PEFT's does less: it routes "
+        "nothing."
     )
     return Table("Whole model", ["", "plain ms", OURS, "quartiles", "aim", *others], rows, note)
 

@@ -309,6 +309,22 @@ class AdaptedModel(nn.Module):
         config = self.moa_config
         return config.top_k == 1 and config.norm_topk_prob and config.router_type != "static"
 
+    @torch.no_grad()
+    def set_mixing_weights(self, weights: Mapping[str, float]) -> None:
+        """Fixes what static routers mix: each adapter times its weight, those not named times 0.
+
+        Raises ``ValueError`` for other kinds of routers and for names that are no adapters.
+        """
+        if self.moa_config.router_type != "static":
+            raise ValueError(
+                f"only static routers have mixing weights, these are {self.moa_config.router_type!r}"
+            )
+        values = torch.zeros(len(self.adapters))
+        for name, weight in weights.items():
+            values[self.expert_id(name)] = weight * len(self.adapters)  # a static router takes the mean
+        for router in self.routers.values():
+            router.weight.copy_(values)
+
     def update_routing(self, **changes: Any) -> None:
         """Other settings of routing or losses from now on, by their names in ``MoAConfig``.
 

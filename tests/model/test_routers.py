@@ -150,9 +150,12 @@ def test_static_weights_are_a_fixed_or_learned_mixture() -> None:
     base = model(**batch, adapter_names=["__base__"] * 3).logits
     single = torch.stack([model(**batch, adapter_names=[n] * 3).logits - base for n in model.adapters])
     assert error(model(**batch).logits, base + single.mean(0)) < 1e-5
-    with torch.no_grad():
-        model.routers["lm_head"].weight.copy_(torch.tensor([6.0, 0.0, -1.5]))
+    model.set_mixing_weights({"a": 2.0, "c": -0.5})
     assert error(model(**batch).logits, base + 2 * single[0] - 0.5 * single[2]) < 1e-5
+    with pytest.raises(ValueError, match="no adapter is called 'd'"):
+        model.set_mixing_weights({"d": 1.0})
+    with pytest.raises(ValueError, match="only static routers"):
+        mixture().set_mixing_weights({"a": 1.0})
     model.set_trainable(experts=False, router=True)
     model(**batch).loss.backward()
     assert model.routers["lm_head"].weight.grad.abs().min() > 0

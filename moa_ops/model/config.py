@@ -47,7 +47,7 @@ class MoAConfig:
             linear, from its own input; "model": one for all, from the first block's input.
         router_type: "linear"; "mlp" with ``router_hidden_size`` hidden units; "prototype": |v·x| with v the
             top right singular vector of B A (Arrow, arXiv 2405.11157), nothing to train, per module;
-            "static": one learned or fixed weight per adapter, whatever the input.
+            "static": the mean of all adapters times learned or fixed weights, whatever the input.
         router_norm: routers read inputs scaled to unit mean square.
         routing_level: "sequence": one decision per row, from its tokens' "mean" or the "last" token
             (``router_pooling``), padding aside; "token": one per token.

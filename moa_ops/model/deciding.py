@@ -226,7 +226,7 @@ def pooled(hidden: Tensor, mask: Tensor | None, how: str) -> Tensor:
 def _static(weight: Tensor, count: int, mask: Tensor | None) -> Routing:
     experts = weight.shape[0]
     indices = torch.arange(experts, device=weight.device).expand(count, experts)
-    weights = weight.float().expand(count, experts)
+    weights = (weight.float() / experts).expand(count, experts)
     if mask is not None:
         indices = torch.where(mask[:, None], indices, -1)
         weights = torch.where(mask[:, None], weights, 0.0)

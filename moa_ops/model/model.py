@@ -84,7 +84,8 @@ class MoAModel(Combining, Storage, AdaptedModel):
 
         Returns what the base model returns. If that is a ``ModelOutput``, it also has ``moa_losses``, a dict
         of the parts (already multiplied by their coefficients) whose sum is ``loss``, and
-        ``moa_router_logits``, a dict of logits by place: ``[B, E]``, at token level ``[B·S, E]``.
+        ``moa_router_logits``, a dict of logits by place: ``[B, E]``, at token level ``[B·S, E]``. Of a tuple
+        that begins with a loss, the loss becomes that sum.
         """
         call = self._call(
             self._bound(args, kwargs),
@@ -101,7 +102,7 @@ class MoAModel(Combining, Storage, AdaptedModel):
         with context.use(call):
             out = self.base_model(*args, **kwargs)
         call.observe()
-        return self._with_losses(out, call)
+        return self._with_losses(out, call, labels is not None)
 
     def _call(
         self,
@@ -138,9 +139,11 @@ class MoAModel(Combining, Storage, AdaptedModel):
             self._warn_untrainable(call)
         return call
 
-    def _with_losses(self, out: Any, call: Call) -> Any:
+    def _with_losses(self, out: Any, call: Call, labelled: bool) -> Any:
         parts = router_losses(call.decisions, self.moa_config, call.domain_ids)
-        if isinstance(out, tuple) or not hasattr(out, "keys"):
+        if isinstance(out, tuple) and labelled and parts:  # return_dict=False: the loss comes first
+            return out[0] + sum(parts.values()), *out[1:]
+        if not hasattr(out, "keys"):
             return out
         loss = getattr(out, "loss", None)
         losses = {} if loss is None else {"lm": loss}

@@ -78,15 +78,18 @@ class PrototypeRouter(LinearRouter):
 
 
 class StaticRouter(nn.Module):
-    """One mixing weight per adapter, for every token: ``weight`` ``[E]``, 1/E each at first."""
+    """The mean of all adapters, each times its weight, for every token: ``weight`` ``[E]``, 1 at first.
+
+    As it is a mean, adapters that come and go leave the weights of the others as they are.
+    """
 
     def __init__(self, in_features: int, num_experts: int, device: Any = None, **_: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((num_experts,), 1.0 / max(num_experts, 1), device=device))
+        self.weight = nn.Parameter(torch.ones(num_experts, device=device))
 
     def reorder(self, sources: list[int | None]) -> None:
-        """As :meth:`LinearRouter.reorder`; a new adapter's weight is 1/E."""
-        self.weight = _rows(self.weight, sources, fresh=1.0 / max(len(sources), 1))
+        """As :meth:`LinearRouter.reorder`; a new adapter's weight is 1."""
+        self.weight = _rows(self.weight, sources, fresh=1.0)
 
 
 KINDS = {"linear": LinearRouter, "mlp": MLPRouter, "prototype": PrototypeRouter, "static": StaticRouter}

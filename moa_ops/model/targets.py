@@ -108,7 +108,7 @@ def select(
         for name in names:
             one = name if isinstance(target_modules, str) else [name]
             if not any(matches(path, one) for t in linears.values() for path in t.paths):
-                raise ValueError(_nothing(name, model, linears))
+                raise ValueError(_nothing(name, isinstance(target_modules, str), model, linears))
         found = [t for t in linears.values() if any(matches(path, target_modules) for path in t.paths)]
     chosen = [t for t in found if not any(matches(path, exclude_modules) for path in t.paths)]
     if not chosen:
@@ -128,9 +128,11 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     return {id(head) for head in heads if head is not None}
 
 
-def _nothing(name: str, model: nn.Module, linears: Mapping[str, Target]) -> str:
+def _nothing(name: str, expression: bool, model: nn.Module, linears: Mapping[str, Target]) -> str:
     ends = sorted({path.rpartition(".")[2] for t in linears.values() for path in t.paths})
     text = f"target_modules: no linear of this {type(model).__name__} matches {name!r}"
+    if expression and any(matches(path, [name]) for path in linears):
+        return f"{text}, which is a regular expression for a whole path; did you mean [{name!r}]?"
     module = next((m for p, m in model.named_modules() if p and matches(p, [name])), None)
     if module is not None:
         return f"{text}; a module is called so, but it is a {type(module).__name__}"

@@ -130,9 +130,9 @@ def batch_of(name: str, rows: int = 3, length: int = 7, seed: int = 1) -> dict[s
 def without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a decoder needs in their place is made from them."""
     rest = {name: value for name, value in batch.items() if name != "labels"}
-    if "pixel_values" not in batch and batch["labels"].shape != batch["input_ids"].shape:
-        if batch["labels"].dim() == 2:
-            rest["decoder_input_ids"] = batch["labels"]
+    labels = batch["labels"]
+    if labels.dim() == 2 and labels.shape != batch["input_ids"].shape:
+        rest["decoder_input_ids"] = labels
     return rest
 
 

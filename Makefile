@@ -63,7 +63,7 @@ clean:  ## remove everything that was made here, the environment too
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Files that clang-format looks after; nvcc's place; cu130 for a CUDA 13.0 toolkit.
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 NVCC = $(shell command -v nvcc || ls $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc 2>/dev/null)
 NVCC_THERE = $(if $(NVCC),1,0)
 CUDA_LABEL = cu$(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1\2/p')

@@ -1,0 +1,33 @@
+"""The fixture that kernel tests take: a built module, in every way that runs inside this process."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from emulator import build
+
+# variant:seed. AddressSanitizer has to be in the process from its start: test_sanitizers.py runs these tests again.
+WAYS = os.environ.get("MOA_EMULATOR", "plain:0 plain:7").split()
+
+
+@pytest.fixture(params=WAYS)
+def emulator(request: pytest.FixtureRequest) -> ModuleType:
+    """The module with every bound kernel; threads in index order (seed 0) and interleaved at random."""
+    reason = build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    variant, seed = request.param.split(":")
+    module = build.load(variant)
+    module.seed(int(seed))
+    module.take_conflicts()
+    return module
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in every run."""
+    return np.random.default_rng(0)

@@ -15,6 +15,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "common/cuda_api.h"
@@ -191,22 +192,26 @@ __device__ __forceinline__ T from_acc(Acc<T> v) {
 // Two 16-bit elements in one register, the first in the low half: as mma fragments and 4-byte stores want them.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi) {
+  uint32_t bits;
   if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    return uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(lo))} |
-           uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(hi))} << 16;
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);  // one instruction
+    memcpy(&bits, &pair, sizeof bits);
   } else {
     static_assert(std::is_same<T, __half>::value, "bfloat16 or float16");
-    return uint32_t{__half_as_ushort(__float2half_rn(lo))} | uint32_t{__half_as_ushort(__float2half_rn(hi))} << 16;
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    memcpy(&bits, &pair, sizeof bits);
   }
+  return bits;
 }
 template <class T>
 __device__ __forceinline__ float2 unpack2(uint32_t bits) {
-  const unsigned short lo = static_cast<unsigned short>(bits), hi = static_cast<unsigned short>(bits >> 16);
   if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-    return make_float2(__bfloat162float(__ushort_as_bfloat16(lo)), __bfloat162float(__ushort_as_bfloat16(hi)));
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
   } else {
     static_assert(std::is_same<T, __half>::value, "bfloat16 or float16");
-    return make_float2(__half2float(__ushort_as_half(lo)), __half2float(__ushort_as_half(hi)));
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof bits);
+    return __half22float2(pair);
   }
 }
 

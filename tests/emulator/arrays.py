@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 
 BF16 = np.dtype(np.uint16)
@@ -58,3 +60,9 @@ def assert_close(
     assert error(actual, expected) < limit, (
         f"{what}: error {error(actual, expected):.2e}, allowed {limit:.0e}"
     )
+
+
+def assert_no_conflicts(emulator: ModuleType) -> None:
+    """Since the fixture, or the last call, no access to shared memory met a bank conflict."""
+    extra = {where: counts for where, counts in emulator.take_conflicts().items() if counts[1] > 0}
+    assert not extra, f"bank conflicts, {{where: (requests, extra cycles)}}: {extra}"

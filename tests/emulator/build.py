@@ -38,7 +38,8 @@ VARIANTS = {
     # GCC instruments every access; races.cpp, and not libtsan, is what it reports to.
     "tsan": ["-DMOA_EMULATE_TSAN"],
 }
-INSTRUMENT = {"tsan": ["-fsanitize=thread", "-Wno-tsan"]}  # kernels only, not the emulator
+ONLY_TSAN = {"races", "trace"}
+INSTRUMENT = {"tsan": ["-fsanitize=thread"]}  # kernels only, not the emulator
 
 
 class BuildError(RuntimeError):
@@ -66,9 +67,10 @@ def kernel_sources() -> list[Path]:
     return [*sorted((ROOT / "csrc").rglob("*.cu")), *sorted(HERE.glob("*.cu"))]
 
 
-def sources() -> list[Path]:
+def sources(variant: str) -> list[Path]:
     """Everything that goes into a module."""
-    return [*kernel_sources(), *sorted(HERE.glob("*.cpp"))]
+    machine = [path for path in sorted(HERE.glob("*.cpp")) if variant == "tsan" or path.stem not in ONLY_TSAN]
+    return [*kernel_sources(), *machine]
 
 
 def flags(variant: str, source: Path) -> list[str]:
@@ -127,7 +129,7 @@ def jobs() -> int:
 
 def build(variant: str) -> Path:
     """The module of a variant, compiled as far as something changed."""
-    objects = {source: object_of(variant, source) for source in sources()}
+    objects = {source: object_of(variant, source) for source in sources(variant)}
     with ThreadPoolExecutor(jobs()) as pool:
         changed = list(pool.map(lambda item: compile_source(variant, *item), objects.items()))
     module = OUTPUT / variant / f"emulated_{variant}.so"
@@ -150,8 +152,19 @@ def load_file(module: Path) -> ModuleType:
 
 @functools.cache
 def load(variant: str) -> ModuleType:
-    """Builds and imports a variant. ``asan`` needs its libraries preloaded: see ``sanitizer_environment``."""
+    """Builds and imports a variant. ``asan`` needs ``asan_environment``."""
     return load_file(build(variant))
+
+
+def asan_environment(module: Path) -> dict[str, str]:
+    """Environment variables for a Python that imports the variant ``asan``: its libraries come first."""
+    said = subprocess.run(["ldd", str(module)], capture_output=True, text=True, check=True).stdout
+    found = [line.split()[2] for line in said.splitlines() if "libasan" in line or "libubsan" in line]
+    return {
+        "LD_PRELOAD": ":".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ MOA_INLINE int __syncthreads_or(int v) { return emu::block_vote("__syncthreads_o
 namespace emu {
 void before_atomic(const void* p, size_t bytes, Site site);
 template <class T, class F>
-__attribute__((noinline)) T atomic(T* p, F change) {
+MOA_UNTRACED __attribute__((noinline)) T atomic(T* p, F change) {
   static_assert(std::is_integral<T>::value && sizeof(T) >= 4, "32- or 64-bit integers");
   before_atomic(p, sizeof(T), MOA_SITE);
   const T old = *p;

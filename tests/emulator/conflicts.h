@@ -2,10 +2,13 @@
 #pragma once
 #include <map>
 #include <string>
+#include <utility>
+
+#include "emulator/runtime.h"
 
 namespace emu {
 struct Conflicts {
-  long long accesses = 0, extra_cycles = 0;
+  long long requests = 0, extra_cycles = 0;
 };
-std::map<std::string, Conflicts>& conflicts();
+std::map<std::pair<std::string, Site>, Conflicts>& conflicts();  // by kernel and source line
 }  // namespace emu

@@ -10,8 +10,8 @@ import pytest
 
 from emulator import build
 
-# variant:seed. AddressSanitizer has to be in the process from its start: test_sanitizers.py runs these tests again.
-WAYS = os.environ.get("MOA_EMULATOR", "plain:0 plain:7").split()
+# variant:seed. AddressSanitizer has to be in the process from its start: test_asan.py runs these tests again.
+WAYS = os.environ.get("MOA_EMULATOR", "plain:0 plain:7 tsan:0").split()
 
 
 @pytest.fixture(params=WAYS)

@@ -122,6 +122,7 @@ extern "C" void moa_emulator_thread() {
   set_state(*self, Thread::done);
   warp.alive &= ~(1u << self->lane);
   --alive;
+  if (warp.alive == 0) trace_warp_met(warp);
   // Exited threads are not waited for.
   if (alive > 0 && in_barrier == alive) finish_block_barrier();
   if (warp.posted != 0) finish_warp_operations(warp);
@@ -237,6 +238,7 @@ void wait_for(const char* operation, unsigned mask, Site site) {
 void finish_block_barrier() {
   in_barrier = 0;
   races_block_barrier();
+  for (unsigned w = 0; w < warp_count; ++w) trace_warp_met(warps[w]);
   for (unsigned i = 0; i < thread_count; ++i) {
     if (threads[i].state == Thread::waiting) set_state(threads[i], Thread::ready);
   }
@@ -278,6 +280,7 @@ void finish_warp_operations(Warp& warp) {
     } else {
       races_warp_barrier(warp, lanes);
     }
+    if (lanes == warp.alive) trace_warp_met(warp);
     warp.posted &= ~lanes;
     for (unsigned l = 0; l < 32; ++l) {
       if (lanes >> l & 1u) set_state(*warp.lanes[l], Thread::ready);
@@ -286,6 +289,11 @@ void finish_warp_operations(Warp& warp) {
 }
 
 }  // namespace
+
+bool on_stack(const void* p) {
+  const auto* at = static_cast<const char*>(p);
+  return at >= static_cast<char*>(self->stack) && at < static_cast<char*>(self->stack) + kStack;
+}
 
 unsigned long long random_bits() { return next_random() >> 16; }
 

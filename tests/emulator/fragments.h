@@ -11,7 +11,7 @@ struct Rows {  // a lane's part in ldmatrix
   unsigned* r;
 };
 template <int Matrices, bool Transposed>
-void load_matrices(void* const* slots, unsigned mask, Site site) {
+MOA_UNTRACED void load_matrices(void* const* slots, unsigned mask, Site site) {
   if (mask != 0xffffffffu) fail(site, "ldmatrix needs all 32 lanes, these came: %08x", mask);
   for (int m = 0; m < Matrices; ++m) {
     const void* rows[8];
@@ -22,7 +22,7 @@ void load_matrices(void* const* slots, unsigned mask, Site site) {
       MOA_RECORD(rows[i], 16, kRead, site);
       memcpy(matrix[i], rows[i], 16);
     }
-    count_conflicts(rows, 8, 16);
+    count_conflicts(rows, 8, 16, site);
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = 2 * (lane % 4);
       const uint32_t lo = Transposed ? matrix[t][g] : matrix[g][t];

@@ -93,23 +93,21 @@ bool is_shared(const void* p) {
   const auto* at = static_cast<const unsigned char*>(p);
   return at >= arena && at < arena + kArena;
 }
+size_t shared_size() { return kArena; }
+size_t shared_offset(const void* p) { return static_cast<size_t>(static_cast<const unsigned char*>(p) - arena); }
 
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site) {
-  const auto* at = static_cast<const unsigned char*>(p);
   if (!is_shared(p)) fail(site, "%s is not in shared memory", what);
-  const size_t offset = static_cast<size_t>(at - arena);
-  const Array* before = nullptr;
-  for (const Array& a : arrays) {
-    if (a.begin <= offset && (before == nullptr || a.begin > before->begin)) before = &a;
+  const Region array = region_of(p);
+  if (array.begin == nullptr) fail(site, "%s lies outside every shared array", what);
+  const std::ptrdiff_t inside = static_cast<const unsigned char*>(p) - array.begin;
+  if (inside < 0 || static_cast<size_t>(inside) + bytes > array.bytes) {
+    fail(site, "%s is out of bounds: bytes %td to %td of %s, which has %zu", what, inside,
+         inside + static_cast<std::ptrdiff_t>(bytes), array.name, array.bytes);
   }
-  if (before == nullptr) fail(site, "%s lies before all shared arrays", what);
-  const size_t inside = offset - before->begin;
-  if (inside + bytes > before->bytes) {
-    fail(site, "%s is out of bounds: bytes %zu to %zu of %s, which has %zu", what, inside, inside + bytes, before->name,
-         before->bytes);
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) {
+    fail(site, "%s is misaligned: byte %td of %s; %zu-byte aligned is allowed", what, inside, array.name, alignment);
   }
-  if (offset % alignment != 0)
-    fail(site, "%s is misaligned: byte %zu of %s; %zu-byte aligned is allowed", what, inside, before->name, alignment);
 }
 
 // ---- Asynchronous copies: poison at once, the data at the wait.
@@ -153,12 +151,12 @@ __attribute__((noinline)) void before_atomic(const void* p, size_t bytes, Site s
 
 // ---- Bank conflicts: a request of up to 128 bytes is one cycle unless two different words want the same bank.
 namespace {
-std::map<std::string, Conflicts> conflict_table;
+std::map<std::pair<std::string, Site>, Conflicts> conflict_table;
 }
-std::map<std::string, Conflicts>& conflicts() { return conflict_table; }
+std::map<std::pair<std::string, Site>, Conflicts>& conflicts() { return conflict_table; }
 
-void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes) {
-  Conflicts& total = conflict_table[block.kernel];
+void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site site) {
+  Conflicts& total = conflict_table[{block.kernel, site}];
   const unsigned words = std::max(1u, bytes / 4), together = bytes <= 4 ? 32 : 128 / bytes;
   for (unsigned first = 0; first < lanes; first += together) {
     uintptr_t seen[32][32];
@@ -176,7 +174,7 @@ void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes) {
         worst = std::max(worst, count[bank]);
       }
     }
-    if (any) total.accesses += 1, total.extra_cycles += worst - 1;
+    if (any) total.requests += 1, total.extra_cycles += worst - 1;
   }
 }
 
@@ -211,6 +209,21 @@ void* device_alloc(size_t bytes, size_t offset) {
   return begin + before;
 }
 
+Region region_of(const void* p) {
+  const auto* at = static_cast<const unsigned char*>(p);
+  if (is_shared(p)) {
+    for (const Array& a : arrays) {
+      const unsigned char* begin = arena + a.begin;
+      if (at >= begin - kGap && at < begin + a.bytes + a.gap) return {begin, a.bytes, a.name};
+    }
+  } else {
+    for (const Buffer& b : buffers) {
+      if (at >= b.begin && at < b.data + b.bytes + kBufferGap) return {b.data, b.bytes, "global memory"};
+    }
+  }
+  return {nullptr, 0, nullptr};
+}
+
 void device_check() {
 #if !defined(__SANITIZE_ADDRESS__)
   for (const Buffer& b : buffers) {
@@ -227,6 +240,7 @@ void device_free_all() {
     free(b.begin);
   }
   buffers.clear();
+  races_forget_buffers();
 }
 
 }  // namespace emu

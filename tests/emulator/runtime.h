@@ -75,13 +75,15 @@ void copy_commit();
 void copy_wait(unsigned allowed);
 
 // Extra shared-memory cycles of a warp access: lane l touches `bytes` at p[l] (null: it takes no part).
-void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes);
+void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site site);
 
 // Global memory of one test: exact sizes, poisoned, with canaries; bind.h gives it to kernels.
 void* device_alloc(size_t bytes, size_t offset_in_line);
 void device_free_all();
 
-// ---- What is called around plain accesses: a race detector in the build that has one.
+// ---- The race detector, in the build that has one. The compiler calls it before plain accesses in a kernel; what the
+// emulator itself touches for a kernel (MOA_UNTRACED functions) is recorded by hand.
+#define MOA_UNTRACED __attribute__((no_sanitize("thread")))
 #ifdef MOA_EMULATE_TSAN
 enum Access { kRead, kWrite, kAtomic, kAsyncWrite };
 void record_access(const void* p, size_t bytes, Access access, Site site);

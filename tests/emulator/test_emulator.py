@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from emulator.arrays import BF16, F16, assert_close, exact, normal, unwritten
+from emulator.arrays import BF16, F16, assert_close, assert_no_conflicts, exact, normal, unwritten
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
@@ -17,7 +17,7 @@ def test_product(emulator: ModuleType, rng: np.random.Generator, m: int, n: int,
     y = unwritten(m, n)
     emulator.demo(x, w, y)
     assert_close(y, exact(x) @ exact(w).T)
-    assert not any(extra for _, extra in emulator.take_conflicts().values())
+    assert_no_conflicts(emulator)
 
 
 def test_count(emulator: ModuleType, rng: np.random.Generator) -> None:

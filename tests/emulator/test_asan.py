@@ -1,0 +1,31 @@
+"""Every kernel test once more, under AddressSanitizer and UBSan, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from emulator import build
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+@pytest.mark.skipif("MOA_EMULATOR" in os.environ, reason="MOA_EMULATOR names the ways to run")
+def test_kernels_under_address_sanitizer() -> None:
+    tests = [
+        path for path in sorted(HERE.glob("test_*.py")) if path.stem not in ("test_asan", "test_mutations")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--confcutdir={HERE}"]
+    run = subprocess.run(
+        [*command, *map(str, tests)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **build.asan_environment(build.build("asan")), "MOA_EMULATOR": "asan:0 asan:7"},
+    )
+    assert run.returncode == 0, run.stdout

@@ -152,8 +152,9 @@ def load_file(module: Path) -> ModuleType:
 
 @functools.cache
 def load(variant: str) -> ModuleType:
-    """Builds and imports a variant. ``asan`` needs ``asan_environment``."""
-    return load_file(build(variant))
+    """Builds and imports a variant. ``asan`` needs ``asan_environment``. MOA_EMULATOR_MODULE: that one."""
+    other = os.environ.get("MOA_EMULATOR_MODULE")
+    return load_file(Path(other) if other else build(variant))
 
 
 def asan_environment(module: Path) -> dict[str, str]:

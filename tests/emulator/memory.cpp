@@ -121,6 +121,14 @@ __attribute__((noinline)) void copy_async(void* shared, const void* global, unsi
   }
   Copy copy{shared, {}, bytes, self->group};
   if (valid) {
+#if !defined(__SANITIZE_ADDRESS__)  // which says more about it
+    const Region source = region_of(global);
+    if (source.begin == nullptr) fail(site, "the source of cp.async is no buffer in global memory");
+    const std::ptrdiff_t at = static_cast<const unsigned char*>(global) - source.begin;
+    if (at < 0 || static_cast<size_t>(at) + bytes > source.bytes) {
+      fail(site, "the source of cp.async is out of bounds: byte %td of a buffer of %zu", at, source.bytes);
+    }
+#endif
     MOA_RECORD(global, bytes, kRead, site);
     memcpy(copy.data, global, bytes);
   }

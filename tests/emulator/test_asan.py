@@ -20,7 +20,17 @@ def test_kernels_under_address_sanitizer() -> None:
     tests = [
         path for path in sorted(HERE.glob("test_*.py")) if path.stem not in ("test_asan", "test_mutations")
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--confcutdir={HERE}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--capture=sys",
+        "-p",
+        "no:cacheprovider",
+        f"--confcutdir={HERE}",
+    ]
     run = subprocess.run(
         [*command, *map(str, tests)],
         stdout=subprocess.PIPE,

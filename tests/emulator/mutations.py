@@ -193,7 +193,7 @@ total(
     "tsan:0",
     RACE,
 )
-total("sum-counter-kept", "    *counter = 0;  // for the next launch\n", "", "plain:0", "AssertionError")
+total("sum-counter-kept", "    *counter = 0;  // for the next launch\n", "", "plain:0", "assert")
 
 
 def main() -> None:

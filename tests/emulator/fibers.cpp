@@ -322,10 +322,12 @@ __attribute__((noinline)) void warp_operation(const char* name, unsigned mask, v
   Thread& me = *self;
   Warp& warp = *me.warp;
   if (!(mask >> me.lane & 1u)) fail(site, "%s: mask %08x leaves out the calling lane %u", name, mask, me.lane);
-  for (unsigned left = warp.posted & mask; left != 0; left &= left - 1) {
-    const Thread& other = *warp.lanes[__builtin_ctz(left)];
-    if (!(other.mask >> me.lane & 1u)) continue;  // it waits for others, and comes here later
-    if (other.mask != mask || other.operation != name || other.combine != combine || !same_line(other.site, site)) {
+  // One lane that waits in this mask speaks for all of them: they were compared when they came.
+  if (const unsigned there = warp.posted & mask; there != 0) {
+    const Thread& other = *warp.lanes[__builtin_ctz(there)];
+    const bool same = other.mask == mask && other.operation == name && other.combine == combine;
+    const bool needs_me = other.mask >> me.lane & 1u;  // or it waits for others, and comes here later
+    if (needs_me && !(same && same_line(other.site, site))) {
       fail(site, "the warp diverged: lane %u is in %s with mask %08x here, lane %u in %s with mask %08x at %s", me.lane,
            name, mask, other.lane, other.operation, other.mask, describe(other.site).c_str());
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -12,6 +13,16 @@ from emulator import build
 
 # variant:seed. AddressSanitizer has to be in the process from its start: test_asan.py runs these tests again.
 WAYS = os.environ.get("MOA_EMULATOR", "plain:0 plain:7 tsan:0").split()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whoever names the ways (a sanitizer's run, a mutation's) wants the tests of kernels, and those only."""
+    if "MOA_EMULATOR" not in os.environ:
+        return
+    here = Path(__file__).parent
+    others = [item for item in items if item.path.parent == here and "emulator" not in item.fixturenames]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(params=WAYS)

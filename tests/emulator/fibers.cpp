@@ -111,7 +111,7 @@ void set_state(Thread& t, Thread::State state) {
 }
 
 void finish_block_barrier();
-void finish_warp_operations(Warp& warp);
+void finish_warp_operation(Warp& warp, const Thread& first);
 
 extern "C" void moa_emulator_thread() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -125,7 +125,9 @@ extern "C" void moa_emulator_thread() {
   if (warp.alive == 0) trace_warp_met(warp);
   // Exited threads are not waited for.
   if (alive > 0 && in_barrier == alive) finish_block_barrier();
-  if (warp.posted != 0) finish_warp_operations(warp);
+  for (unsigned l = 0; l < 32; ++l) {
+    if (warp.posted >> l & 1u) finish_warp_operation(warp, *warp.lanes[l]);
+  }
   to_scheduler(true);
 }
 
@@ -264,27 +266,25 @@ void barrier_at(const char* name, Site site) {
   to_scheduler(false);
 }
 
-// Runs every operation whose lanes are all here.
-void finish_warp_operations(Warp& warp) {
-  for (unsigned left = warp.posted; left != 0;) {
-    const Thread& first = *warp.lanes[__builtin_ctz(left)];
-    const unsigned lanes = first.mask & warp.alive;
-    left &= ~first.mask;
-    if ((warp.posted & lanes) != lanes) continue;
-    void* slots[32] = {};
-    for (unsigned l = 0; l < 32; ++l) {
-      if (lanes >> l & 1u) slots[l] = warp.lanes[l]->slot;
-    }
-    if (first.combine != nullptr) {
-      first.combine(slots, lanes, first.site);
-    } else {
-      races_warp_barrier(warp, lanes);
-    }
-    if (lanes == warp.alive) trace_warp_met(warp);
-    warp.posted &= ~lanes;
-    for (unsigned l = 0; l < 32; ++l) {
-      if (lanes >> l & 1u) set_state(*warp.lanes[l], Thread::ready);
-    }
+// Runs the operation that `first` waits in, if every lane of its mask that has not exited waits in it.
+void finish_warp_operation(Warp& warp, const Thread& first) {
+  const unsigned mask = first.mask, lanes = mask & warp.alive;
+  if ((warp.posted & lanes) != lanes) return;
+  void* slots[32] = {};
+  for (unsigned l = 0; l < 32; ++l) {
+    if (!(lanes >> l & 1u)) continue;
+    if (warp.lanes[l]->mask != mask) return;
+    slots[l] = warp.lanes[l]->slot;
+  }
+  if (first.combine != nullptr) {
+    first.combine(slots, lanes, first.site);
+  } else {
+    races_warp_barrier(warp, lanes);
+  }
+  if (lanes == warp.alive) trace_warp_met(warp);
+  warp.posted &= ~lanes;
+  for (unsigned l = 0; l < 32; ++l) {
+    if (lanes >> l & 1u) set_state(*warp.lanes[l], Thread::ready);
   }
 }
 
@@ -322,9 +322,12 @@ __attribute__((noinline)) void warp_operation(const char* name, unsigned mask, v
   Thread& me = *self;
   Warp& warp = *me.warp;
   if (!(mask >> me.lane & 1u)) fail(site, "%s: mask %08x leaves out the calling lane %u", name, mask, me.lane);
-  for (unsigned left = warp.posted & mask; left != 0; left &= left - 1) {
-    const Thread& other = *warp.lanes[__builtin_ctz(left)];
-    if (other.mask != mask || other.operation != name || other.combine != combine || !same_line(other.site, site)) {
+  // One lane that waits in this mask speaks for all of them: they were compared when they came.
+  if (const unsigned there = warp.posted & mask; there != 0) {
+    const Thread& other = *warp.lanes[__builtin_ctz(there)];
+    const bool same = other.mask == mask && other.operation == name && other.combine == combine;
+    const bool needs_me = other.mask >> me.lane & 1u;  // or it waits for others, and comes here later
+    if (needs_me && !(same && same_line(other.site, site))) {
       fail(site, "the warp diverged: lane %u is in %s with mask %08x here, lane %u in %s with mask %08x at %s", me.lane,
            name, mask, other.lane, other.operation, other.mask, describe(other.site).c_str());
     }
@@ -333,7 +336,7 @@ __attribute__((noinline)) void warp_operation(const char* name, unsigned mask, v
   me.combine = combine;
   wait_for(name, mask, site);
   warp.posted |= 1u << me.lane;
-  finish_warp_operations(warp);
+  finish_warp_operation(warp, me);
   if (me.state == Thread::waiting || shuffled) to_scheduler(false);
 }
 

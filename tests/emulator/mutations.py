@@ -184,6 +184,17 @@ count(
     "deadlock",
 )
 
+total = plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k last_block")
+total("sum-missing-fence", "    __threadfence();\n", "", "tsan:0", RACE)
+total(
+    "sum-missing-barrier",
+    "counter, 1u) == gridDim.x - 1;\n  }\n  __syncthreads();",
+    "counter, 1u) == gridDim.x - 1;\n  }",
+    "tsan:0",
+    RACE,
+)
+total("sum-counter-kept", "    *counter = 0;  // for the next launch\n", "", "plain:0", "assert")
+
 
 def main() -> None:
     """Every mutation under every variant."""

@@ -33,7 +33,12 @@ struct Cell {
 static_assert(sizeof(Event) == 8 && sizeof(Cell) == 40, "compact");
 
 bool none(Event e) { return e.stamp == 0; }
-bool same(const Cell& a, const Cell& b) { return memcmp(&a, &b, sizeof a) == 0; }
+bool same(const Cell& a, const Cell& b) {
+  unsigned long long x[5], y[5];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3] && x[4] == y[4];
+}
 
 // ---- Clocks.
 using View = std::vector<unsigned>;  // of each thread of one block, the clock up to which its accesses are seen

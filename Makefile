@@ -53,10 +53,11 @@ format: $(VENV)/.lint  ## let ruff and clang-format write the files as they want
 
 build: $(VENV)/.installed $(EXTENSION)  ## the environment and the extension, installed editable
 
-cuda-check: $(VENV)/.tools  ## compile every CUDA source for every architecture we ship, if nvcc is there
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOA_CUDA=$(NVCC_THERE) \
+cuda-check: $(VENV)/.cuobjdump  ## compile the CUDA kernels for every architecture, and check registers and spills (UPDATE=1)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOA_CUDA=$(NVCC_THERE) -DMOA_WERROR=1 \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOA_OUTPUT_DIR=$(abspath build/cuda-check)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda-check --target cuda-check
+	$(if $(NVCC),find build/cuda-check -name '*.cu.o' -exec $(BIN)/python tests/cuda_binary.py $(if $(UPDATE),--update) {} +)
 
 clean:  ## remove everything that was made here, the environment too
 	rm -rf $(VENV) build dist demo_out *.egg-info $(EXTENSION) .pytest_cache .ruff_cache .benchmarks
@@ -78,6 +79,10 @@ $(VENV)/.lint: $(BIN)/python Makefile
 $(VENV)/.tools: $(BIN)/python Makefile
 	@echo "installing torch $(TORCH) and the build tools into $(VENV); this can take minutes"
 	$(PIP) install "torch==$(TORCH)" "setuptools>=77" ninja $(if $(shell command -v cmake),,cmake)
+	touch $@
+
+$(VENV)/.cuobjdump: $(VENV)/.tools
+	$(PIP) install nvidia-cuda-cuobjdump
 	touch $@
 
 # Once per change of the metadata, pip; for a change of the C++ alone, only the compiler.

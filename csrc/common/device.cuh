@@ -1,0 +1,218 @@
+// The device vocabulary: everything a kernel needs beyond CUDA C++ itself, and all inline PTX of the library.
+//
+//   shared memory    MOA_SHARED(type, name, count)         static, 16-byte aligned; name is an array
+//                    MOA_DYNAMIC_SHARED(type, name)        the launch's dynamic part, 16-byte aligned; name is a pointer
+//   launching        MOA_LAUNCH(kernel, grid, block, dynamic_bytes, stream, args...) -> cudaError_t
+//                    write MOA_LAUNCH((kernel<A, B>), ...) for a template; an empty grid launches nothing
+//   copies           cp_async_16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
+//   fragments        ldmatrix_x2, ldmatrix_x4, and _trans
+//   products         mma_m16n8k16<T>(c, a, b), T = __nv_bfloat16, __half;  mma_m16n8k8_tf32(c, a, b)
+//   warps            warp_sum<W>(v), warp_max<W>(v), warp_min<W>(v): over W neighbouring lanes, every lane gets the result
+//   elements         Acc<T>, to_acc(v), from_acc<T>(v), pack2<T>(lo, hi), unpack2<T>(bits)
+//
+// Compiled by nvcc this is real; compiled by g++ with MOA_EMULATE the same names come from tests/emulator/emulator.h,
+// and the whole .cu file runs on a CPU. So kernels write no PTX, no __shared__ and no <<<>>> of their own.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/cuda_api.h"
+
+#ifdef MOA_EMULATE
+#include "emulator/emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define MOA_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define MOA_DYNAMIC_SHARED(type, name)                        \
+  extern __shared__ __align__(16) unsigned char moa_shared[]; \
+  type* const name = reinterpret_cast<type*>(moa_shared)
+#define MOA_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
+  ::moa::launch(kernel, dim3(grid), dim3(block), dynamic_bytes, stream, __VA_ARGS__)
+#endif
+
+namespace moa {
+
+#ifndef MOA_EMULATE
+
+// Beyond 48 KB of dynamic shared memory a kernel has to ask; the attribute is no stream operation, so graphs capture it.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
+                   const A&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  if (dynamic_bytes > 48 * 1024) {
+    const cudaError_t asked = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_bytes));
+    if (asked != cudaSuccess) return asked;
+  }
+  kernel<<<grid, block, dynamic_bytes, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// 16 bytes from global to shared memory, both 16-byte aligned, past L1. Not valid: zeros, and nothing is read. They are
+// there after a cp_async_wait of this thread, and for the others after a barrier behind it.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+// Closes a group of copies; an empty group counts too.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Waits until at most N of this thread's newest groups are under way.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+// 8x8 matrices of 16-bit elements, one per register. Lane l names row l % 8 of matrix l / 8: 16 bytes in shared memory,
+// 16-byte aligned. Lane l receives elements 2(l % 4) and 2(l % 4) + 1 of row l / 4; with _trans, of column l / 4.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// Two matrices: lanes 0 to 15 name the rows; the others' addresses are ignored, but must be valid.
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a b, float32 accumulators; a [16, 16] by rows, b [16, 8] by columns, c [16, 8]. With g = lane / 4, t = lane % 4:
+//   a[0] = a(g, 2t..2t+1)   a[1] = a(g+8, 2t..)   a[2] = a(g, 2t+8..)   a[3] = a(g+8, 2t+8..)
+//   b[0] = b(2t..2t+1, g)   b[1] = b(2t+8.., g)
+//   c[0], c[1] = c(g, 2t..2t+1)                   c[2], c[3] = c(g+8, 2t..2t+1)
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(std::is_same<T, __nv_bfloat16>::value || std::is_same<T, __half>::value, "bfloat16 or float16");
+  if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// float32 cut to tf32 (10 bits of mantissa, nearest, ties away from zero), as the bits mma_m16n8k8_tf32 takes.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(v));
+  return bits;
+}
+// c += a b in tf32; a [16, 8], b [8, 8], c as above. With g = lane / 4, t = lane % 4:
+//   a[0] = a(g, t)   a[1] = a(g+8, t)   a[2] = a(g, t+4)   a[3] = a(g+8, t+4)   b[0] = b(t, g)   b[1] = b(t+4, g)
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#endif  // MOA_EMULATE
+
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kWarp = 32;
+
+// Over each group of W neighbouring lanes of a whole warp; the order of the sum is fixed, and every lane gets it.
+template <int W = kWarp, class T>
+__device__ __forceinline__ T warp_sum(T v) {
+#pragma unroll
+  for (int step = W / 2; step > 0; step /= 2) v += __shfl_xor_sync(kFullMask, v, step);
+  return v;
+}
+template <int W = kWarp, class T>
+__device__ __forceinline__ T warp_max(T v) {
+#pragma unroll
+  for (int step = W / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kFullMask, v, step);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+template <int W = kWarp, class T>
+__device__ __forceinline__ T warp_min(T v) {
+#pragma unroll
+  for (int step = W / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kFullMask, v, step);
+    v = other < v ? other : v;
+  }
+  return v;
+}
+
+// What a stored T is accumulated in: double for double, float for the rest.
+template <class T>
+using Acc = std::conditional_t<std::is_same<T, double>::value, double, float>;
+
+__device__ __forceinline__ float to_acc(float v) { return v; }
+__device__ __forceinline__ double to_acc(double v) { return v; }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_acc(__half v) { return __half2float(v); }
+
+// Rounded to nearest, ties to even.
+template <class T>
+__device__ __forceinline__ T from_acc(Acc<T> v) {
+  if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    return __float2bfloat16_rn(v);
+  } else if constexpr (std::is_same<T, __half>::value) {
+    return __float2half_rn(v);
+  } else {
+    return v;
+  }
+}
+
+// Two 16-bit elements in one register, the first in the low half: as mma fragments and 4-byte stores want them.
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float lo, float hi) {
+  uint32_t bits;
+  if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);  // one instruction
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    static_assert(std::is_same<T, __half>::value, "bfloat16 or float16");
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
+}
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t bits) {
+  if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+  } else {
+    static_assert(std::is_same<T, __half>::value, "bfloat16 or float16");
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof bits);
+    return __half22float2(pair);
+  }
+}
+
+}  // namespace moa

@@ -1,0 +1,84 @@
+// Every tuning decision of the routing kernels on a GPU, one function a decision. Host code; the figures are arithmetic
+// for an H200 (132 multiprocessors, L2 at about 5 TB/s), not measurements.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "routing/cuda.h"
+
+namespace moa {
+namespace plan_cuda {
+
+// Shared memory that a block may ask for on every architecture we ship (sm_86, sm_89 and sm_120 have the least).
+constexpr int64_t kSharedBytes = 99 * 1024;
+constexpr int kSortThreads = 1024;
+
+// A bin per expert and one for -1. The sort keeps a row of bins per warp that walks, and two more.
+inline size_t sort_shared(int64_t experts, int warps) {
+  return static_cast<size_t>(warps + 2) * (experts + 1) * sizeof(int32_t);
+}
+static_assert(3 * (kMaxExpertsCuda + 1) * sizeof(int32_t) <= kSharedBytes, "one walking warp must fit");
+
+// Warps that walk a block's slots: as many as have slots, and as their rows of bins leave room for.
+inline int sort_warps(int64_t slots, int64_t experts, int threads) {
+  int warps = threads / 32;
+  while (warps > 1 && ((warps / 2) * 32 >= slots || sort_shared(experts, warps) > static_cast<size_t>(kSharedBytes)))
+    warps /= 2;
+  return warps;
+}
+
+// Blocks of the sort. One block walks 8192 slots in eight steps of its 32 warps, in about the time that a second launch
+// costs. Above, 1024 slots a block (one step). Every block sums the histograms of all (blocks^2 * bins integers read
+// from L2), which replaces a launch for the scan between them: bounded to 32 MB, some 6 us at most, 1.5 us at 128
+// blocks and 128 experts.
+inline int64_t sort_blocks(int64_t slots, int64_t experts) {
+  if (slots <= 8192) return 1;
+  int64_t blocks = (slots + 1023) / 1024;
+  if (blocks > 264) blocks = 264;
+  while (blocks > 1 && blocks * blocks * (experts + 1) * 4 > (int64_t{32} << 20)) blocks -= (blocks + 15) / 16;
+  return blocks;
+}
+
+// Lanes per token. Each holds up to 16 logits in registers: enough that few shuffles are spent on a round of the
+// selection, few enough that none spill at 64 registers. Above 512 experts rows stay in memory (L1 holds them).
+struct Topk {
+  int lanes, values;  // values 0: rows stay in memory
+};
+inline Topk topk(int64_t experts, bool f64) {
+  if (f64 || experts > 512) return {32, 0};
+  if (experts <= 8) return {2, 4};
+  if (experts <= 32) return {8, 4};
+  if (experts <= 128) return {8, 16};
+  return {32, 16};
+}
+
+// Launches of routing and sort together:
+//   one    a single block selects and sorts, while it needs at most four passes over the tokens and has 4096 slots;
+//   fused  blocks of selection count their own slots, a second launch sorts: while that many blocks fill the device;
+//   apart  selection over as many blocks as it likes, then histograms, then the scatter.
+enum class Launches { one, fused, apart };
+struct Route {
+  Launches launches;
+  int threads;               // of the selection's blocks
+  int64_t blocks;            // of the selection
+  int64_t tokens_per_block;  // of the selection
+};
+inline Route route(int64_t tokens, int64_t top_k, int64_t experts, bool f64) {
+  const int lanes = topk(experts, f64).lanes, at_once = kSortThreads / lanes;
+  if (tokens * top_k <= 4096 && tokens <= 4 * at_once) {
+    int threads = 128;
+    while (threads < kSortThreads && (threads < tokens * lanes || threads < tokens * top_k)) threads *= 2;
+    return {Launches::one, threads, 1, tokens};
+  }
+  const int64_t wanted = (tokens + at_once - 1) / at_once, sorting = sort_blocks(tokens * top_k, experts);
+  const int64_t full = wanted < 96 ? wanted : 96;
+  if (sorting >= full) {
+    const int64_t most = wanted < sorting ? wanted : sorting, each = (tokens + most - 1) / most;
+    return {Launches::fused, kSortThreads, (tokens + each - 1) / each, each};
+  }
+  const int64_t blocks = wanted < 1056 ? wanted : 1056, each = (tokens + blocks - 1) / blocks;
+  return {Launches::apart, kSortThreads, (tokens + each - 1) / each, each};
+}
+
+}  // namespace plan_cuda
+}  // namespace moa

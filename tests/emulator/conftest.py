@@ -1,0 +1,44 @@
+"""The fixture that kernel tests take: a built module, in every way that runs inside this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from emulator import build
+
+# variant:seed. AddressSanitizer has to be in the process from its start: test_asan.py runs these tests again.
+WAYS = os.environ.get("MOA_EMULATOR", "plain:0 plain:7 tsan:0").split()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whoever names the ways (a sanitizer's run, a mutation's) wants the tests of kernels, and those only."""
+    if "MOA_EMULATOR" not in os.environ:
+        return
+    here = Path(__file__).parent
+    others = [item for item in items if item.path.parent == here and "emulator" not in item.fixturenames]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(params=WAYS)
+def emulator(request: pytest.FixtureRequest) -> ModuleType:
+    """The module with every bound kernel; threads in index order (seed 0) and interleaved at random."""
+    reason = build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    variant, seed = request.param.split(":")
+    module = build.load(variant)
+    module.seed(int(seed))
+    module.take_conflicts()
+    return module
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in every run."""
+    return np.random.default_rng(0)

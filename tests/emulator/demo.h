@@ -1,0 +1,18 @@
+// The emulator's own kernel: see demo.cu.
+#pragma once
+#include "common/cuda_api.h"
+#include "common/types.h"
+
+namespace moa {
+
+struct DemoParams {
+  DType type;  // bf16 or f16
+  int64_t m, n, k;
+  const void *x, *w;
+  float* y;
+};
+
+cudaError_t demo_cuda(const DemoParams& p, cudaStream_t stream);
+cudaError_t count_cuda(const int32_t* ids, int64_t n, int32_t* counts, cudaStream_t stream);
+
+}  // namespace moa

@@ -1,0 +1,384 @@
+// Threads as fibers on stacks of their own, and who runs next.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+
+#include "emulator/collectives.h"
+#include "emulator/internal.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Saves the callee-saved registers and the stack pointer, and continues where `to` was saved.
+extern "C" void moa_emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.hidden moa_emulator_switch
+.globl moa_emulator_switch
+.type moa_emulator_switch, @function
+moa_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size moa_emulator_switch, .-moa_emulator_switch
+)");
+
+namespace emu {
+
+Settings settings;
+Thread* self;
+Block block;
+Thread* threads;
+unsigned thread_count;
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024, kPage = 4096;
+constexpr unsigned kMaxThreads = 1024;
+
+Warp warps[kMaxThreads / 32];
+unsigned warp_count, warp_order[kMaxThreads / 32];
+unsigned alive, in_barrier;
+int vote_count, vote_result;
+unsigned long long random_state;
+bool shuffled;
+
+Body body;
+void* closure;
+void* scheduler_stack_pointer;
+#if defined(__SANITIZE_ADDRESS__)
+void* scheduler_fake_stack;
+const void* scheduler_stack;
+size_t scheduler_stack_size;
+#endif
+
+unsigned long long& next_random() {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  return random_state ^= random_state << 17;
+}
+
+void* new_stack() {
+  void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED || mprotect(p, kPage, PROT_NONE) != 0) throw std::bad_alloc();
+  return p;
+}
+
+// ---- Switching, with a word to AddressSanitizer.
+void to_scheduler([[maybe_unused]] bool for_ever) {
+  Thread* t = self;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &t->fake_stack, scheduler_stack, scheduler_stack_size);
+#endif
+  moa_emulator_switch(&t->stack_pointer, scheduler_stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(t->fake_stack, &scheduler_stack, &scheduler_stack_size);
+#endif
+}
+
+void to_thread(Thread* t) {
+  self = t;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, t->stack, kStack);
+#endif
+  moa_emulator_switch(&scheduler_stack_pointer, t->stack_pointer);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+  self = nullptr;
+}
+
+void set_state(Thread& t, Thread::State state) {
+  t.state = state;
+  const unsigned bit = 1u << t.lane;
+  t.warp->ready = state == Thread::ready ? t.warp->ready | bit : t.warp->ready & ~bit;
+}
+
+void finish_block_barrier();
+void finish_warp_operation(Warp& warp, const Thread& first);
+
+extern "C" void moa_emulator_thread() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  body(closure);
+  Warp& warp = *self->warp;
+  set_state(*self, Thread::done);
+  warp.alive &= ~(1u << self->lane);
+  --alive;
+  if (warp.alive == 0) trace_warp_met(warp);
+  // Exited threads are not waited for.
+  if (alive > 0 && in_barrier == alive) finish_block_barrier();
+  for (unsigned l = 0; l < 32; ++l) {
+    if (warp.posted >> l & 1u) finish_warp_operation(warp, *warp.lanes[l]);
+  }
+  to_scheduler(true);
+}
+
+void start_thread(Thread& t) {
+  // What moa_emulator_switch pops: six registers and a return address, leaving the stack as after a call.
+  void** top = reinterpret_cast<void**>(static_cast<char*>(t.stack) + kStack) - 1;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(t.stack, kStack);
+#endif
+  *top = nullptr;
+  *--top = reinterpret_cast<void*>(moa_emulator_thread);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  t.stack_pointer = top;
+  t.fake_stack = nullptr;
+}
+
+// ---- One block.
+void prepare_block() {
+  thread_count = block.size.x * block.size.y * block.size.z;
+  warp_count = (thread_count + 31) / 32;
+  alive = thread_count;
+  in_barrier = 0;
+  for (unsigned w = 0; w < warp_count; ++w) {
+    const unsigned lanes = std::min(32u, thread_count - 32 * w);
+    const unsigned all = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    warps[w] = Warp{{}, all, all, 0, w};
+    warp_order[w] = w;
+  }
+  for (unsigned i = 0; i < thread_count; ++i) {
+    Thread& t = threads[i];
+    if (t.stack == nullptr) t.stack = new_stack();
+    t.index = {i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y};
+    t.rank = i;
+    t.lane = i % 32;
+    t.warp = &warps[i / 32];
+    t.warp->lanes[t.lane] = &t;
+    t.state = Thread::ready;
+    t.operation = nullptr;
+    t.copies.clear();
+    t.group = 0;
+    start_thread(t);
+  }
+}
+
+Thread* next_thread() {
+  for (unsigned i = 0; i < warp_count; ++i) {
+    Warp& warp = warps[warp_order[i]];
+    if (warp.ready == 0) continue;
+    unsigned lane = static_cast<unsigned>(__builtin_ctz(warp.ready));
+    if (shuffled) {  // the first ready lane from a random one on
+      const unsigned from = static_cast<unsigned>(random_bits()) & 31u, later = warp.ready >> from << from;
+      if (later != 0) lane = static_cast<unsigned>(__builtin_ctz(later));
+    }
+    return warp.lanes[lane];
+  }
+  return nullptr;
+}
+
+void shuffle_warps() {
+  for (unsigned i = warp_count; i > 1; --i) std::swap(warp_order[i - 1], warp_order[random_bits() % i]);
+}
+
+[[noreturn]] void deadlock() {
+  std::string text = "deadlock: nobody can run.";
+  for (unsigned i = 0; i < thread_count;) {
+    const Thread& t = threads[i];
+    unsigned end = i + 1;
+    const auto same = [&](const Thread& o) {
+      return o.state == t.state && (t.state == Thread::done || (o.operation == t.operation && o.site == t.site));
+    };
+    while (end < thread_count && same(threads[end])) ++end;
+    text += "\n  threads " + std::to_string(i) + " to " + std::to_string(end - 1);
+    if (t.state == Thread::done) {
+      text += " have exited";
+    } else {
+      char mask[32] = "";
+      if (t.combine != nullptr || t.mask != 0) snprintf(mask, sizeof mask, " with mask %08x", t.mask);
+      text += std::string(" wait in ") + t.operation + mask + " at " + describe(t.site);
+    }
+    i = end;
+  }
+  throw std::runtime_error(std::string(block.kernel) + ", block (" + std::to_string(block.index.x) + "," +
+                           std::to_string(block.index.y) + "," + std::to_string(block.index.z) + "): " + text);
+}
+
+void run_block() {
+  shared_begin(block.dynamic_bytes);
+  prepare_block();
+  races_block_begin();
+  if (shuffled) shuffle_warps();
+  failure.clear();
+  while (alive > 0) {
+    Thread* t = next_thread();
+    if (t == nullptr) deadlock();
+    to_thread(t);
+    if (!failure.empty()) throw std::runtime_error(failure);
+  }
+  shared_end();
+  device_check();
+}
+
+// ---- Waiting.
+void wait_for(const char* operation, unsigned mask, Site site) {
+  self->operation = operation;
+  self->mask = mask;
+  self->site = site;
+  set_state(*self, Thread::waiting);
+}
+
+void finish_block_barrier() {
+  in_barrier = 0;
+  races_block_barrier();
+  for (unsigned w = 0; w < warp_count; ++w) trace_warp_met(warps[w]);
+  for (unsigned i = 0; i < thread_count; ++i) {
+    if (threads[i].state == Thread::waiting) set_state(threads[i], Thread::ready);
+  }
+  if (shuffled) shuffle_warps();
+}
+
+void barrier_at(const char* name, Site site) {
+  for (unsigned i = 0; in_barrier > 0 && i < thread_count; ++i) {
+    const Thread& t = threads[i];
+    const bool there = t.state == Thread::waiting && t.combine == nullptr && t.mask == 0;
+    if (there && !same_line(t.site, site)) {
+      fail(site, "this thread waits in %s, but %s in %s at %s", name, thread_name(t).c_str(), t.operation,
+           describe(t.site).c_str());
+    }
+    if (there) break;
+  }
+  self->combine = nullptr;
+  wait_for(name, 0, site);
+  if (++in_barrier == alive) {
+    finish_block_barrier();
+    if (!shuffled) return;
+  }
+  to_scheduler(false);
+}
+
+// Runs the operation that `first` waits in, if every lane of its mask that has not exited waits in it.
+void finish_warp_operation(Warp& warp, const Thread& first) {
+  const unsigned mask = first.mask, lanes = mask & warp.alive;
+  if ((warp.posted & lanes) != lanes) return;
+  void* slots[32] = {};
+  for (unsigned l = 0; l < 32; ++l) {
+    if (!(lanes >> l & 1u)) continue;
+    if (warp.lanes[l]->mask != mask) return;
+    slots[l] = warp.lanes[l]->slot;
+  }
+  if (first.combine != nullptr) {
+    first.combine(slots, lanes, first.site);
+  } else {
+    races_warp_barrier(warp, lanes);
+  }
+  if (lanes == warp.alive) trace_warp_met(warp);
+  warp.posted &= ~lanes;
+  for (unsigned l = 0; l < 32; ++l) {
+    if (lanes >> l & 1u) set_state(*warp.lanes[l], Thread::ready);
+  }
+}
+
+}  // namespace
+
+bool on_stack(const void* p) {
+  const auto* at = static_cast<const char*>(p);
+  return at >= static_cast<char*>(self->stack) && at < static_cast<char*>(self->stack) + kStack;
+}
+
+unsigned long long random_bits() { return next_random() >> 16; }
+
+void leave_launch() {
+  to_scheduler(true);
+  __builtin_unreachable();
+}
+
+__attribute__((noinline)) void block_barrier(const char* name) { barrier_at(name, MOA_SITE); }
+
+__attribute__((noinline)) int block_vote(const char* name, int value, int kind) {
+  static int counted;
+  const Site site = MOA_SITE;
+  if (in_barrier == 0) vote_count = 0;
+  vote_count += value != 0;
+  const bool last = in_barrier + 1 == alive;
+  if (last) counted = kind == 0 ? vote_count : kind == 1 ? vote_count == static_cast<int>(alive) : vote_count != 0;
+  if (last) vote_result = counted;
+  barrier_at(name, site);
+  return vote_result;
+}
+
+__attribute__((noinline)) void warp_operation(const char* name, unsigned mask, void* slot,
+                                              void (*combine)(void* const*, unsigned, Site)) {
+  const Site site = MOA_SITE;
+  Thread& me = *self;
+  Warp& warp = *me.warp;
+  if (!(mask >> me.lane & 1u)) fail(site, "%s: mask %08x leaves out the calling lane %u", name, mask, me.lane);
+  // One lane that waits in this mask speaks for all of them: they were compared when they came.
+  if (const unsigned there = warp.posted & mask; there != 0) {
+    const Thread& other = *warp.lanes[__builtin_ctz(there)];
+    const bool same = other.mask == mask && other.operation == name && other.combine == combine;
+    const bool needs_me = other.mask >> me.lane & 1u;  // or it waits for others, and comes here later
+    if (needs_me && !(same && same_line(other.site, site))) {
+      fail(site, "the warp diverged: lane %u is in %s with mask %08x here, lane %u in %s with mask %08x at %s", me.lane,
+           name, mask, other.lane, other.operation, other.mask, describe(other.site).c_str());
+    }
+  }
+  me.slot = slot;
+  me.combine = combine;
+  wait_for(name, mask, site);
+  warp.posted |= 1u << me.lane;
+  finish_warp_operation(warp, me);
+  if (me.state == Thread::waiting || shuffled) to_scheduler(false);
+}
+
+void maybe_yield() {
+  if (!shuffled || (random_bits() & 7u) != 0) return;
+  if ((random_bits() & 3u) == 0) shuffle_warps();
+  to_scheduler(false);
+}
+
+cudaError_t run_grid(const char* kernel, dim3 grid, dim3 size, size_t dynamic_bytes, Body run, void* with) {
+  const unsigned long long count = 1ull * size.x * size.y * size.z, blocks = 1ull * grid.x * grid.y * grid.z;
+  if (blocks == 0) return cudaSuccess;
+  if (count == 0 || count > kMaxThreads || size.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (dynamic_bytes > settings.shared_limit) return cudaErrorInvalidValue;
+  static std::unique_ptr<Thread[]> pool(new Thread[kMaxThreads]());
+  threads = pool.get();
+  body = run;
+  closure = with;
+  block = {kernel, {}, size, grid, dynamic_bytes, 0};
+  shuffled = settings.seed != 0;
+  random_state = settings.seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
+  races_grid_begin();
+  std::vector<unsigned long long> order(blocks);
+  std::iota(order.begin(), order.end(), 0ull);
+  for (unsigned long long i = blocks; shuffled && i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
+  for (const unsigned long long b : order) {
+    block.number = b;
+    block.index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                   static_cast<unsigned>(b / grid.x / grid.y)};
+    run_block();
+  }
+  return cudaSuccess;
+}
+
+}  // namespace emu
+
+void __threadfence() { emu::races_fence(); }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emu::settings.multiprocessors
+                                                       : static_cast<int>(emu::settings.shared_limit);
+  return cudaSuccess;
+}

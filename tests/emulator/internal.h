@@ -1,0 +1,64 @@
+// What the parts of the machine share among themselves; kernels never see it.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "emulator/runtime.h"
+
+namespace emu {
+
+struct Settings {
+  unsigned long long seed = 0;      // 0: threads and blocks in index order; others: a random interleaving
+  size_t shared_limit = 99 * 1024;  // static and dynamic; the least of the architectures we ship (sm_86, 89, 120)
+  int multiprocessors = 132;
+};
+extern Settings settings;
+
+// Threads of the running block.
+extern Thread* threads;
+extern unsigned thread_count;
+unsigned long long random_bits();
+
+// report.cpp
+extern std::string failure;       // what `fail` said
+std::string describe(Site site);  // "file:line", callers of inlined functions after " < "
+bool same_line(Site a, Site b);
+std::string thread_name(const Thread& t);
+[[noreturn]] void leave_launch();  // fibers.cpp: back to run_grid, which throws `failure`
+
+// memory.cpp
+void shared_begin(size_t dynamic_bytes);  // fresh, poisoned
+void shared_end();                        // canaries
+void device_check();                      // canaries
+struct Region {                           // a shared array, or a buffer of global memory
+  const unsigned char* begin;             // null: none
+  size_t bytes;
+  const char* name;
+};
+Region region_of(const void* p);  // the one around p, the gaps around it included
+size_t shared_size();
+size_t shared_offset(const void* p);
+
+// fibers.cpp
+bool on_stack(const void* p);  // of the running thread
+
+// races.cpp and trace.cpp, in the build that has them
+#ifdef MOA_EMULATE_TSAN
+void races_grid_begin();
+void races_block_begin();
+void races_block_barrier();
+void races_warp_barrier(Warp& warp, unsigned mask);
+void races_fence();
+void races_forget_buffers();
+void trace_warp_met(const Warp& warp);
+#else
+inline void races_grid_begin() {}
+inline void races_block_begin() {}
+inline void races_block_barrier() {}
+inline void races_warp_barrier(Warp&, unsigned) {}
+inline void races_fence() {}
+inline void races_forget_buffers() {}
+inline void trace_warp_met(const Warp&) {}
+#endif
+
+}  // namespace emu

@@ -1,0 +1,220 @@
+"""Bugs planted in the kernels, one at a time: what ``test_mutations.py`` expects the tests to catch.
+
+A mutation replaces text that must occur exactly once in its file, so it cannot rot silently. The changed
+file is compiled, linked with the objects of the unchanged ones, and its kernel's tests run on the result in a
+process of their own. ``python tests/emulator/mutations.py [name]`` prints what every variant says about it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from emulator import build
+
+SECONDS = 120  # that the tests of one mutation may take
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted bug."""
+
+    name: str
+    file: str  # below the root of the repository
+    old: str
+    new: str
+    tests: str  # arguments of pytest, below this folder
+    way: str  # variant:seed that catches it
+    says: str  # a regular expression that the failure's report matches
+    unit: str | None = None  # the source to compile, if it is not `file`
+
+    def text(self) -> str:
+        """The file with the bug."""
+        original = (build.ROOT / self.file).read_text()
+        found = original.count(self.old)
+        assert found == 1, (
+            f"mutation {self.name}: {self.old!r} occurs {found} times in {self.file}, not once: "
+            "the kernel changed, adapt the mutation"
+        )
+        return original.replace(self.old, self.new)
+
+
+def build_mutant(mutation: Mutation, variant: str) -> Path:
+    """The module with the bug in it; every other object is the unchanged build's."""
+    folder = build.OUTPUT / "mutants" / mutation.name
+    changed = folder / mutation.file
+    changed.parent.mkdir(parents=True, exist_ok=True)
+    if not changed.exists() or changed.read_text() != mutation.text():
+        changed.write_text(mutation.text())
+    original = build.ROOT / (mutation.unit or mutation.file)
+    source = folder / mutation.unit if mutation.unit else changed
+    if mutation.unit:  # a copy, so that the changed header is found before the original
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text(original.read_text())
+    # Headers: first those of the copy, then those beside the original.
+    first = ["-w", f"-I{folder / 'csrc'}", f"-iquote{original.parent}"]
+    target = folder / variant / "changed.o"
+    build.compile_source(variant, source, target, first)
+    objects = [build.object_of(variant, source) for source in build.sources(variant)]
+    objects[objects.index(build.object_of(variant, original))] = target
+    module = folder / variant / f"emulated_{variant}.so"
+    build.link(variant, objects, module)
+    return module
+
+
+def run_tests(module: Path, tests: str, way: str) -> tuple[int, str]:
+    """Exit status (negative: the signal that ended it) and output of the tests on a module."""
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "MOA_EMULATOR": way, "MOA_EMULATOR_MODULE": str(module)}
+    if way.startswith("asan"):
+        env.update(build.asan_environment(module))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--tb=short",
+        "--capture=sys",
+        "-p",
+        "no:cacheprovider",
+    ]
+    run = subprocess.run(
+        [*command, f"--confcutdir={here}", *tests.split()],
+        cwd=here,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=SECONDS,
+    )
+    return run.returncode, run.stdout
+
+
+def outcome(mutation: Mutation, way: str | None = None) -> tuple[bool, str]:
+    """Whether the tests caught the bug as expected, and what they said."""
+    way = way or mutation.way
+    status, said = run_tests(build_mutant(mutation, way.split(":")[0]), mutation.tests, way)
+    failed = status == 1 or status < 0  # pytest's 1: tests failed; the rest is about pytest itself
+    return failed and re.search(mutation.says, said) is not None, f"exit status {status}\n{said}"
+
+
+MUTATIONS: list[Mutation] = []
+
+
+def plant(file: str, tests: str, unit: str | None = None):
+    """Adds mutations of one kernel: name, old, new, way, says."""
+
+    def add(name: str, old: str, new: str, way: str, says: str) -> None:
+        MUTATIONS.append(Mutation(name, file, old, new, tests, way, says, unit))
+
+    return add
+
+
+WRONG = r"AssertionError: .*error (inf|nan|\d)"  # far from float64
+RACE = "a race: this thread"
+
+demo = plant("tests/emulator/demo.cu", "test_emulator.py -k product")
+demo("demo-missing-wait", "    cp_async_wait<1>();\n", "", "plain:0", WRONG)
+demo(
+    "demo-wait-too-short",
+    "cp_async_wait<1>();\n    __syncwarp();",
+    "cp_async_wait<2>();\n    __syncwarp();",
+    "tsan:0",
+    "not delivered",
+)
+demo("demo-missing-syncwarp", "cp_async_wait<1>();\n    __syncwarp();", "cp_async_wait<1>();", "tsan:0", RACE)
+demo("demo-missing-padding", "kRow = kK + 8", "kRow = kK", "plain:0", "bank conflicts")
+demo(
+    "demo-swapped-fragment",
+    "lane % 16) * kRow + lane / 16 * 8",
+    "lane / 2) * kRow + lane % 2 * 8",
+    "plain:0",
+    WRONG,
+)
+demo(
+    "demo-misaligned-row",
+    "kRow + lane / 16 * 8",
+    "kRow + lane / 16 * 4",
+    "plain:0",
+    "row of ldmatrix is misaligned",
+)
+demo("demo-not-zeroed", "float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};", "float c[4];", "plain:0", WRONG)
+demo("demo-row-guard", "first_row + row < all_rows && ", "", "asan:0", "heap-buffer-overflow")
+demo("demo-store-guard", "if (row < p.m && ", "if (row <= p.m && ", "plain:0", "behind the end of a buffer")
+demo(
+    "demo-small-shared",
+    "kStages * kM * kRow * sizeof(T)",
+    "kM * kRow * sizeof(T)",
+    "plain:0",
+    "out of bounds",
+)
+
+count = plant("tests/emulator/demo.cu", "test_emulator.py -k count")
+count("demo-missing-barrier", "histogram[v] = 0;\n  __syncthreads();", "histogram[v] = 0;", "tsan:0", RACE)
+count(
+    "demo-plain-add",
+    "atomicAdd(&histogram[id], __popc(same))",
+    "histogram[id] += __popc(same)",
+    "tsan:0",
+    RACE,
+)
+count(
+    "demo-plain-global-add",
+    "atomicAdd(&counts[v], histogram[v])",
+    "counts[v] += histogram[v]",
+    "tsan:0",
+    RACE,
+)
+count("demo-minus-one", "if (id >= 0 && ", "if (", "tsan:0", "out of bounds")
+count(
+    "demo-diverged-match",
+    "const unsigned same = __match_any_sync(kFullMask, id);",
+    "const unsigned same = i < n ? __match_any_sync(kFullMask, id) : 0;",
+    "plain:0",
+    "deadlock",
+)
+
+total = plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k last_block")
+total("sum-missing-fence", "    __threadfence();\n", "", "tsan:0", RACE)
+total(
+    "sum-missing-barrier",
+    "counter, 1u) == gridDim.x - 1;\n  }\n  __syncthreads();",
+    "counter, 1u) == gridDim.x - 1;\n  }",
+    "tsan:0",
+    RACE,
+)
+total("sum-counter-kept", "    *counter = 0;  // for the next launch\n", "", "plain:0", "assert")
+
+
+def main() -> None:
+    """Every mutation under every variant."""
+    chosen = [m for m in MUTATIONS if len(sys.argv) < 2 or sys.argv[1] in m.name]
+    variants = list(build.VARIANTS)
+    for variant in variants:
+        build.build(variant)
+    print(f"{'':28}" + "".join(f"{variant:10}" for variant in variants))
+    with ThreadPoolExecutor(build.jobs()) as pool:
+        futures = [
+            [pool.submit(outcome, m, m.way if m.way.startswith(v) else f"{v}:0") for v in variants]
+            for m in chosen
+        ]
+        for mutation, row in zip(chosen, futures, strict=True):
+            results = [future.result() for future in row]
+            words = ["caught" if ok else "failed" if "status 0" not in said else "-" for ok, said in results]
+            print(f"{mutation.name:28}" + "".join(f"{word:10}" for word in words), flush=True)
+            if len(chosen) == 1:
+                print("\n".join(said for _, said in results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+// The build "tsan": GCC's ThreadSanitizer instrumentation calls a function before every access of a kernel; here it
+// ends in a race detector for CUDA's threads instead of libtsan, which knows only the host's.
+//
+// An access is an event (block, thread, clock of the thread). A thread's clock ticks at every barrier it passes. An
+// earlier event is ordered before this thread if
+//   it is this thread's own, or of an earlier launch;
+//   or of this warp, and a __syncwarp or __syncthreads of both came between: what each lane has seen of each other;
+//   or of another warp of this block, and a __syncthreads came between;
+//   or of another block, which then passed a __threadfence and an atomic on a counter that this one read by an atomic.
+// Two unordered events on one byte, one of them a write and not both atomic, are a race, whatever order they ran in.
+// Per byte the last write and two other events are kept: any race with the last write, and of readers one per warp
+// where there are two, is found.
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <unordered_map>
+
+#include "emulator/conflicts.h"
+#include "emulator/internal.h"
+
+namespace emu {
+namespace {
+
+constexpr unsigned kThreads = 1024;
+
+struct Event {  // 0: none
+  unsigned long long stamp : 22, clock : 28, thread : 10, is_write : 1, is_atomic : 1, in_flight : 1, : 1;
+};
+struct Cell {
+  Event write, other[2];
+  unsigned write_site, other_site[2];  // relative to the module
+};
+static_assert(sizeof(Event) == 8 && sizeof(Cell) == 40, "compact");
+
+bool none(Event e) { return e.stamp == 0; }
+bool same(const Cell& a, const Cell& b) {
+  unsigned long long x[5], y[5];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3] && x[4] == y[4];
+}
+
+// ---- Clocks.
+using View = std::vector<unsigned>;  // of each thread of one block, the clock up to which its accesses are seen
+unsigned stamp, first_stamp;         // of this block; of the launch's first
+unsigned clocks[kThreads], at_barrier[kThreads], fenced[kThreads], fenced_at_barrier[kThreads];
+bool fenced_since_barrier[kThreads];
+unsigned seen[kThreads][32];  // [thread][lane of its warp]
+std::map<const void*, std::vector<std::pair<unsigned, std::shared_ptr<const View>>>> released;  // by counter
+struct Acquired {
+  unsigned stamp, thread, clock;  // the block seen; who saw it when
+  std::shared_ptr<const View> view;
+};
+std::vector<Acquired> acquired;
+
+// What happened up to `clock` of `thread` in this block is known to the running thread.
+bool knows(unsigned thread, unsigned clock) {
+  if (thread == self->rank) return true;
+  if (thread / 32 == self->rank / 32) return seen[self->rank][thread % 32] >= clock;
+  return at_barrier[thread] >= clock;
+}
+
+bool looking_at_shared;  // memory: it is another one in another block
+
+bool ordered(Event e) {
+  if (none(e) || e.stamp < first_stamp || (looking_at_shared && e.stamp != stamp)) return true;
+  if (e.stamp == stamp) return knows(static_cast<unsigned>(e.thread), static_cast<unsigned>(e.clock));
+  for (const Acquired& a : acquired) {
+    if (a.stamp == e.stamp && (*a.view)[e.thread] >= e.clock && knows(a.thread, a.clock)) return true;
+  }
+  return false;
+}
+
+// An atomic hands on what this thread knows to be done device-wide, and takes what the others handed on.
+void meet_at_counter(const void* counter) {
+  if (is_shared(counter)) return;
+  auto& handed_on = released[counter];
+  for (const auto& [from, view] : handed_on) {
+    const auto known = [&, from = from](const Acquired& a) { return a.stamp == from && a.thread == self->rank; };
+    if (from != stamp && std::none_of(acquired.begin(), acquired.end(), known)) {
+      acquired.push_back({from, self->rank, clocks[self->rank], view});
+    }
+  }
+  auto view = std::make_shared<View>(thread_count);
+  for (unsigned t = 0; t < thread_count; ++t) {
+    const unsigned by_me = !fenced_since_barrier[self->rank] ? 0
+                           : t / 32 == self->rank / 32       ? seen[self->rank][t % 32]
+                                                             : at_barrier[t];
+    (*view)[t] = t == self->rank ? fenced[t] : std::max(by_me, fenced_at_barrier[t]);
+  }
+  if (std::any_of(view->begin(), view->end(), [](unsigned c) { return c != 0; })) handed_on.push_back({stamp, view});
+}
+
+// ---- The bytes' history.
+std::unordered_map<const unsigned char*, std::vector<Cell>> histories;  // by the begin of a buffer
+std::vector<Cell> shared_history;
+
+Cell* history_of(const unsigned char* p, size_t bytes, Site site) {
+  const Region region = region_of(p);
+  if (region.begin == nullptr) return nullptr;  // a local variable, a constant
+  const size_t offset = static_cast<size_t>(p - region.begin);
+  if (p < region.begin || offset + bytes > region.bytes) {
+    fail(site, "out of bounds: %zu bytes at byte %td of %s, which has %zu", bytes, p - region.begin, region.name,
+         region.bytes);
+  }
+  if (is_shared(p)) return shared_history.data() + shared_offset(p);
+  std::vector<Cell>& cells = histories[region.begin];
+  if (cells.size() < region.bytes) cells.resize(region.bytes);
+  return cells.data() + offset;
+}
+
+const char module_marker = 0;
+unsigned short_site(Site site) { return static_cast<unsigned>(static_cast<const char*>(site) - &module_marker); }
+Site long_site(unsigned site) { return &module_marker + static_cast<int>(site); }
+
+[[noreturn]] void report(const unsigned char* p, Event now, Site site, Event then, unsigned then_site) {
+  const auto verb = [](Event e) { return e.is_atomic ? "changes" : e.is_write ? "writes" : "reads"; };
+  const Region region = region_of(p);
+  char whose[64] = "of another block ";
+  if (then.stamp == stamp) whose[0] = 0;
+  fail(site, "a race: this thread %s byte %td of %s, which thread %u %s%s at %s with no barrier between", verb(now),
+       p - region.begin, region.name, static_cast<unsigned>(then.thread), whose, verb(then),
+       describe(long_site(then_site)).c_str());
+}
+
+void check(const unsigned char* p, Event now, Site site, Event then, unsigned then_site) {
+  if (!(now.is_write | then.is_write) || (now.is_atomic & then.is_atomic)) return;
+  if (!ordered(then)) report(p, now, site, then, then_site);
+}
+
+// Keeps `now` among the two others: instead of its own thread's last, of one that is ordered before it (whatever races
+// with that races with `now`), or else of one of its own warp.
+void keep(Cell& cell, Event now, unsigned site) {
+  int slot = 0;
+  const auto rank = [&](Event e) {
+    return none(e) || (e.stamp == now.stamp && e.thread == now.thread) ? 0
+           : ordered(e)                                                ? 1
+           : e.stamp == now.stamp && e.thread / 32 == now.thread / 32  ? 2
+                                                                       : 3;
+  };
+  if (rank(cell.other[1]) < rank(cell.other[0])) slot = 1;
+  cell.other[slot] = now;
+  cell.other_site[slot] = site;
+}
+
+void update(const unsigned char* p, Cell& cell, Event now, Site site) {
+  if (cell.write.in_flight && cell.write.stamp == stamp && !now.is_write) {
+    fail(site, "this reads what the cp.async of thread %u at %s has not delivered: no cp_async_wait came between",
+         static_cast<unsigned>(cell.write.thread), describe(long_site(cell.write_site)).c_str());
+  }
+  check(p, now, site, cell.write, cell.write_site);
+  for (int i = 0; i < 2; ++i) check(p, now, site, cell.other[i], cell.other_site[i]);
+  if (!now.is_write) {
+    keep(cell, now, short_site(site));
+  } else {
+    if (now.is_atomic && cell.write.is_atomic && !ordered(cell.write)) keep(cell, cell.write, cell.write_site);
+    cell.write = now;
+    cell.write_site = short_site(site);
+  }
+}
+
+}  // namespace
+
+void record_access(const void* address, size_t bytes, Access access, Site site) {
+  const auto* p = static_cast<const unsigned char*>(address);
+  Cell* cells = history_of(p, bytes, site);
+  if (cells == nullptr) return;
+  looking_at_shared = is_shared(p);
+  Event now{};
+  now.stamp = stamp;
+  now.clock = clocks[self->rank];
+  now.thread = self->rank;
+  now.is_write = access != kRead;
+  now.is_atomic = access == kAtomic;
+  now.in_flight = access == kAsyncWrite;
+  if (access == kAtomic) meet_at_counter(address);
+  // Neighbouring bytes mostly share their history.
+  Cell before{}, after{};
+  for (size_t i = 0; i < bytes; ++i) {
+    if (i > 0 && same(cells[i], before)) {
+      cells[i] = after;
+      continue;
+    }
+    before = cells[i];
+    update(p + i, cells[i], now, site);
+    after = cells[i];
+  }
+}
+
+void races_grid_begin() {
+  if (stamp > (1u << 22) - 2 - (1u << 20)) {  // the stamps come to their end
+    histories.clear();
+    shared_history.clear();
+    stamp = 0;
+  }
+  first_stamp = stamp + 1;
+  shared_history.resize(shared_size());
+  released.clear();
+}
+
+void races_block_begin() {
+  ++stamp;
+  acquired.clear();
+  for (unsigned t = 0; t < thread_count; ++t) {
+    clocks[t] = 1;
+    at_barrier[t] = fenced[t] = fenced_at_barrier[t] = 0;
+    fenced_since_barrier[t] = false;
+    std::fill(seen[t], seen[t] + 32, 0u);
+  }
+}
+
+void races_block_barrier() {
+  for (unsigned t = 0; t < thread_count; ++t) {
+    at_barrier[t] = clocks[t];
+    fenced_at_barrier[t] = fenced[t];
+    fenced_since_barrier[t] = false;
+  }
+  for (unsigned t = 0; t < thread_count; ++t) {
+    const unsigned first = t / 32 * 32, lanes = std::min(32u, thread_count - first);
+    std::copy(at_barrier + first, at_barrier + first + lanes, seen[t]);
+    ++clocks[t];
+  }
+}
+
+void races_warp_barrier(Warp& warp, unsigned mask) {
+  unsigned all[32] = {};
+  for (unsigned l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1u)) continue;
+    const unsigned t = warp.lanes[l]->rank;
+    for (unsigned m = 0; m < 32; ++m) all[m] = std::max(all[m], seen[t][m]);
+    all[l] = std::max(all[l], clocks[t]);
+  }
+  for (unsigned l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1u)) continue;
+    const unsigned t = warp.lanes[l]->rank;
+    std::copy(all, all + 32, seen[t]);
+    ++clocks[t];
+  }
+}
+
+void races_fence() {
+  fenced[self->rank] = clocks[self->rank];
+  fenced_since_barrier[self->rank] = true;
+}
+
+// Buffers come and go at the same addresses.
+void races_forget_buffers() { histories.clear(); }
+
+}  // namespace emu

@@ -1,0 +1,113 @@
+// The machine: threads as fibers, blocks one after another, shared memory, asynchronous copies, errors.
+#pragma once
+#include <tuple>
+#include <vector>
+
+#include "emulator/host_api.h"
+
+namespace emu {
+
+// ---- Errors. `fail` ends the launch from inside a kernel: MOA_LAUNCH throws std::runtime_error with this text, the
+// kernel, block, thread and source line. A site is a return address into a kernel; it becomes a line only in a report.
+using Site = const void*;
+[[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
+#define MOA_SITE __builtin_return_address(0)
+
+// ---- One thread, one warp, the block that runs now.
+struct Copy {  // an asynchronous copy that has not landed
+  void* to;
+  unsigned char data[16];
+  unsigned bytes, group;
+};
+
+struct Warp;
+struct Thread {
+  enum State { ready, waiting, done };
+  uint3 index;
+  unsigned rank, lane;  // in the block, in the warp
+  Warp* warp;
+  State state;
+  // What it waits for, if it waits.
+  const char* operation;
+  Site site;
+  unsigned mask;
+  void* slot;
+  void (*combine)(void* const* slots, unsigned mask, Site site);
+  std::vector<Copy> copies;
+  unsigned group;  // of the next copy
+  void* stack_pointer;
+  void* stack;
+  void* fake_stack;  // AddressSanitizer's
+};
+
+struct Warp {
+  Thread* lanes[32];
+  unsigned alive, ready, posted;  // a bit per lane; posted: waits in a warp operation
+  unsigned number;
+};
+
+struct Block {
+  const char* kernel;
+  uint3 index;
+  dim3 size, grid;
+  size_t dynamic_bytes;
+  unsigned long long number;  // in the grid
+};
+
+extern Thread* self;
+extern Block block;
+
+// ---- Scheduling.
+// Waits until every thread of the warp in `mask` that has not exited is here; the last one calls combine with a pointer
+// per lane. Same operation, mask and source line for all, or it is an error.
+void warp_operation(const char* name, unsigned mask, void* slot, void (*combine)(void* const*, unsigned, Site));
+void block_barrier(const char* name);
+void maybe_yield();  // lets others run here, under a seed other than 0
+
+// ---- Memory.
+void* shared_array(const void* site, const char* name, size_t bytes);
+void* dynamic_shared();
+// An error unless p .. p + bytes lies in one shared array of this block, aligned to `alignment`.
+void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site);
+bool is_shared(const void* p);
+void copy_async(void* shared, const void* global, unsigned bytes, bool valid);
+void copy_commit();
+void copy_wait(unsigned allowed);
+
+// Extra shared-memory cycles of a warp access: lane l touches `bytes` at p[l] (null: it takes no part).
+void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site site);
+
+// Global memory of one test: exact sizes, poisoned, with canaries; bind.h gives it to kernels.
+void* device_alloc(size_t bytes, size_t offset_in_line);
+void device_free_all();
+
+// ---- The race detector, in the build that has one. The compiler calls it before plain accesses in a kernel; what the
+// emulator itself touches for a kernel (MOA_UNTRACED functions) is recorded by hand.
+#define MOA_UNTRACED __attribute__((no_sanitize("thread")))
+#ifdef MOA_EMULATE_TSAN
+enum Access { kRead, kWrite, kAtomic, kAsyncWrite };
+void record_access(const void* p, size_t bytes, Access access, Site site);
+#define MOA_RECORD(p, bytes, access, site) ::emu::record_access(p, bytes, ::emu::access, site)
+#else
+#define MOA_RECORD(p, bytes, access, site) static_cast<void>(0)
+#endif
+
+// ---- Launch.
+using Body = void (*)(void* closure);
+cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, Body body, void* closure);
+
+template <class... P, class... A>
+cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
+                   const A&... args) {
+  struct Closure {
+    void (*kernel)(P...);
+    std::tuple<P...> args;
+  } closure{kernel, std::tuple<P...>(static_cast<P>(args)...)};
+  const Body body = [](void* c) {
+    auto* closure = static_cast<Closure*>(c);
+    std::apply(closure->kernel, closure->args);
+  };
+  return run_grid(name, grid, block, dynamic_bytes, body, &closure);
+}
+
+}  // namespace emu

@@ -1,0 +1,27 @@
+"""The emulator's own kernels compute what they should, and what it reports is so."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from emulator.arrays import BF16, F16, assert_close, assert_no_conflicts, exact, normal, unwritten
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(("m", "n", "k"), [(16, 8, 16), (1, 1, 8), (37, 19, 72), (33, 8, 128), (5, 3, 0)])
+def test_product(emulator: ModuleType, rng: np.random.Generator, m: int, n: int, k: int, dtype) -> None:
+    x, w = normal(rng, m, k, dtype=dtype), normal(rng, n, k, dtype=dtype)
+    y = unwritten(m, n)
+    emulator.demo(x, w, y)
+    assert_close(y, exact(x) @ exact(w).T)
+    assert_no_conflicts(emulator)
+
+
+def test_count(emulator: ModuleType, rng: np.random.Generator) -> None:
+    ids = rng.integers(-1, 64, 1000).astype(np.int32)
+    counts = np.zeros(64, np.int32)
+    emulator.count(ids, counts)
+    assert np.array_equal(counts, np.bincount(ids[ids >= 0], minlength=64))

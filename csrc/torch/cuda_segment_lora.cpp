@@ -2,8 +2,6 @@
 // current stream. What offsets, order, ids and ranks hold is not looked at here: the kernels take no address from them
 // that they have not checked (lora/cuda.h).
 #ifdef MOA_WITH_CUDA
-#include <vector>
-
 #include "lora/cuda.h"
 #include "torch/arguments.h"
 #include "torch/checks.h"
@@ -34,6 +32,15 @@ void forward(const ForwardParams& p, CudaCall* call) {
   MOA_CUDA_CHECK(expand_cuda(p, call->work(expand_work(p)), call->stream()));
 }
 
+// y += x W^T: the mixture with its bias is there, and the base is added to it, as on the CPU.
+void add_linear(const Tensor& y, const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
+  check_tensor(weight, "weight", place_of(x), {y.size(1), x.size(1)}, x.scalar_type());
+  CudaCall call(place_of(x));
+  const Tensor columns = torch::stable::transpose(weight, 0, 1);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), y.get(), x.get(), columns.get(), 1.0, 1.0));
+}
+
 }  // namespace
 
 Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
@@ -59,31 +66,25 @@ Tensors5 linear_routing_cuda(const Tensor& x, const Tensor& router_weight, int64
   return {a.logits, weights, indices, offsets, order};
 }
 
+Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const OptionalTensor& bias,
+                           const OptionalTensor& base, const Tensor& lora_A, const Tensor& lora_B,
+                           const Tensor& weights, const Tensor& expert_offsets, const Tensor& order,
+                           const OptionalTensor& expert_scaling, double scaling, const OptionalTensor& ranks) {
+  const Tensor x = as_rows(x_, "x");
+  const auto [y, h] = segment_lora_cuda(x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, scaling,
+                                        ranks, base_rows(base, x_), bias);
+  if (weight.has_value()) add_linear(y, x, *weight);
+  return with_leading(y, x_);
+}
+
 Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                           const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
                           bool norm_topk_prob, double scaling) {
-  STD_TORCH_CHECK(x_.dim() >= 1, "x has no dimensions; expected [..., in]");
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
-  const int64_t dims = x_.dim();
-  const Tensor x = dims == 2 ? x_ : torch::stable::reshape(x_, {-1, x_.size(dims - 1)});
-  CudaCall call(place_of(x));
-  auto [logits, gates, indices, offsets, order] =
+  const Tensor x = as_rows(x_, "x");
+  const auto [logits, gates, indices, offsets, order] =
       linear_routing_cuda(x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
-  ForwardParams p{};
-  const Mixture a(&p, x, lora_A, lora_B, gates, offsets, order, std::nullopt, std::nullopt);
-  const DeviceAdapters adapters(&p, a, scaling);
-  check_tensor(weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
-  const Output out(&p, a, std::nullopt, bias);
-  forward(p, &call);
-  // The mixture with its bias is there; the base is added to it, as on the CPU.
-  const Tensor columns = torch::stable::transpose(weight, 0, 1);
-  const AtenTensorHandle y = out.y.get();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y, y, a.x.get(), columns.get(), 1.0, 1.0));
-  if (dims == 2) return out.y;
-  std::vector<int64_t> shape(dims);
-  for (int64_t i = 0; i < dims - 1; ++i) shape[i] = x_.size(i);
-  shape[dims - 1] = p.out;
-  return torch::stable::view(out.y, {shape.data(), shape.size()});
+  return segment_linear_cuda(x_, weight, bias, std::nullopt, lora_A, lora_B, gates, offsets, order, std::nullopt,
+                             scaling, std::nullopt);
 }
 
 Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
@@ -142,6 +143,7 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
 STABLE_TORCH_LIBRARY_IMPL(moa_ops, CUDA, m) {
   m.impl("linear_routing", TORCH_BOX(&moa::linear_routing_cuda));
   m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cuda));
+  m.impl("segment_linear", TORCH_BOX(&moa::segment_linear_cuda));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cuda));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cuda));
 }

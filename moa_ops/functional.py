@@ -293,7 +293,7 @@ def _at_once(
             factor,
             ranks,
         )
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
 
 

@@ -2,8 +2,8 @@
 
 Schemas and CPU kernels come from the C++ library. Here each operator gains its fake (shapes and dtypes only,
 for ``torch.compile``, ``torch.export`` and ``FakeTensorMode``), and :mod:`moa_ops.reference` as its kernel on
-devices for which none was compiled; the whole layer's two operators are composed of the others there. Gradients
-are attached in :mod:`moa_ops.autograd`.
+devices for which none was compiled; the two operators of a whole layer are composed of the others there.
+Gradients are attached in :mod:`moa_ops.autograd`.
 """
 
 from __future__ import annotations
@@ -255,7 +255,9 @@ def _segment_linear(
     scaling: float,
     ranks: Tensor | None,
 ) -> Tensor:
-    _check_devices(x, weight, bias, base, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks)
+    _check_devices(
+        x, weight, bias, base, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks
+    )
     return x.new_empty(*x.shape[:-1], lora_B.shape[1])
 
 

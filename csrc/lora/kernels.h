@@ -52,9 +52,9 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
 
 // ---- expand-combine --------------------------------------------------------------------------------------------------
 // y[t][:] = base[t] + bias + sum over the token's slots of coef[p][:] times the expert's panel.
-// Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs,
-// each `cols` packs long, and returns how many there are; fetch(e, col, cols) is the memory it will read, prefetched
-// while the expert before is at work. coef: [slots, ldc] in sorted order, weight and scale folded in.
+// Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs, each `cols` packs long, and returns how
+// many there are; fetch(e, col, cols) is the memory it will read, prefetched while the expert before is at work. coef:
+// [slots, ldc] in sorted order, weight and scale folded in.
 template <class V, class T, class Depth, class Panel, class Fetch>
 static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, int64_t width, T* y, const T* base,
                    int64_t ldbase, const T* bias, const Depth& depth, const Panel& panel, const Fetch& fetch) {

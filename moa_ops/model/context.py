@@ -269,14 +269,14 @@ def checkpointed(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         made: list[Decision] = []
         shape: list[Any] = []
 
-        def resumed(*inputs: Any) -> tuple[Any, ...]:
+        def resumed(*inputs: Any, **named: Any) -> tuple[Any, ...]:
             given, inner = inputs[: len(weights)], inputs[len(weights) :]
             first = not shape
             with use(call if first else snapshot) as here:
                 before, here.decisions = here.decisions, []
                 try:
                     with _with_weights(here, given):
-                        out = function(*inner)
+                        out = function(*inner, **named)
                     decided = here.decisions
                 finally:
                     here.decisions = before
@@ -324,9 +324,14 @@ def _reweighted(decision: Decision, weights: Tensor) -> Decision:
     return Decision(decision.site, decision.logits, routing, decision.mask, decision.rows)
 
 
-def wrap_checkpointing(modules: Sequence[nn.Module]) -> None:
-    """Makes transformers' checkpointing, where it is on, hand the call to the recomputation."""
-    for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not getattr(function, "moa_ops_checkpointed", False):
-            module._gradient_checkpointing_func = checkpointed(function)
+def wrap_checkpointing(model: nn.Module) -> None:
+    """Makes the checkpointing that modules are set up for hand the call to the recomputation.
+
+    Known are transformers' (as ``gradient_checkpointing_enable`` sets it) and torch's ``CheckpointWrapper``,
+    which accelerate uses under FSDP.
+    """
+    for module in model.modules():
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = module.__dict__.get(name)
+            if function is not None and not getattr(function, "moa_ops_checkpointed", False):
+                setattr(module, name, checkpointed(function))

@@ -113,6 +113,21 @@ def test_the_active_slice_survives_moves_and_copies() -> None:
         assert layer.active_A.data_ptr() == layer.lora_A[1].data_ptr()
 
 
+def test_a_copy_can_be_unloaded_and_leaves_the_original_alone() -> None:
+    model = mixture()
+    expected = model(**batch_of("llama")).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batch_of("llama")).logits, expected)
+    twin.delete_adapter("a")
+    base = twin.unload()
+    assert type(base.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    with model.disable_adapter(), torch.no_grad():
+        plain = model(**batch_of("llama")).logits
+    with torch.no_grad():
+        assert torch.equal(base(**batch_of("llama")).logits, plain)
+    assert torch.equal(model(**batch_of("llama")).logits, expected)
+
+
 def test_the_optimizer_of_a_moved_model_still_reaches_the_stack() -> None:
     model = mixture()
     model.set_adapter("a")

@@ -14,6 +14,7 @@ read nor given a gradient.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -286,17 +287,17 @@ class AdaptedLinear(MoALinear):
     @torch.no_grad()
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.link()
-        active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
+        active = {} if whole_state_wanted() else self._pop_active()
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._parameters.update(active)
 
     @torch.no_grad()
-    def _load_from_state_dict(self, *args: Any) -> None:
-        active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        active = {} if prefix + _ACTIVE[0] in state else self._pop_active()
         try:
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state, prefix, *args)
         finally:
             self._parameters.update(active)
             if active and is_sharded(self.lora_A):
@@ -304,6 +305,10 @@ class AdaptedLinear(MoALinear):
             elif active:
                 for parameter, part in zip(active.values(), self._rows(self.active), strict=True):
                     parameter.data = part  # what was loaded wins
+            self._describe()
+
+    def _pop_active(self) -> dict[str, nn.Parameter]:
+        return {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
 
     def extra_repr(self) -> str:
         """Sizes and ranks, for ``print``."""
@@ -311,6 +316,13 @@ class AdaptedLinear(MoALinear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"ranks={[slot.r for slot in self.slots]}"
         )
+
+
+def whole_state_wanted() -> bool:
+    """Whether accelerate's FSDP takes the model from ``state_dict`` on one process, to send it to the others:
+    then every parameter must be in it, and nothing else.
+    """
+    return os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true")
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -218,7 +218,7 @@ class Call:
     def check_rows(self, layer: AdaptedLinear, x: Tensor, rows: int) -> None:
         """Raises ``ValueError`` unless x ``[..., in]`` is made of equal parts, one per row of the batch.
 
-        Experts that are linears of their own get tokens gathered from all rows, in a flat input of any length.
+        Experts that are linears get tokens gathered from all rows, in a flat input of any length.
         """
         fits = x.shape[:-1].numel() % rows == 0
         if x.dim() > 2:

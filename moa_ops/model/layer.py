@@ -72,6 +72,8 @@ class AdaptedLinear(MoALinear):
             dtype = torch.float32
         self.in_features, self.out_features = target.in_features, target.out_features
         self.path, self.block = target.path, target.block
+        inside = self.path[len(self.block or "") :].split(".")
+        self.in_list = any(part.isdigit() for part in inside)  # one of several alike, as experts are
         self.lora_dropout = lora_dropout
         self.router = None
         self.slots: list[Slot] = []

@@ -180,7 +180,7 @@ def test_composite_is_the_mean_of_single_adapters() -> None:
 def test_rows_must_fit() -> None:
     model = mixture()
     ids, mask = prompts()
-    with pytest.raises(ValueError, match="3 adapter ids"):
+    with pytest.raises(ValueError, match="over 3 rows"):
         generate(model, ids, mask, adapter_names=["a", "b", "c"])
     with pytest.raises(ValueError, match="no adapter is called 'x'"):
         generate(model, ids, mask, adapter_names=["a", "b", "c", "x"])

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moa_ops import functional
 from moa_ops.linear import MoALinear
@@ -160,6 +159,8 @@ class AdaptedLinear(MoALinear):
 
         All processes must call it.
         """
+        from torch.distributed.tensor import distribute_tensor
+
         for stack, parameter in ((self.lora_A, self.active_A), (self.lora_B, self.active_B)):
             whole, active = stack.full_tensor(), parameter.full_tensor()
             if to_stacks:
@@ -329,7 +330,7 @@ def whole_state_wanted() -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is spread over processes, as FSDP2's parameters are."""
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "full_tensor")  # a DTensor; torch may be built without torch.distributed
 
 
 def _slot(factors: LoraFactors | None) -> Slot:

@@ -252,30 +252,27 @@ class MoALinear(nn.Module):
         if x.size(-1) != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}] (in_features), got shape {list(x.shape)}")
         # At one token the mixture is some 20 µs of kernels, and beside weights that have just swept the cache
-        # every Python object touched is a miss: so the common case comes first, reads little, and checks
+        # every Python object touched is a miss: so the common cases come first, read little, and check
         # nothing that the operators check.
         modules = self._modules
-        router = modules["router"]
         if (
-            routing is None
-            and mask is None
-            and router is not None
+            mask is None
             and modules["base_layer"] is None
-            and self.routing_level == "token"
             and not (self.lora_dropout and self.training)
             and "parametrizations" not in modules
         ):
             parameters = self._parameters
             weight = parameters["weight"]
-            if x.dtype is weight.dtype and not functional.under_autocast(x):
-                router_weight = router._parameters["weight"]
+            base_and_lora = (weight, parameters["bias"], parameters["lora_A"], parameters["lora_B"])
+            if x.dtype is not weight.dtype or functional.under_autocast(x):
+                pass
+            elif routing is not None:
+                return functional.moa_linear(x, *base_and_lora, routing, scaling=self.scaling)
+            elif (router := modules["router"]) is not None and self.routing_level == "token":
                 layer = (
                     x,
-                    weight,
-                    parameters["bias"],
-                    parameters["lora_A"],
-                    parameters["lora_B"],
-                    router_weight,
+                    *base_and_lora,
+                    router._parameters["weight"],
                     self.top_k,
                     SCORE_FUNCS[self.score_func],
                     self.norm_topk_prob,

@@ -159,9 +159,13 @@ class Decision:
 
 @dataclass
 class Block:
-    """A block as it runs: its decision, which of its tokens count, and what its cross attention sees."""
+    """A block as it runs: its decision, which of its tokens count, and what its cross attention sees.
+
+    tokens: how many it has, where that is known.
+    """
 
     decision: Decision | None
+    tokens: int | None = None
     mask: Tensor | None = None
     encoder: Tensor | None = None
     encoder_decision: Decision | None = None
@@ -177,7 +181,8 @@ class Call:
     mode, domain_ids: "routed", "teacher_forced" (rows with a domain go to its expert) or "soft".
     mask, encoder_mask, pool_mask: ``[B, S]``: tokens that count, of the model's input and of an encoder's,
         and those a router may read. ``two_stacks``: there are an encoder's blocks beside a decoder's.
-    kept: decisions that hold beyond this call, by site (a generation's, taken at prefill).
+    kept: decisions that hold beyond this pass (a generation's, taken at prefill), by site and, as a shared
+        block runs several times in a pass, by how often it ran before; ``runs`` counts that.
     grad: whether the pass as a whole records gradients.
     rotation: sets ``single`` anew for every pass. collect: decisions keep what their routers read.
     """
@@ -192,7 +197,8 @@ class Call:
     encoder_mask: Tensor | None = None
     two_stacks: bool = False
     pool_mask: Tensor | None = None
-    kept: dict[str, Decision] | None = None
+    kept: dict[tuple[str, int], Decision] | None = None
+    runs: dict[str, int] = field(default_factory=dict)
     rotation: Rotation | None = None
     collect: bool = False
     records: list[RoutingRecord] = field(default_factory=list)
@@ -205,10 +211,30 @@ class Call:
     def routing(self, layer: AdaptedLinear, x: Tensor) -> Routing | None:
         """The routing of x ``[..., in]`` in ``layer``; ``None``: no adapters."""
         if self.ids is not None:
+            self.check_rows(layer, x, self.ids.shape[0])
             return self.by_id(x)
         if self.routers is None:
             return None
         return self.routers.routing(self, layer, x)
+
+    def check_rows(self, layer: AdaptedLinear, x: Tensor, rows: int) -> None:
+        """Raises ``ValueError`` unless x ``[..., in]`` is made of equal parts, one per row of the batch.
+
+        Experts that are linears get tokens gathered from all rows, in a flat input of any length.
+        """
+        fits = x.shape[:-1].numel() % rows == 0
+        if x.dim() > 2:
+            fits = x.shape[0] % rows == 0
+        elif layer.block is not None and self.block is not None and self.block.tokens is not None:
+            block, encoder = self.block, self.block.encoder
+            known = [block.tokens] if encoder is None else [block.tokens, encoder.shape[:-1].numel()]
+            fits = fits and (x.shape[0] in known or (x.shape[0] == rows and not layer.in_list))
+        if not fits:
+            raise ValueError(
+                f"{layer.path} got an input of shape {list(x.shape)}, which cannot be shared out over {rows} "
+                "rows of the batch: it sees other tokens than its block. Leave it out by exclude_modules, or "
+                "route by router_granularity='module' and routing_level='token'"
+            )
 
     def all_to_one(self, x: Tensor) -> Routing:
         """Every token of x to expert 0 of 1."""
@@ -222,11 +248,6 @@ class Call:
         """Every row of x to its adapter; where there are more rows than ids (beams), each id is repeated."""
         tokens = x.shape[:-1].numel()
         if tokens not in self.by_tokens:
-            if tokens % self.ids.shape[0]:
-                raise ValueError(
-                    f"{self.ids.shape[0]} adapter ids cannot be shared out over an input of shape "
-                    f"{list(x.shape)}: its {tokens} tokens are no multiple of them"
-                )
             ids = self.ids.to(x.device).repeat_interleave(tokens // self.ids.shape[0])
             self.by_tokens[tokens] = Routing.from_indices(ids, num_experts=self.num_experts)
         return self.by_tokens[tokens]
@@ -243,6 +264,7 @@ class Call:
         self.encoder_mask = encoder_mask if encoder_mask is not None else self.encoder_mask
         self.block = None
         self.by_model.clear()
+        self.runs.clear()
         self.decisions.clear()
 
     def snapshot(self) -> Call:
@@ -261,22 +283,20 @@ def checkpointed(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = current()
-        if call is None:
-            return checkpoint(function, *args, **kwargs)
+        call = current() or Call(0)  # without one, the base alone: also when it is recomputed
         snapshot = call.snapshot()
         weights = [d.routing.weights for d in _decisions(snapshot.block)]
         made: list[Decision] = []
         shape: list[Any] = []
 
-        def resumed(*inputs: Any) -> tuple[Any, ...]:
+        def resumed(*inputs: Any, **named: Any) -> tuple[Any, ...]:
             given, inner = inputs[: len(weights)], inputs[len(weights) :]
             first = not shape
             with use(call if first else snapshot) as here:
                 before, here.decisions = here.decisions, []
                 try:
                     with _with_weights(here, given):
-                        out = function(*inner)
+                        out = function(*inner, **named)
                     decided = here.decisions
                 finally:
                     here.decisions = before
@@ -324,9 +344,14 @@ def _reweighted(decision: Decision, weights: Tensor) -> Decision:
     return Decision(decision.site, decision.logits, routing, decision.mask, decision.rows)
 
 
-def wrap_checkpointing(modules: Sequence[nn.Module]) -> None:
-    """Makes transformers' checkpointing, where it is on, hand the call to the recomputation."""
-    for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not getattr(function, "moa_ops_checkpointed", False):
-            module._gradient_checkpointing_func = checkpointed(function)
+def wrap_checkpointing(model: nn.Module) -> None:
+    """Makes the checkpointing that modules are set up for hand the call to the recomputation.
+
+    Known are transformers' (as ``gradient_checkpointing_enable`` sets it) and torch's ``CheckpointWrapper``,
+    which accelerate uses under FSDP.
+    """
+    for module in model.modules():
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = module.__dict__.get(name)
+            if function is not None and not getattr(function, "moa_ops_checkpointed", False):
+                setattr(module, name, checkpointed(function))

@@ -52,13 +52,14 @@ class RouterSet(nn.ModuleDict):
 
     def enter_block(self, call: Call, block: str, given: Mapping[str, Any]) -> None:
         """Decides for a block that is about to run with these arguments, by name."""
-        encoder = given.get("encoder_hidden_states")
-        encoder = encoder if isinstance(encoder, Tensor) else None
-        mask = call.encoder_mask if call.two_stacks and encoder is None else call.mask
-        call.block = Block(None, mask, encoder)
         if self.config.router_granularity == "module":
             return
-        hidden = _hidden_states(block, given)
+        hidden, encoder, mask = _hidden_states(given), call.block.encoder, call.block.mask
+        if hidden is None:
+            raise ValueError(
+                f"block {block} got no floating tensor [.., .., width] to route by; use "
+                "router_granularity='module'"
+            )
         sequence = self.config.routing_level == "sequence"
         if self.config.router_granularity == "model":
             stack = "" if sequence else block.rpartition(".")[0]
@@ -94,25 +95,30 @@ class RouterSet(nn.ModuleDict):
             decision = block.encoder_decision
         else:
             decision = block.decision
+        if decision.rows:
+            call.check_rows(layer, x, decision.rows)
         routing = decision.of_tokens(x.shape[:-1].numel())
         if routing is None:
             raise ValueError(
                 f"{layer.path} got an input of shape {list(x.shape)}, but its block decided for "
-                f"{decision.routing.num_tokens} {'rows' if decision.rows else 'tokens'}: it sees other "
-                "tokens than its block. Leave it out by exclude_modules, or use router_granularity='module'"
+                f"{decision.routing.num_tokens} tokens: it sees other tokens than its block. Leave it out by "
+                "exclude_modules, or use router_granularity='module'"
             )
         return routing
 
     def decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
         """The decision of a site's router for ``hidden`` ``[B, S, in]`` or ``[N, in]``."""
         rows = hidden.shape[0] if self.config.routing_level == "sequence" else 0
-        if call.kept is not None and rows and site in call.kept:
-            return _kept(call.kept[site], rows)
-        decision = self._decide(call, site, hidden, mask)
-        call.decisions.append(decision)
-        if call.kept is not None and rows:
-            call.kept[site] = decision
-        return decision
+        if call.kept is None or not rows:
+            decision = self._decide(call, site, hidden, mask)
+            call.decisions.append(decision)
+            return decision
+        run = call.runs.get(site, 0)
+        call.runs[site] = run + 1
+        if (site, run) not in call.kept:
+            call.kept[site, run] = self._decide(call, site, hidden, mask)
+            call.decisions.append(call.kept[site, run])
+        return _kept(call.kept[site, run], rows)
 
     def _decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
         config, router = self.config, self[key_of(site)]
@@ -158,19 +164,24 @@ def block_hook(block: str, module: nn.Module) -> Callable[[nn.Module, tuple, dic
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = current()
-        if call is not None and call.routers is not None:
-            call.routers.enter_block(call, block, {**dict(zip(names, args, strict=False)), **kwargs})
+        if call is None or (call.routers is None and call.ids is None):
+            return
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        encoder, hidden = given.get("encoder_hidden_states"), _hidden_states(given)
+        encoder = encoder if isinstance(encoder, Tensor) else None
+        mask = call.encoder_mask if call.two_stacks and encoder is None else call.mask
+        call.block = Block(None, None if hidden is None else hidden.shape[:-1].numel(), mask, encoder)
+        if call.routers is not None:
+            call.routers.enter_block(call, block, given)
 
     return hook
 
 
-def _hidden_states(block: str, given: Mapping[str, Any]) -> Tensor:
+def _hidden_states(given: Mapping[str, Any]) -> Tensor | None:
     for value in (given.get("hidden_states"), *given.values()):
         if isinstance(value, Tensor) and value.dtype.is_floating_point and value.dim() >= 2:
             return value
-    raise ValueError(
-        f"block {block} got no floating tensor [.., .., width] to route by; use router_granularity='module'"
-    )
+    return None
 
 
 def _same_tokens(x: Tensor, encoder: Tensor | None) -> bool:

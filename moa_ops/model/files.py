@@ -75,7 +75,8 @@ def atomic_folder(path: str | os.PathLike[str], drop: Collection[str] = ()) -> I
     Files of the old folder that the block did not write are kept (by hard links), except those in ``drop``,
     names of entries of the old folder. Both lie side by side for a moment, so the parent must be writable.
     On Linux they are exchanged in one step; where the file system cannot do that, the old one is put aside
-    first, and a kill in between leaves it whole beside, as ``.NAME.old-*``.
+    first, and a kill in between leaves it whole beside, as ``.NAME.old-*``. What a killed process had written
+    so far stays beside too, as ``.NAME.new-*``, and can be deleted.
 
     Raises ``NotADirectoryError`` where ``path`` is a file.
     """

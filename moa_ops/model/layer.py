@@ -14,6 +14,7 @@ read nor given a gradient.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moa_ops import functional
 from moa_ops.linear import MoALinear
@@ -72,6 +72,8 @@ class AdaptedLinear(MoALinear):
             dtype = torch.float32
         self.in_features, self.out_features = target.in_features, target.out_features
         self.path, self.block = target.path, target.block
+        inside = self.path[len(self.block or "") :].split(".")
+        self.in_list = any(part.isdigit() for part in inside)  # one of several alike, as experts are
         self.lora_dropout = lora_dropout
         self.router = None
         self.slots: list[Slot] = []
@@ -157,6 +159,8 @@ class AdaptedLinear(MoALinear):
 
         All processes must call it.
         """
+        from torch.distributed.tensor import distribute_tensor
+
         for stack, parameter in ((self.lora_A, self.active_A), (self.lora_B, self.active_B)):
             whole, active = stack.full_tensor(), parameter.full_tensor()
             if to_stacks:
@@ -209,9 +213,8 @@ class AdaptedLinear(MoALinear):
         scales = [slot.scaling for slot in self.slots]
         ranks = [slot.r for slot in self.slots]
         used = {scale for scale, rank in zip(scales, ranks, strict=True) if rank}
-        self.scaling = used.pop() if len(used) == 1 else 1.0
-        uneven = len(used) > 0
-        self.expert_scaling = torch.tensor(scales, device=device) if uneven else None
+        self.scaling = next(iter(used)) if len(used) == 1 else 1.0
+        self.expert_scaling = torch.tensor(scales, device=device) if len(used) > 1 else None
         self.expert_ranks = (
             torch.tensor(ranks, dtype=torch.int32, device=device) if len(set(ranks)) > 1 else None
         )
@@ -223,7 +226,8 @@ class AdaptedLinear(MoALinear):
         if routing is None:
             call = context.current()
             if call is None:
-                context.check_not_recomputing(self.path)
+                if self.slots:
+                    context.check_not_recomputing(self.path)
                 return self.base(x)
             if call.single is not None:
                 return self._forward_single(x, call)
@@ -286,17 +290,17 @@ class AdaptedLinear(MoALinear):
     @torch.no_grad()
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.link()
-        active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
+        active = {} if whole_state_wanted() else self._pop_active()
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._parameters.update(active)
 
     @torch.no_grad()
-    def _load_from_state_dict(self, *args: Any) -> None:
-        active = {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        active = {} if prefix + _ACTIVE[0] in state else self._pop_active()
         try:
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state, prefix, *args)
         finally:
             self._parameters.update(active)
             if active and is_sharded(self.lora_A):
@@ -304,6 +308,10 @@ class AdaptedLinear(MoALinear):
             elif active:
                 for parameter, part in zip(active.values(), self._rows(self.active), strict=True):
                     parameter.data = part  # what was loaded wins
+            self._describe()
+
+    def _pop_active(self) -> dict[str, nn.Parameter]:
+        return {name: self._parameters.pop(name) for name in _ACTIVE if name in self._parameters}
 
     def extra_repr(self) -> str:
         """Sizes and ranks, for ``print``."""
@@ -313,9 +321,16 @@ class AdaptedLinear(MoALinear):
         )
 
 
+def whole_state_wanted() -> bool:
+    """Whether accelerate's FSDP takes the model from ``state_dict`` on one process, to send it to the others:
+    then every parameter must be in it, and nothing else.
+    """
+    return os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is spread over processes, as FSDP2's parameters are."""
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "full_tensor")  # a DTensor; torch may be built without torch.distributed
 
 
 def _slot(factors: LoraFactors | None) -> Slot:

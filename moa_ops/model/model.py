@@ -45,7 +45,6 @@ class MoAModel(Combining, Storage, AdaptedModel):
     def __init__(self, base_model: nn.Module, config: MoAConfig) -> None:
         super().__init__(base_model, config)
         self._hooks[""] = base_model.register_forward_pre_hook(self._step, with_kwargs=True)
-        self._checkpointing = [m for m in base_model.modules() if hasattr(m, "gradient_checkpointing")]
         self.forward = _with_signature(self)
         self.register_state_dict_post_hook(state.leave_out_frozen)
         self.register_load_state_dict_post_hook(state.nothing_missing)
@@ -97,8 +96,8 @@ class MoAModel(Combining, Storage, AdaptedModel):
         )
         if labels is not None:
             kwargs["labels"] = labels
-        if call.grad and self._checkpointing and not torch.compiler.is_compiling():
-            context.wrap_checkpointing(self._checkpointing)
+        if call.grad and not torch.compiler.is_compiling():
+            context.wrap_checkpointing(self.base_model)
         with context.use(call):
             out = self.base_model(*args, **kwargs)
         call.observe()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moa_ops.model.adapter import LoraAdapter, LoraFactors
 from moa_ops.model.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
+from moa_ops.model.targets import by_pattern
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -240,12 +241,9 @@ def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
     return value
 
 
-def _matched(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the path, at its start or after a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return patterns.get(path, default)
+def _matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches, else the path itself as a name, else the default."""
+    return by_pattern(patterns, path, patterns.get(path, default))
 
 
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -303,12 +301,12 @@ def _factors(path: str, pair: Mapping[str, Tensor], settings: Mapping[str, Any])
             raise ValueError(f"{_short(path)} has no lora_{side}")
     A, B = pair["A"], pair["B"]
     check_factors(path, A, B)
-    r = _matched(settings["rank_pattern"], path, settings["r"])
+    r = _matching(settings["rank_pattern"], path, settings["r"])
     if A.shape[0] != r:
         raise ValueError(
             f"{_short(path)}: {CONFIG_NAME} says rank {r}, but lora_A has shape {list(A.shape)} ([r, in])"
         )
-    alpha = _matched(settings["alpha_pattern"], path, settings["lora_alpha"])
+    alpha = _matching(settings["alpha_pattern"], path, settings["lora_alpha"])
     return LoraFactors(A, B, alpha, settings["use_rslora"])
 
 

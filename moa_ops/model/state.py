@@ -9,7 +9,6 @@ the settings and what each adapter is, as JSON in bytes, so that ``MoAModel.from
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moa_ops.model.adapter import LoraFactors
-from moa_ops.model.layer import is_sharded
+from moa_ops.model.layer import is_sharded, whole_state_wanted
 from moa_ops.model.peft_format import check_factors, finite_number
 from moa_ops.version import __version__
 
@@ -31,11 +30,9 @@ _BASE, _ROUTERS = "base_model.", "routers."
 
 
 def leave_out_frozen(model: MoAModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """A hook on ``state_dict``: of the base, only its buffers and what is trained of it stay.
-
-    accelerate's FSDP, where one process loads and sends to the others, takes the whole model from here.
-    """
-    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true"):
+    """A hook on ``state_dict``: of the base, only its buffers and what is trained of it stay."""
+    if whole_state_wanted():
+        state.pop(prefix + EXTRA, None)
         return
     base = model.base_model
     kept = {name for name, _ in [*base.named_buffers(remove_duplicate=False), *_parameters(base)]}

@@ -90,6 +90,23 @@ def test_checkpoints_of_ones_own(reentrant: bool, level: str) -> None:
     assert error(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_torchs_checkpoint_wrapper(reentrant: bool) -> None:
+    """What accelerate puts around blocks under FSDP."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
+
+    kind = wrapping.CheckpointImpl.REENTRANT if reentrant else wrapping.CheckpointImpl.NO_REENTRANT
+    model = mixture(top_k=2, router_z_loss_coef=0.1).train()
+    model.set_trainable(experts=True, router=True)
+    model.enable_input_require_grads()
+    arguments = {**MODES["routed"], "use_cache": False}
+    plain = gradients(model, "llama", **arguments)
+    layers = model.base_model.model.layers
+    for index, block in enumerate(layers):
+        layers[index] = wrapping.checkpoint_wrapper(block, checkpoint_impl=kind)
+    assert error(gradients(model, "llama", **arguments), plain) < 1e-5
+
+
 def test_a_recomputation_without_its_call_is_an_error() -> None:
     model = get_moa_model(
         Blocks(lambda block, x: checkpoint(block, x, use_reentrant=False)),
@@ -171,6 +188,24 @@ def test_the_base_alone_runs_without_adapters() -> None:
         expected = model(**batch).logits
     with torch.no_grad():
         assert torch.equal(model.base_model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_base_alone_can_be_checkpointed(reentrant: bool) -> None:
+    model, batch = mixture().train(), batch_of("llama")
+    model(**batch)
+    base = model.base_model
+    base.enable_input_require_grads()
+    base.lm_head.weight.requires_grad_(True)
+    results = []
+    for kwargs in (None, {"use_reentrant": reentrant}):
+        if kwargs:
+            model.gradient_checkpointing_enable(kwargs)
+            model(**batch)  # sees to it that the recomputation finds its call
+        base.zero_grad()
+        base(**batch).loss.backward()
+        results.append(base.lm_head.weight.grad.clone())
+    assert error(results[1], results[0]) < 1e-5
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])

@@ -52,3 +52,11 @@ def test_two_processes_train_as_one(results: dict[str, Any], how: str, case: str
 def test_a_sharded_model_is_saved_whole(results: dict[str, Any], case: str) -> None:
     assert results[case]["saved"] == 0.0
     assert results[case]["saved keys"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_sent_from_one_process(results: dict[str, Any], case: str) -> None:
+    """accelerate's FSDP2 with cpu_ram_efficient_loading."""
+    if "sent" not in results[case]:
+        pytest.skip("accelerate is not installed")
+    assert results[case]["sent"] == pytest.approx(results[case]["one process"], rel=2e-6)

@@ -249,6 +249,39 @@ def test_a_linear_that_sees_other_tokens_says_so() -> None:
     assert model(torch.randn(2, 5, 8)).shape == (2, 5, 8)
 
 
+class Experts(nn.Module):
+    """A block whose experts are linears of their own and get the tokens a router of its own gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        chosen, y = self.gate(rows).argmax(-1), torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            y[chosen == number] = expert(rows[chosen == number])
+        return x + y.view_as(x)
+
+
+def test_experts_that_are_linears_route_their_own_tokens_or_are_an_error() -> None:
+    torch.manual_seed(0)
+    x, settings = torch.randn(2, 6, 8), {"r": 2, "num_experts": 2, "target_modules": "all-linear"}
+    model = fill(get_moa_model(nn.Sequential(Experts()), MoAConfig(**settings)))
+    for arguments in ({}, {"adapter_ids": torch.tensor([0, 1])}):
+        with pytest.raises(ValueError, match="cannot be shared out over 2 rows"):
+            model(x, **arguments)
+    model.set_adapter("expert_1")  # one for all tokens needs no rows
+    assert model(x).shape == x.shape
+    by_token = {"routing_level": "token", "router_granularity": "module"}
+    model = fill(get_moa_model(nn.Sequential(Experts()), MoAConfig(**settings, **by_token)))
+    assert not torch.equal(model(x), nn.Sequential(Experts())(x))
+    left_out = {**settings, "exclude_modules": r".*experts\.\d+"}
+    model = fill(get_moa_model(nn.Sequential(Experts()), MoAConfig(**left_out)))
+    assert model(x, adapter_ids=torch.tensor([0, 1])).shape == x.shape
+
+
 def test_bad_arguments() -> None:
     model, batch = mixture(), batch_of("llama")
     with pytest.raises(ValueError, match="routing_mode must be one of"):

@@ -181,7 +181,8 @@ class Call:
     mode, domain_ids: "routed", "teacher_forced" (rows with a domain go to its expert) or "soft".
     mask, encoder_mask, pool_mask: ``[B, S]``: tokens that count, of the model's input and of an encoder's,
         and those a router may read. ``two_stacks``: there are an encoder's blocks beside a decoder's.
-    kept: decisions that hold beyond this call, by site (a generation's, taken at prefill).
+    kept: decisions that hold beyond this pass (a generation's, taken at prefill), by site and, as a shared
+        block runs several times in a pass, by how often it ran before; ``runs`` counts that.
     grad: whether the pass as a whole records gradients.
     rotation: sets ``single`` anew for every pass. collect: decisions keep what their routers read.
     """
@@ -196,7 +197,8 @@ class Call:
     encoder_mask: Tensor | None = None
     two_stacks: bool = False
     pool_mask: Tensor | None = None
-    kept: dict[str, Decision] | None = None
+    kept: dict[tuple[str, int], Decision] | None = None
+    runs: dict[str, int] = field(default_factory=dict)
     rotation: Rotation | None = None
     collect: bool = False
     records: list[RoutingRecord] = field(default_factory=list)
@@ -262,6 +264,7 @@ class Call:
         self.encoder_mask = encoder_mask if encoder_mask is not None else self.encoder_mask
         self.block = None
         self.by_model.clear()
+        self.runs.clear()
         self.decisions.clear()
 
     def snapshot(self) -> Call:
@@ -280,9 +283,7 @@ def checkpointed(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = current()
-        if call is None:
-            return checkpoint(function, *args, **kwargs)
+        call = current() or Call(0)  # without one, the base alone: also when it is recomputed
         snapshot = call.snapshot()
         weights = [d.routing.weights for d in _decisions(snapshot.block)]
         made: list[Decision] = []

@@ -109,13 +109,16 @@ class RouterSet(nn.ModuleDict):
     def decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
         """The decision of a site's router for ``hidden`` ``[B, S, in]`` or ``[N, in]``."""
         rows = hidden.shape[0] if self.config.routing_level == "sequence" else 0
-        if call.kept is not None and rows and site in call.kept:
-            return _kept(call.kept[site], rows)
-        decision = self._decide(call, site, hidden, mask)
-        call.decisions.append(decision)
-        if call.kept is not None and rows:
-            call.kept[site] = decision
-        return decision
+        if call.kept is None or not rows:
+            decision = self._decide(call, site, hidden, mask)
+            call.decisions.append(decision)
+            return decision
+        run = call.runs.get(site, 0)
+        call.runs[site] = run + 1
+        if (site, run) not in call.kept:
+            call.kept[site, run] = self._decide(call, site, hidden, mask)
+            call.decisions.append(call.kept[site, run])
+        return _kept(call.kept[site, run], rows)
 
     def _decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
         config, router = self.config, self[key_of(site)]

@@ -213,9 +213,8 @@ class AdaptedLinear(MoALinear):
         scales = [slot.scaling for slot in self.slots]
         ranks = [slot.r for slot in self.slots]
         used = {scale for scale, rank in zip(scales, ranks, strict=True) if rank}
-        self.scaling = used.pop() if len(used) == 1 else 1.0
-        uneven = len(used) > 0
-        self.expert_scaling = torch.tensor(scales, device=device) if uneven else None
+        self.scaling = next(iter(used)) if len(used) == 1 else 1.0
+        self.expert_scaling = torch.tensor(scales, device=device) if len(used) > 1 else None
         self.expert_ranks = (
             torch.tensor(ranks, dtype=torch.int32, device=device) if len(set(ranks)) > 1 else None
         )
@@ -227,7 +226,8 @@ class AdaptedLinear(MoALinear):
         if routing is None:
             call = context.current()
             if call is None:
-                context.check_not_recomputing(self.path)
+                if self.slots:
+                    context.check_not_recomputing(self.path)
                 return self.base(x)
             if call.single is not None:
                 return self._forward_single(x, call)

@@ -190,6 +190,24 @@ def test_the_base_alone_runs_without_adapters() -> None:
         assert torch.equal(model.base_model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_base_alone_can_be_checkpointed(reentrant: bool) -> None:
+    model, batch = mixture().train(), batch_of("llama")
+    model(**batch)
+    base = model.base_model
+    base.enable_input_require_grads()
+    base.lm_head.weight.requires_grad_(True)
+    results = []
+    for kwargs in (None, {"use_reentrant": reentrant}):
+        if kwargs:
+            model.gradient_checkpointing_enable(kwargs)
+            model(**batch)  # sees to it that the recomputation finds its call
+        base.zero_grad()
+        base(**batch).loss.backward()
+        results.append(base.lm_head.weight.grad.clone())
+    assert error(results[1], results[0]) < 1e-5
+
+
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_autocast_routes_in_float32(level: str) -> None:
     model, batch = mixture(routing_level=level, top_k=2).train(), batch_of("llama")

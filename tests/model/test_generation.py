@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from zoo import VOCAB, mixture
+from zoo import VOCAB, batch_of, mixture
 
 from helpers import error
 from moa_ops import MoAModel
+from moa_ops.model import context
 from moa_ops.model.generation import composite_generate, composite_logits
 
 NEW = 6
@@ -193,3 +194,17 @@ def test_a_static_cache_gives_the_same_text() -> None:
     model = mixture()
     ids, mask = prompts()
     assert torch.equal(generate(model, ids, mask, cache_implementation="static"), generate(model, ids, mask))
+
+
+def test_a_block_that_runs_several_times_keeps_a_decision_for_each() -> None:
+    model, batch = mixture("albert"), batch_of("albert")
+    with torch.no_grad():
+        expected = model(**batch)
+        call = model._call(batch)
+        call.kept = {}
+        with context.use(call):
+            first, again = model.base_model(**batch).logits, model.base_model(**batch).logits
+    assert torch.equal(first, expected.logits)
+    assert torch.equal(again, first)
+    runs = [run for site, run in call.kept if site.endswith("albert_layer_groups.0")]
+    assert runs == [0, 1]

@@ -53,12 +53,14 @@ struct Shrink {
   bool by_slot;
   bool finish;  // a second launch sums the planes, or makes the dot of all columns
 };
-inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width, bool half, bool dot) {
+inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width, DType type, bool dot) {
   Shrink p{};
   const int64_t by_expert = slots / kTileRows + experts + 1;
   p.by_slot = slots + 1 < by_expert;
   p.tiles = slots == 0 ? 0 : p.by_slot ? slots + 1 : by_expert;
-  p.columns = rank <= 8 * kNarrow ? 8 * kNarrow : half ? 8 * kWide : 64;
+  const bool narrow =
+      rank <= 8 * kNarrow || type == DType::f64;  // multiply-adds: 64 columns of float32 fill the registers
+  p.columns = narrow ? 8 * kNarrow : type == DType::f32 ? 64 : 8 * kWide;
   p.column_tiles = ceil_div(rank, p.columns);
   // Blocks that have work: at most one more per expert than the rows fill.
   const int64_t busy = (slots / kTileRows + least(experts, slots)) * p.column_tiles;
@@ -73,9 +75,9 @@ inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width
 // The tile of columns is the fastest index of the grid, so blocks that read the same x run together and L2 serves all
 // but the first: x comes from memory once.
 struct Dense {
-  int64_t frags;                    // kNarrow or kWide
+  int64_t frags;                     // kNarrow or kWide
   int64_t router_frags, lora_frags;  // per column tile
-  bool mixed;                       // a tile holds both kinds; else the router's tiles come first
+  bool mixed;                        // a tile holds both kinds; else the router's tiles come first
   int64_t router_tiles, column_tiles, row_tiles, splits, depth;
 };
 inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width) {

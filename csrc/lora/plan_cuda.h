@@ -20,7 +20,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // 64 rows of x: segments of E = 64 experts have 256 rows at T = 8192, k = 2, and rows that a tile lacks cost no bytes.
 // 64 deep: a row of a tile is 128 bytes, one line. A block has 4 warps, each 16 rows.
 constexpr int kTileRows = 64, kTileDepth = 64, kTileThreads = 128;
-// Fragments of 8 columns: 2 keep rank 16 in 40 KB, so that five blocks share a multiprocessor and about 160 KB are
+// Fragments of 8 columns: 2 keep rank 16 in 40 KB and 128 registers: four blocks a multiprocessor, and about 120 KB are
 // under way on it (4.3 TB/s at 700 ns need 23 KB); 16 read x once for ranks up to 128. What is between pays idle
 // registers only: 64 ranks take 8.6 GFLOP at T = 8192, k = 2, in = 4096, a third of the time of its bytes.
 constexpr int kNarrow = 2, kWide = 16;

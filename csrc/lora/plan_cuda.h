@@ -80,25 +80,27 @@ struct Dense {
   bool mixed;                        // a tile holds both kinds; else the router's tiles come first
   int64_t router_tiles, column_tiles, row_tiles, splits, depth;
 };
-inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width) {
+inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width, DType type) {
   Dense p{};
+  const bool half = type == DType::bf16 || type == DType::f16;
   const int64_t router = ceil_div(experts, 8), lora = ceil_div(lora_rows, 8);
   p.row_tiles = ceil_div(tokens, kTileRows);
-  if (lora == 0) {  // the router alone: up to 64 experts in one tile
-    p.frags = router <= kNarrow ? kNarrow : kWide;
-    p.router_frags = least(router, p.frags == kNarrow ? 2 : 8);
-    p.mixed = false;
-  } else if (p.row_tiles <= 1) {  // decode: small tiles, so that many blocks fetch
-    p.frags = kNarrow;
-    p.router_frags = 1;
+  p.frags = kWide;
+  if (p.row_tiles <= 1 || type == DType::f64 || router + lora <= kNarrow) p.frags = kNarrow;
+  if (!half) {  // multiply-adds: 16 or 64 columns
+    p.router_frags = p.lora_frags = p.frags == kNarrow ? 2 : 8;
+  } else if (p.frags == kNarrow) {  // decode: small tiles, so that many blocks fetch
+    p.router_frags = lora > 0 ? 1 : 2;
     p.lora_frags = kNarrow;
-    p.mixed = false;
+  } else if (lora == 0) {  // 64 experts in one tile
+    p.router_frags = 8;
   } else {
-    p.frags = kWide;
-    p.router_frags = least(router, 4);
-    p.lora_frags = least(lora, router == 0 ? 16 : 12);
     p.mixed = true;
+    p.router_frags = least(router, 4);
+    p.lora_frags = router == 0 ? 16 : 12;
   }
+  if (router == 0) p.router_frags = 0;
+  if (lora == 0) p.lora_frags = 0;
   p.router_tiles = p.router_frags == 0 ? 0 : ceil_div(router, p.router_frags);
   const int64_t lora_tiles = p.lora_frags == 0 ? 0 : ceil_div(lora, p.lora_frags);
   p.column_tiles = p.mixed ? most(p.router_tiles, lora_tiles) : p.router_tiles + lora_tiles;
@@ -114,12 +116,19 @@ inline bool dense_shrink(int64_t tokens, int64_t top_k, int64_t lora_rows, bool 
   return half && top_k >= 2 && tokens > 512 && lora_rows <= 128 * top_k;
 }
 
-// Decode: two launches do router, top-k, shrink and expand (decode.cu) for up to 64 tokens. All of A is read, which
-// costs 4 us at 16 MB, about what the three launches more of the grouped path cost in a graph; above, that path.
-constexpr int64_t kDecodeTokens = 64;
-inline bool decode(int64_t tokens, int64_t lora_rows, int64_t in, int64_t element_bytes) {
-  return tokens <= kDecodeTokens && lora_rows * in * element_bytes <= (int64_t{16} << 20);
+// ---- Decode: two launches do router, top-k, shrink and expand (decode.cu) ----
+// All of A is read, which costs 4 us at 16 MB, about what the three launches more of the grouped path cost in a graph;
+// above, that path. The logits and the selection of a block's tokens stay in shared memory.
+constexpr int64_t kDecodeTokens = 64, kDecodeExperts = 512, kDecodeTopK = 64, kDecodeRank = 256;
+inline bool decode(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in, int64_t element_bytes) {
+  return tokens <= kDecodeTokens && experts <= kDecodeExperts && top_k <= kDecodeTopK && rank <= kDecodeRank &&
+         experts * rank * in * element_bytes <= (int64_t{16} << 20);
 }
+// A block of the second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes that
+// each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.
+constexpr int kDecodeRows = 8, kDecodeThreads = 128;
+// Slots of a token whose coefficients are in shared memory together.
+constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
 
 }  // namespace plan_cuda
 }  // namespace moa

@@ -29,6 +29,7 @@ struct LoraParams {
   const void* lora_B;    // [experts, out, rank]
   const void* weights;   // [tokens, top_k] accumulator type
   const double* scale;   // [experts]
+  double scaling;        // on CUDA, where scale may be null, a factor of it; the CPU has it in scale
   const int32_t* ranks;  // [experts] rows of A in use
 };
 

@@ -9,6 +9,8 @@
 
 namespace moa {
 
+constexpr int64_t kMaxExpertsCuda = 8192;  // a row of bins must fit into shared memory: plan_cuda.h
+
 // Weights and ids of p, and their sort: offsets [experts + 1], order [tokens * top_k]. One launch while there are few
 // slots, two or three beyond.
 size_t topk_work(const TopkParams& p);

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "routing/cuda.h"
+
 namespace moa {
 namespace plan_cuda {
 
@@ -12,11 +14,10 @@ constexpr int64_t kSharedBytes = 99 * 1024;
 constexpr int kSortThreads = 1024;
 
 // A bin per expert and one for -1. The sort keeps a row of bins per warp that walks, and two more.
-constexpr int64_t kMaxExperts = 8192;
 inline size_t sort_shared(int64_t experts, int warps) {
   return static_cast<size_t>(warps + 2) * (experts + 1) * sizeof(int32_t);
 }
-static_assert(3 * (kMaxExperts + 1) * sizeof(int32_t) <= kSharedBytes, "one walking warp must fit");
+static_assert(3 * (kMaxExpertsCuda + 1) * sizeof(int32_t) <= kSharedBytes, "one walking warp must fit");
 
 // Warps that walk a block's slots: as many as have slots, and as their rows of bins leave room for.
 inline int sort_warps(int64_t slots, int64_t experts, int threads) {

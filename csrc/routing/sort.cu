@@ -39,7 +39,7 @@ cudaError_t launch_scatter(const SortParams& p, cudaStream_t stream) {
 
 cudaError_t launch_sort(const int64_t* indices, int64_t slots, int64_t experts, int32_t* offsets, int32_t* order,
                         int32_t* counts, cudaStream_t stream) {
-  if (experts > plan_cuda::kMaxExperts) return cudaErrorInvalidValue;
+  if (experts > kMaxExpertsCuda) return cudaErrorInvalidValue;
   const int64_t most = plan_cuda::sort_blocks(slots, experts);
   SortParams p{};
   p.indices = indices;

@@ -13,7 +13,7 @@
 // If it is the only block it sorts them itself: one launch. A block passes over its tokens blockDim / L at a time; groups
 // without a token work on the last one and write nothing, because shuffles need whole warps.
 //
-// Limits: E <= plan_cuda::kMaxExperts, T k < 2^31.
+// Limits: E <= kMaxExpertsCuda, T k < 2^31.
 #include "routing/cuda.h"
 
 #include <limits>
@@ -244,7 +244,7 @@ size_t topk_work(const TopkParams& p) {
 }
 
 cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, void* work, cudaStream_t stream) {
-  if (p.experts > plan_cuda::kMaxExperts) return cudaErrorInvalidValue;
+  if (p.experts > kMaxExpertsCuda) return cudaErrorInvalidValue;
   const plan_cuda::Route route = route_of(p);
   const int64_t slots = p.tokens * p.top_k;
   const bool one = route.launches == Launches::one, fused = route.launches == Launches::fused;

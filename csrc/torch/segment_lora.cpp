@@ -7,82 +7,41 @@
 
 #include "common/scratch.h"
 #include "isa/table.h"
+#include "torch/arguments.h"
 #include "torch/checks.h"
-#include "torch/ops.h"
 
 namespace moa {
 namespace {
 
-// x and the adapters, checked, and whatever had to be copied to be read by a kernel.
-struct Adapters {
-  Tensor x, lora_A, lora_B;
+std::vector<double> scales(const OptionalTensor& expert_scaling, double scaling, int64_t experts) {
+  std::vector<double> scale(experts, scaling);
+  if (!expert_scaling.has_value()) return scale;
+  const bool f64 = expert_scaling->scalar_type() == ScalarType::Double;
+  for (int64_t e = 0; e < experts; ++e)
+    scale[e] *= f64 ? data<double>(*expert_scaling)[e] : double{data<float>(*expert_scaling)[e]};
+  return scale;
+}
+
+// A routing that came from outside: its contents are checked before a kernel indexes with them.
+struct Arguments : Mixture {
   std::vector<double> scale;
-  ScalarType acc;
-
-  Adapters(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B, double scaling)
-      : x((check_tensor(x_, "x", {-1, -1}), with_dense_rows(x_))),
-        lora_A((check_tensor(A, "lora_A", {-1, -1, x_.size(1)}), dense(A))),
-        lora_B((check_tensor(B, "lora_B", {A.size(0), -1, A.size(1)}, A.scalar_type()), dense(B))) {
-    p->x_type = dtype_of(x, "x");
-    p->adapter_type = dtype_of(lora_A, "lora_A");
-    const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
-    STD_TORCH_CHECK(p->adapter_type == p->x_type || (half && p->adapter_type == DType::f32), "lora_A and lora_B are ",
-                    name_of(lora_A.scalar_type()), " under x of ", name_of(x.scalar_type()),
-                    "; allowed are x's own dtype, and float32 under bfloat16 or float16");
-    acc = acc_type(p->x_type);
-    STD_TORCH_CHECK(lora_A.size(0) >= 1 && lora_A.size(1) >= 1, "lora_A has shape ", shape_of(lora_A),
-                    "; at least one expert and rank 1 are needed");
-    p->in = x.size(1);
-    p->out = lora_B.size(1);
-    p->rank = lora_A.size(1);
-    p->x = data<void>(x);
-    p->ldx = row_stride(x);
-    p->lora_A = data<void>(lora_A);
-    p->lora_B = data<void>(lora_B);
-    scale.assign(lora_A.size(0), scaling);
-    p->scale = scale.data();
-    p->ranks = nullptr;
-  }
-};
-
-// Adapters and a routing that came from outside: what forward and backward share.
-struct Arguments : Adapters {
-  Tensor weights, offsets, order;
-  std::vector<int32_t> ranks;
+  std::vector<int32_t> used;
 
   Arguments(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B, const Tensor& w, const Tensor& off,
-            const Tensor& ord, const OptionalTensor& expert_scaling, double scaling, const OptionalTensor& ranks_)
-      : Adapters(p, x_, A, B, scaling),
-        weights((check_tensor(w, "weights", {x_.size(0), -1}, acc), dense(w))),
-        offsets((check_tensor(off, "expert_offsets", {A.size(0) + 1}, ScalarType::Int), dense(off))),
-        order((check_tensor(ord, "order", {w.size(0) * w.size(1)}, ScalarType::Int), dense(ord))) {
-    const int64_t experts = lora_A.size(0);
-    p->seg = {data<int32_t>(offsets), data<int32_t>(order), x.size(0), weights.size(1), experts};
+            const Tensor& ord, const OptionalTensor& expert_scaling_, double scaling, const OptionalTensor& ranks_)
+      : Mixture(p, x_, A, B, w, off, ord, expert_scaling_, ranks_),
+        scale(scales(expert_scaling, scaling, p->seg.experts)) {
     check_segments(p->seg);
-    p->weights = data<void>(weights);
-    if (expert_scaling.has_value()) {
-      check_tensor(*expert_scaling, "expert_scaling", {experts});
-      const Tensor s = dense(*expert_scaling);
-      if (dtype_of(s, "expert_scaling") == DType::f64) {
-        for (int64_t e = 0; e < experts; ++e) scale[e] *= data<double>(s)[e];
-      } else {
-        check_tensor(s, "expert_scaling", {experts}, ScalarType::Float);
-        for (int64_t e = 0; e < experts; ++e) scale[e] *= static_cast<double>(data<float>(s)[e]);
-      }
-    }
-    if (!ranks_.has_value()) return;
-    check_tensor(*ranks_, "ranks", {experts});
-    const Tensor r = dense(*ranks_);
-    const bool wide = r.scalar_type() == ScalarType::Long;
-    if (!wide) check_tensor(r, "ranks", {experts}, ScalarType::Int);
-    ranks.resize(experts);
-    for (int64_t e = 0; e < experts; ++e) {
-      const int64_t rank = wide ? data<int64_t>(r)[e] : data<int32_t>(r)[e];
+    p->scale = scale.data();
+    if (!ranks.has_value()) return;
+    const bool wide = ranks->scalar_type() == ScalarType::Long;
+    for (int64_t e = 0; e < p->seg.experts; ++e) {
+      const int64_t rank = wide ? data<int64_t>(*ranks)[e] : data<int32_t>(*ranks)[e];
       STD_TORCH_CHECK(rank >= 0 && rank <= p->rank, "ranks[", e, "] is ", rank, "; allowed are 0 to ", p->rank,
                       ", the rows of lora_A");
-      ranks[e] = static_cast<int32_t>(rank);
+      used.push_back(static_cast<int32_t>(rank));
     }
-    p->ranks = ranks.data();
+    p->ranks = used.data();
   }
 
   // What a kernel will index with, before it does.
@@ -107,9 +66,6 @@ struct Arguments : Adapters {
   }
 };
 
-// What stands for a gradient nobody asked for.
-Tensor none(const Tensor& like) { return empty_cpu({0}, like.scalar_type()); }
-
 }  // namespace
 
 Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
@@ -118,25 +74,9 @@ Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& l
                           const OptionalTensor& bias) {
   ForwardParams p{};
   const Arguments a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, scaling, ranks);
-  const int64_t tokens = p.seg.tokens;
-  OptionalTensor base_rows, bias_row;
-  if (base.has_value()) {
-    check_tensor(*base, "base", {tokens, p.out}, x.scalar_type());
-    base_rows = with_dense_rows(*base);
-    p.base = data<void>(*base_rows);
-    p.ldbase = row_stride(*base_rows);
-  }
-  if (bias.has_value()) {
-    check_tensor(*bias, "bias", {p.out}, x.scalar_type());
-    bias_row = dense(*bias);
-    p.bias = data<void>(*bias_row);
-  }
-  Tensor y = empty_cpu({tokens, p.out}, x.scalar_type());
-  Tensor h = empty_cpu({tokens * p.seg.top_k, p.rank}, a.acc);
-  p.y = data<void>(y);
-  p.h = data<void>(h);
+  const Output out(&p, a, base, bias);
   kernels().forward(p);
-  return {y, h};
+  return {out.y, out.h};
 }
 
 Tensor routed_linear_cpu(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
@@ -146,14 +86,16 @@ Tensor routed_linear_cpu(const Tensor& x_, const Tensor& weight, const OptionalT
   const int64_t dims = x_.dim();
   const Tensor x = dims == 2 ? x_ : torch::stable::reshape(x_, {-1, x_.size(dims - 1)});
   ForwardParams p{};
-  const Adapters a(&p, x, lora_A, lora_B, scaling);
+  const Adapters a(&p, x, lora_A, lora_B);
   const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0), slots = tokens * top_k;
-  check_tensor(router_weight, "router_weight", {experts, p.in}, a.acc);
-  check_tensor(weight, "weight", {p.out, p.in}, x.scalar_type());
+  check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
+  check_tensor(weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
+  const std::vector<double> scale(experts, scaling);
+  p.scale = scale.data();
   const Tensor router_rows = dense(router_weight);
   OptionalTensor bias_row;
   if (bias.has_value()) {
-    check_tensor(*bias, "bias", {p.out}, x.scalar_type());
+    check_tensor(*bias, "bias", a.place, {p.out}, x.scalar_type());
     bias_row = dense(*bias);
     p.bias = data<void>(*bias_row);
   }
@@ -189,7 +131,7 @@ Tensor routed_linear_cpu(const Tensor& x_, const Tensor& weight, const OptionalT
   t.indices = reinterpret_cast<int64_t*>(take(8 * slots));
   int32_t* offsets = reinterpret_cast<int32_t*>(take(4 * (experts + 1)));
   int32_t* order = reinterpret_cast<int32_t*>(take(4 * slots));
-  Tensor y = empty_cpu({tokens, p.out}, x.scalar_type());
+  Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
   p.seg = {offsets, order, tokens, top_k, experts};
   p.weights = t.weights;
   p.y = data<void>(y);
@@ -218,42 +160,16 @@ Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const 
   BackwardParams p{};
   const Arguments a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, scaling, ranks);
   const Segments& s = p.seg;
-  check_tensor(grad_y, "grad_y", {s.tokens, p.out}, x.scalar_type());
-  check_tensor(h, "h", {s.tokens * s.top_k, p.rank}, a.acc);
-  STD_TORCH_CHECK(router_weight.has_value() == logits.has_value(),
-                  "router_weight and logits go together: give both or neither");
-  STD_TORCH_CHECK(!need_router || router_weight.has_value(), "need_router without a router_weight");
-  const Tensor dy = with_dense_rows(grad_y), hidden = dense(h);
-  p.dy = data<void>(dy);
-  p.lddy = row_stride(dy);
-  p.h = data<void>(hidden);
+  const Gradients g(&p, a, grad_y, h, router_weight, logits, score_func, norm_topk_prob, need_x, need_A, need_B,
+                    need_weights, need_router);
+  if (g.need_u) kernels().backward_shrink(p);
 
-  const bool router = router_weight.has_value() && (need_x || need_router);
-  const bool sparse = score_func == 1 || norm_topk_prob;  // the gradient reaches the selected logits alone
-  Tensor dx = need_x ? empty_cpu({s.tokens, p.in}, x.scalar_type()) : none(x);
-  Tensor dA = need_A ? empty_cpu({s.experts, p.rank, p.in}, lora_A.scalar_type()) : none(x);
-  Tensor dB = need_B ? empty_cpu({s.experts, p.out, p.rank}, lora_B.scalar_type()) : none(x);
-  Tensor dw = need_weights || router ? empty_cpu({s.tokens, s.top_k}, a.acc) : none(x);
-  Tensor d_router = need_router ? empty_cpu({s.experts, p.in}, a.acc) : none(x);
-  p.dw = need_weights || router ? data<void>(dw) : nullptr;
-  p.dx = need_x ? data<void>(dx) : nullptr;
-  p.dA = need_A ? data<void>(dA) : nullptr;
-  p.dB = need_B ? data<void>(dB) : nullptr;
-
-  const bool need_u = need_x || need_A || p.dw != nullptr;
-  Tensor u = empty_cpu({need_u ? s.tokens * s.top_k : 0, p.rank}, a.acc);
-  p.u = data<void>(u);
-  if (need_u) kernels().backward_shrink(p);
-
-  OptionalTensor router_rows, dz, dz_sorted;
-  if (router) {
-    check_tensor(*router_weight, "router_weight", {s.experts, p.in}, a.acc);
-    check_tensor(*logits, "logits", {s.tokens, s.experts}, a.acc);
-    check_tensor(indices, "indices", {s.tokens, s.top_k}, ScalarType::Long);
-    router_rows = dense(*router_weight);
-    dz = topk_routing_backward_cpu(dw, *logits, indices, score_func, norm_topk_prob);
-    if (sparse) {
-      dz_sorted = empty_cpu({s.tokens * s.top_k}, a.acc);
+  OptionalTensor dz, dz_sorted;
+  if (g.router) {
+    check_tensor(indices, "indices", a.place, {s.tokens, s.top_k}, ScalarType::Long);
+    dz = topk_routing_backward_cpu(g.dw, *logits, indices, score_func, norm_topk_prob);
+    if (g.sparse) {
+      dz_sorted = empty(a.place, {s.tokens * s.top_k}, a.acc);
       for (int64_t e = 0; e < s.experts; ++e)
         for (int64_t q = s.offsets[e]; q < s.offsets[e + 1]; ++q) {
           const int64_t at = s.order[q] / s.top_k * s.experts + e;
@@ -264,12 +180,12 @@ Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const 
           }
         }
       p.dz = data<void>(*dz_sorted);
-      p.router_weight = data<void>(*router_rows);
-      p.d_router = need_router ? data<void>(d_router) : nullptr;
+      p.router_weight = data<void>(*g.router_weight);
+      p.d_router = need_router ? data<void>(g.d_router) : nullptr;
     }
   }
   kernels().backward_outer(p);
-  if (router && !sparse) {
+  if (g.router && !g.sparse) {
     RouterBackwardParams r{};
     r.x_type = p.x_type;
     r.tokens = s.tokens;
@@ -277,16 +193,16 @@ Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const 
     r.experts = s.experts;
     r.x = p.x;
     r.ldx = p.ldx;
-    r.weight = data<void>(*router_rows);
+    r.weight = data<void>(*g.router_weight);
     r.dz = data<void>(*dz);
     r.dx = p.dx;
-    r.d_weight = need_router ? data<void>(d_router) : nullptr;
+    r.d_weight = need_router ? data<void>(g.d_router) : nullptr;
     int32_t* rows = scratch<int32_t>(Scratch::call_first, s.tokens);
     for (int64_t t = 0; t < s.tokens; ++t) rows[t] = static_cast<int32_t>(t);
     r.rows = rows;
     kernels().router_backward(r);
   }
-  return {dx, dA, dB, need_weights ? dw : none(x), d_router};
+  return g.outputs();
 }
 
 }  // namespace moa

@@ -33,9 +33,24 @@ DType dtype_of(const Tensor& t, const char* what) {
   }
 }
 
-void check_tensor(const Tensor& t, const char* what, std::initializer_list<int64_t> shape,
+Place place_of(const Tensor& t) {
+  Place place;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &place.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &place.index));
+  return place;
+}
+
+static std::string name_of(const Place& place) {
+  if (place.type == aoti_torch_device_type_cpu()) return "the CPU";
+  const bool cuda = place.type == aoti_torch_device_type_cuda();
+  return (cuda ? "cuda:" : "device " + std::to_string(place.type) + ":") + std::to_string(place.index);
+}
+
+void check_tensor(const Tensor& t, const char* what, const Place& place, std::initializer_list<int64_t> shape,
                   std::optional<ScalarType> type) {
-  STD_TORCH_CHECK(t.is_cpu(), what, " is not on the CPU as the other tensors are; move it with .to()");
+  const Place own = place_of(t);
+  STD_TORCH_CHECK(own == place, what, " is on ", name_of(own), ", the other tensors on ", name_of(place),
+                  "; move it with .to()");
   bool fits = t.dim() == static_cast<int64_t>(shape.size());
   std::string wanted = "[";
   int64_t i = 0;
@@ -56,7 +71,7 @@ Tensor with_dense_rows(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type) {
+Tensor empty(const Place& place, std::initializer_list<int64_t> shape, ScalarType type) {
   int64_t sizes[4], strides[4];
   const int64_t dims = static_cast<int64_t>(shape.size());
   int64_t i = 0;
@@ -67,8 +82,8 @@ Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), place.type, place.index, &handle));
   return Tensor(handle);
 }
 

@@ -27,8 +27,15 @@ DType dtype_of(const Tensor& t, const char* what);
 // float64 for float64, else float32: the type of weights, h, logits.
 inline ScalarType acc_type(DType type) { return type == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-// Errors unless t is a CPU tensor of this shape (-1: any size) and, where given, this dtype.
-void check_tensor(const Tensor& t, const char* what, std::initializer_list<int64_t> shape,
+// The device that all tensors of a call share.
+struct Place {
+  int32_t type, index;
+  bool operator==(const Place& o) const { return type == o.type && index == o.index; }
+};
+Place place_of(const Tensor& t);
+
+// Errors unless t has this shape (-1: any size) and, where given, this dtype, and is where the others are.
+void check_tensor(const Tensor& t, const char* what, const Place& place, std::initializer_list<int64_t> shape,
                   std::optional<ScalarType> type = std::nullopt);
 
 // t, or a copy of it whose rows (whole of it, for `dense`) are contiguous.
@@ -37,8 +44,8 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 // Elements from one row to the next of a 2-D tensor with dense rows.
 inline int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
 
-// Uninitialised, contiguous, on the CPU.
-Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType type);
+// Uninitialised, contiguous, from torch's allocator.
+Tensor empty(const Place& place, std::initializer_list<int64_t> shape, ScalarType type);
 
 template <class T>
 inline T* data(const Tensor& t) {

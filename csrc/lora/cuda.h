@@ -1,0 +1,53 @@
+// The LoRA kernels on the GPU: the parameters and equations of lora/lora.h, all pointers on the device.
+//
+//   scale   [experts], or null for 1; `scaling` multiplies it
+//   ranks   [experts], or null for all of them; what is outside 0 .. rank is clamped
+//
+// Nothing is read on the host and nothing waits: every call only puts kernels on the stream, so that a CUDA graph can
+// hold it. offsets, order and ranks come from outside: kernels clamp what they use as an address. Rows of slots without
+// an expert, the last ones in sorted order, come out as zeros. `work` is memory of at least the size that the function
+// beside it names, contents undefined. dtypes as on the CPU; results are bitwise reproducible.
+#pragma once
+#include "common/cuda_api.h"
+#include "lora/lora.h"
+#include "routing/routing.h"
+
+namespace moa {
+
+// h
+size_t shrink_work(const ForwardParams& p);
+cudaError_t shrink_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
+// y, from h
+size_t expand_work(const ForwardParams& p);
+cudaError_t expand_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
+
+// u, and dw where it is not null
+size_t backward_shrink_work(const BackwardParams& p);
+cudaError_t backward_shrink_cuda(const BackwardParams& p, void* work, cudaStream_t stream);
+// dx, from u, with the router's share where dz is not null
+size_t backward_expand_work(const BackwardParams& p);
+cudaError_t backward_expand_cuda(const BackwardParams& p, void* work, cudaStream_t stream);
+// those of dA, dB and d_router that are not null, from u and h
+size_t gram_work(const BackwardParams& p);
+cudaError_t gram_cuda(const BackwardParams& p, void* work, cudaStream_t stream);
+
+// y += the mixture of x that its own logits route: router, top-k, shrink and expand in two launches, for few tokens
+// (plan_cuda.h). y holds the base; seg says sizes alone, its pointers are not used, nor are weights, base, bias and h.
+struct DecodeParams : ForwardParams {
+  const void* router_weight;  // [experts, in] accumulator type
+  ScoreFunc score_func;
+  bool norm_topk_prob;
+  const void* selection_bias;  // [experts] accumulator type, or null
+};
+bool decode_fits(const DecodeParams& p);
+size_t decode_work(const DecodeParams& p);
+cudaError_t decode_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
+
+// logits
+size_t router_work(const RouterParams& p);
+cudaError_t router_cuda(const RouterParams& p, void* work, cudaStream_t stream);
+// dx += dz W, and d_weight where it is not null; `rows` is not used
+size_t router_backward_work(const RouterBackwardParams& p);
+cudaError_t router_backward_cuda(const RouterBackwardParams& p, void* work, cudaStream_t stream);
+
+}  // namespace moa

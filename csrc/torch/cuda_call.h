@@ -1,0 +1,39 @@
+// What stands around every launch: the device of the tensors made current, torch's stream of that device, work memory
+// from torch's allocator, errors with words. Compiles with a CPU build of torch, and loads there.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/cuda_api.h"
+#include "torch/tensors.h"
+
+// These live in libtorch_cuda.so. Weak, because a CPU build of torch has none: then they are null.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self,
+                                                               AtenTensorHandle mat1, AtenTensorHandle mat2,
+                                                               double beta, double alpha);
+}
+
+namespace moa {
+
+// Turns an error of a launch into an exception that says what to do. `what` names the call.
+void check_cuda(cudaError_t error, const char* what);
+#define MOA_CUDA_CHECK(call) ::moa::check_cuda((call), #call)
+
+// The device of `place` is current as long as this lives, and `stream` is torch's current one of it.
+class CudaCall {
+ public:
+  explicit CudaCall(const Place& place);
+  cudaStream_t stream() const { return stream_; }
+  // Uninitialised memory for the kernels of this call, null for none. The allocator may hand it out again as soon as
+  // this is gone, but only to what comes later on the same stream; under graph capture it belongs to the graph.
+  void* work(size_t bytes);
+
+ private:
+  Place place_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+  OptionalTensor work_;
+};
+
+}  // namespace moa

@@ -1,0 +1,179 @@
+// Segment LoRA operators on CUDA: the checks of the CPU's (arguments.h), and the kernels one after another on the
+// current stream. What offsets, order, ids and ranks hold is not looked at here: the kernels take no address from them
+// that they have not checked (lora/cuda.h).
+#ifdef MOA_WITH_CUDA
+#include <vector>
+
+#include "lora/cuda.h"
+#include "torch/arguments.h"
+#include "torch/checks.h"
+#include "torch/cuda_ops.h"
+
+namespace moa {
+namespace {
+
+// The scales and ranks where the kernels read them, on the device and in their types.
+struct DeviceAdapters {
+  OptionalTensor scale, ranks;
+
+  DeviceAdapters(LoraParams* p, const Mixture& a, double scaling) {
+    p->scaling = scaling;
+    if (a.expert_scaling.has_value()) {
+      scale = torch::stable::to(*a.expert_scaling, ScalarType::Double);
+      p->scale = data<double>(*scale);
+    }
+    if (a.ranks.has_value()) {
+      ranks = torch::stable::to(*a.ranks, ScalarType::Int);
+      p->ranks = data<int32_t>(*ranks);
+    }
+  }
+};
+
+void forward(const ForwardParams& p, CudaCall* call) {
+  MOA_CUDA_CHECK(shrink_cuda(p, call->work(shrink_work(p)), call->stream()));
+  MOA_CUDA_CHECK(expand_cuda(p, call->work(expand_work(p)), call->stream()));
+}
+
+}  // namespace
+
+Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
+                           const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
+                           double scaling, const OptionalTensor& ranks, const OptionalTensor& base,
+                           const OptionalTensor& bias) {
+  CudaCall call(place_of(x));
+  ForwardParams p{};
+  const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
+  const DeviceAdapters adapters(&p, a, scaling);
+  const Output out(&p, a, base, bias);
+  forward(p, &call);
+  return {out.y, out.h};
+}
+
+// y = x W^T + beta y + bias, by torch's own GEMM; a y that is not kept is not read either.
+static void base_gemm(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool keep) {
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
+  const Tensor columns = torch::stable::transpose(weight, 0, 1);
+  const Tensor& add = bias.has_value() ? *bias : y;
+  const double beta = keep || bias.has_value() ? 1.0 : 0.0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), add.get(), x.get(), columns.get(), beta, 1.0));
+}
+
+// The mixture of few tokens on top of the base, in two launches. False: it does not fit that path.
+static bool decode(DecodeParams* p, const Adapters& a, const Tensor& weight, const OptionalTensor& bias,
+                   const Tensor& y, CudaCall* call) {
+  if (!decode_fits(*p)) return false;
+  base_gemm(y, a.x, weight, bias, false);
+  p->y = data<void>(y);
+  MOA_CUDA_CHECK(decode_cuda(*p, call->work(decode_work(*p)), call->stream()));
+  return true;
+}
+
+// The mixture with its bias, and the base added to it, as on the CPU.
+static void mixture_and_base(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                             const Tensor& lora_B, const RouterArguments& router, DecodeParams* p, const Tensor& y,
+                             CudaCall* call) {
+  MOA_CUDA_CHECK(router_cuda(router.p, call->work(router_work(router.p)), call->stream()));
+  auto [gates, indices, offsets, order] = topk_routing_cuda(
+      router.logits, p->seg.top_k, static_cast<int64_t>(p->score_func), p->norm_topk_prob, std::nullopt, std::nullopt);
+  const Mixture a(p, x, lora_A, lora_B, gates, offsets, order, std::nullopt, std::nullopt);
+  Tensor h = empty(a.place, {p->seg.tokens * p->seg.top_k, p->rank}, a.acc);
+  OptionalTensor bias_row;
+  if (bias.has_value()) {
+    bias_row = dense(*bias);
+    p->bias = data<void>(*bias_row);
+  }
+  p->y = data<void>(y);
+  p->h = data<void>(h);
+  forward(*p, call);
+  base_gemm(y, a.x, weight, std::nullopt, true);
+}
+
+Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                          const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
+                          bool norm_topk_prob, double scaling) {
+  STD_TORCH_CHECK(x_.dim() >= 1, "x has no dimensions; expected [..., in]");
+  const int64_t dims = x_.dim();
+  const Tensor x = dims == 2 ? x_ : torch::stable::reshape(x_, {-1, x_.size(dims - 1)});
+  CudaCall call(place_of(x));
+  DecodeParams p{};
+  const Adapters a(&p, x, lora_A, lora_B);
+  const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0);
+  check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
+  check_tensor(weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
+  if (bias.has_value()) check_tensor(*bias, "bias", a.place, {p.out}, x.scalar_type());
+  check_topk(tokens, experts, top_k);
+  const RouterArguments router(a.x, router_weight);
+  p.seg = {nullptr, nullptr, tokens, top_k, experts};
+  p.scaling = scaling;
+  p.router_weight = router.p.weight;
+  p.score_func = score_func_of(score_func);
+  p.norm_topk_prob = norm_topk_prob;
+  const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
+  if (!decode(&p, a, weight, bias, y, &call))
+    mixture_and_base(a.x, weight, bias, a.lora_A, a.lora_B, router, &p, y, &call);
+  if (dims == 2) return y;
+  std::vector<int64_t> shape(dims);
+  for (int64_t i = 0; i < dims - 1; ++i) shape[i] = x_.size(i);
+  shape[dims - 1] = p.out;
+  return torch::stable::view(y, {shape.data(), shape.size()});
+}
+
+Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
+                                    const Tensor& weights, const Tensor& indices, const Tensor& expert_offsets,
+                                    const Tensor& order, const Tensor& h, const OptionalTensor& expert_scaling,
+                                    double scaling, const OptionalTensor& ranks, const OptionalTensor& router_weight,
+                                    const OptionalTensor& logits, int64_t score_func, bool norm_topk_prob, bool need_x,
+                                    bool need_A, bool need_B, bool need_weights, bool need_router) {
+  CudaCall call(place_of(x));
+  BackwardParams p{};
+  const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
+  const DeviceAdapters adapters(&p, a, scaling);
+  const Gradients g(&p, a, grad_y, h, router_weight, logits, score_func, norm_topk_prob, need_x, need_A, need_B,
+                    need_weights, need_router);
+  if (g.need_u) MOA_CUDA_CHECK(backward_shrink_cuda(p, call.work(backward_shrink_work(p)), call.stream()));
+
+  OptionalTensor dz, dz_sorted;
+  if (g.router) {
+    const Segments& s = p.seg;
+    check_tensor(indices, "indices", a.place, {s.tokens, s.top_k}, ScalarType::Long);
+    TopkBackwardArguments t(g.dw, *logits, indices, score_func, norm_topk_prob);
+    if (g.sparse) {
+      dz_sorted = empty(a.place, {s.tokens * s.top_k}, a.acc);
+      t.p.grad_logits = data<void>(*dz_sorted);
+      MOA_CUDA_CHECK(topk_backward_sorted_cuda(t.p, s.order, call.stream()));
+      p.dz = data<void>(*dz_sorted);
+      p.router_weight = data<void>(*g.router_weight);
+      p.d_router = need_router ? data<void>(g.d_router) : nullptr;
+    } else {
+      MOA_CUDA_CHECK(topk_backward_cuda(t.p, call.stream()));
+      dz = t.grad_logits;
+    }
+  }
+  if (p.dx != nullptr) MOA_CUDA_CHECK(backward_expand_cuda(p, call.work(backward_expand_work(p)), call.stream()));
+  if (p.dA != nullptr || p.dB != nullptr || p.d_router != nullptr)
+    MOA_CUDA_CHECK(gram_cuda(p, call.work(gram_work(p)), call.stream()));
+  if (g.router && !g.sparse) {
+    RouterBackwardParams r{};
+    r.x_type = p.x_type;
+    r.tokens = p.seg.tokens;
+    r.in = p.in;
+    r.experts = p.seg.experts;
+    r.x = p.x;
+    r.ldx = p.ldx;
+    r.weight = data<void>(*g.router_weight);
+    r.dz = data<void>(*dz);
+    r.dx = p.dx;
+    r.d_weight = need_router ? data<void>(g.d_router) : nullptr;
+    MOA_CUDA_CHECK(router_backward_cuda(r, call.work(router_backward_work(r)), call.stream()));
+  }
+  return g.outputs();
+}
+
+}  // namespace moa
+
+STABLE_TORCH_LIBRARY_IMPL(moa_ops, CUDA, m) {
+  m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cuda));
+  m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cuda));
+  m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cuda));
+}
+#endif

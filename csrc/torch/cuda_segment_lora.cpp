@@ -49,41 +49,73 @@ Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& 
   return {out.y, out.h};
 }
 
-Tensors5 linear_routing_cuda(const Tensor& x, const Tensor& router_weight, int64_t top_k, int64_t score_func,
-                             bool norm_topk_prob, const OptionalTensor& selection_bias, const OptionalTensor& mask) {
-  CudaCall call(place_of(x));
-  const RouterArguments a(x, router_weight);
-  MOA_CUDA_CHECK(router_cuda(a.p, call.work(router_work(a.p)), call.stream()));
-  auto [weights, indices, offsets, order] =
-      topk_routing_cuda(a.logits, top_k, score_func, norm_topk_prob, selection_bias, mask);
-  return {a.logits, weights, indices, offsets, order};
+// y = x W^T + beta y + bias, by torch's own GEMM; a y that is not kept is not read either.
+static void base_gemm(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool keep) {
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
+  const Tensor columns = torch::stable::transpose(weight, 0, 1);
+  const Tensor& add = bias.has_value() ? *bias : y;
+  const double beta = keep || bias.has_value() ? 1.0 : 0.0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), add.get(), x.get(), columns.get(), beta, 1.0));
+}
+
+// The mixture of few tokens on top of the base, in two launches. False: it does not fit that path.
+static bool decode(DecodeParams* p, const Adapters& a, const Tensor& weight, const OptionalTensor& bias,
+                   const Tensor& y, CudaCall* call) {
+  if (!decode_fits(*p)) return false;
+  base_gemm(y, a.x, weight, bias, false);
+  p->y = data<void>(y);
+  MOA_CUDA_CHECK(decode_cuda(*p, call->work(decode_work(*p)), call->stream()));
+  return true;
+}
+
+// The mixture with its bias, and the base added to it, as on the CPU.
+static void mixture_and_base(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+                             const Tensor& lora_B, const RouterArguments& router, DecodeParams* p, const Tensor& y,
+                             CudaCall* call) {
+  MOA_CUDA_CHECK(router_cuda(router.p, call->work(router_work(router.p)), call->stream()));
+  auto [gates, indices, offsets, order] = topk_routing_cuda(
+      router.logits, p->seg.top_k, static_cast<int64_t>(p->score_func), p->norm_topk_prob, std::nullopt, std::nullopt);
+  const Mixture a(p, x, lora_A, lora_B, gates, offsets, order, std::nullopt, std::nullopt);
+  Tensor h = empty(a.place, {p->seg.tokens * p->seg.top_k, p->rank}, a.acc);
+  OptionalTensor bias_row;
+  if (bias.has_value()) {
+    bias_row = dense(*bias);
+    p->bias = data<void>(*bias_row);
+  }
+  p->y = data<void>(y);
+  p->h = data<void>(h);
+  forward(*p, call);
+  base_gemm(y, a.x, weight, std::nullopt, true);
 }
 
 Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                           const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
                           bool norm_topk_prob, double scaling) {
   STD_TORCH_CHECK(x_.dim() >= 1, "x has no dimensions; expected [..., in]");
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
   const int64_t dims = x_.dim();
   const Tensor x = dims == 2 ? x_ : torch::stable::reshape(x_, {-1, x_.size(dims - 1)});
   CudaCall call(place_of(x));
-  auto [logits, gates, indices, offsets, order] =
-      linear_routing_cuda(x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
-  ForwardParams p{};
-  const Mixture a(&p, x, lora_A, lora_B, gates, offsets, order, std::nullopt, std::nullopt);
-  const DeviceAdapters adapters(&p, a, scaling);
+  DecodeParams p{};
+  const Adapters a(&p, x, lora_A, lora_B);
+  const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0);
+  check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
   check_tensor(weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
-  const Output out(&p, a, std::nullopt, bias);
-  forward(p, &call);
-  // The mixture with its bias is there; the base is added to it, as on the CPU.
-  const Tensor columns = torch::stable::transpose(weight, 0, 1);
-  const AtenTensorHandle y = out.y.get();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y, y, a.x.get(), columns.get(), 1.0, 1.0));
-  if (dims == 2) return out.y;
+  if (bias.has_value()) check_tensor(*bias, "bias", a.place, {p.out}, x.scalar_type());
+  check_topk(tokens, experts, top_k);
+  const RouterArguments router(a.x, router_weight);
+  p.seg = {nullptr, nullptr, tokens, top_k, experts};
+  p.scaling = scaling;
+  p.router_weight = router.p.weight;
+  p.score_func = score_func_of(score_func);
+  p.norm_topk_prob = norm_topk_prob;
+  const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
+  if (!decode(&p, a, weight, bias, y, &call))
+    mixture_and_base(a.x, weight, bias, a.lora_A, a.lora_B, router, &p, y, &call);
+  if (dims == 2) return y;
   std::vector<int64_t> shape(dims);
   for (int64_t i = 0; i < dims - 1; ++i) shape[i] = x_.size(i);
   shape[dims - 1] = p.out;
-  return torch::stable::view(out.y, {shape.data(), shape.size()});
+  return torch::stable::view(y, {shape.data(), shape.size()});
 }
 
 Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
@@ -140,7 +172,6 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
 }  // namespace moa
 
 STABLE_TORCH_LIBRARY_IMPL(moa_ops, CUDA, m) {
-  m.impl("linear_routing", TORCH_BOX(&moa::linear_routing_cuda));
   m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cuda));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cuda));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cuda));

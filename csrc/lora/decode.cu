@@ -122,7 +122,7 @@ __device__ __forceinline__ A dot_row(const A* coef, const TA* row, int rank, boo
 }
 
 template <class T, class TA>
-__global__ void __launch_bounds__(kDecodeThreads, 4) decode_expand(const DecodeLaunch p) {
+__global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeLaunch p) {
   using A = Acc<T>;
   MOA_DYNAMIC_SHARED(A, shared);
   const int experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);

@@ -1,4 +1,4 @@
-// Shrink, grouped by expert: h[p] = A_e x[t], and backward u[p] = dy[t] B_e with dw[slot] = s_e <h[p], u[p]>.
+// Shrink: h[p] = A_e x[t], and backward u[p] = dy[t] B_e with dw[slot] = s_e <h[p], u[p]>.
 //
 //   p = position in the sorted slots, slot = order[p], t = slot / top_k; h, u [tokens top_k, rank]; A [E, rank, in],
 //   B [E, out, rank]: one kernel, whose panel lies by rows or by columns (tile.cuh)
@@ -11,9 +11,13 @@
 // Few tiles: splits write planes [split][slots][rank], and a second launch adds them in order. It also makes dw where one
 // block does not hold all ranks. No atomics; bitwise reproducible.
 //
+// Forward, k experts a token, few rows of A in all: the dense pass (dense.cu) reads x once instead of k times, and
+// shrink_pick takes what was selected.
+//
 // What comes from outside is clamped where it becomes an address: offsets to the slots, order to the tokens, ranks.
 // Limits: rank <= 256, slots < 2^31; any in and out, rows that are not whole 16-byte chunks take element loads.
 #include "lora/cuda.h"
+#include "lora/dense.cuh"
 #include "lora/mma_tile.cuh"
 #include "lora/simt_tile.cuh"
 
@@ -68,6 +72,20 @@ __device__ __forceinline__ Segment segment_of(const ShrinkParams& p, int64_t til
   const bool starts = !by_slot || (tile - first) % kRows == 0;
   const int64_t left = starts && begin >= first ? end - begin : 0;
   return {lo, begin, static_cast<int>(clamp(left, 0, kRows))};
+}
+
+// The expert whose segment holds the position; the last one behind all of them.
+__device__ __forceinline__ int64_t expert_at(const ShrinkParams& p, int64_t position) {
+  int64_t lo = 0, hi = p.seg.experts;
+  while (hi - lo > 1) {
+    const int64_t mid = (lo + hi) / 2;
+    if (offset_at(p, mid) <= position) {
+      lo = mid;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
 }
 
 __device__ __forceinline__ int64_t slot_at(const ShrinkParams& p, int64_t position) {
@@ -211,16 +229,21 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_finish(const S
   dot = warp_sum(dot);
   if (lane != 0) return;
   const bool routed = position < offset_at(p, p.seg.experts);
-  int64_t lo = 0, hi = p.seg.experts;
-  while (hi - lo > 1) {
-    const int64_t mid = (lo + hi) / 2;
-    if (offset_at(p, mid) <= position) {
-      lo = mid;
-    } else {
-      hi = mid;
-    }
+  static_cast<A*>(p.dw)[slot_at(p, position)] = routed ? scale_of<A>(p, expert_at(p, position)) * dot : A(0);
+}
+
+// A thread an element of h: the dense pass's planes added in order, at the position's token and expert.
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_pick(const ShrinkParams p, const int64_t splits) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads) + threadIdx.x;
+  if (i >= p.slots * p.rank) return;
+  const int64_t position = i / p.rank, j = i % p.rank;
+  const int64_t e = expert_at(p, position), columns = p.seg.experts * p.rank, plane = p.seg.tokens * columns;
+  float sum = 0.0f;
+  if (position < offset_at(p, p.seg.experts) && (p.ranks == nullptr || j < p.ranks[e])) {
+    const int64_t at = slot_at(p, position) / p.seg.top_k * columns + e * p.rank + j;
+    for (int64_t s = 0; s < splits; ++s) sum += static_cast<const float*>(p.planes)[s * plane + at];
   }
-  static_cast<A*>(p.dw)[slot_at(p, position)] = routed ? scale_of<A>(p, lo) * dot : A(0);
+  static_cast<float*>(p.out)[i] = sum;
 }
 
 // ---- launchers ----
@@ -294,12 +317,42 @@ ShrinkParams params_of(const BackwardParams& b) {
   return p;
 }
 
+// Every expert's product of every token, of which shrink_pick takes the selected.
+DenseParams dense_of(const ForwardParams& f, void* planes) {
+  DenseParams d{};
+  d.x_type = f.x_type;
+  d.adapter_type = f.adapter_type;
+  d.tokens = f.seg.tokens;
+  d.in = f.in;
+  d.x = f.x;
+  d.ldx = f.ldx;
+  d.lora_A = f.lora_A;
+  d.lora_rows = f.seg.experts * f.rank;
+  d.planes = planes;
+  return d;
+}
+bool is_dense(const ForwardParams& f) {
+  return plan_cuda::dense_shrink(f.seg.tokens, f.seg.top_k, f.seg.experts, f.rank, is_half(f.x_type));
+}
+
 }  // namespace
 
-size_t shrink_work(const ForwardParams& f) { return work_of(params_of(f)); }
-cudaError_t shrink_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
-  return launch(params_of(f), work, stream);
+size_t shrink_work(const ForwardParams& f) {
+  return is_dense(f) ? planes_size(dense_of(f, nullptr)) : work_of(params_of(f));
 }
+
+cudaError_t shrink_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
+  ShrinkParams p = params_of(f);
+  if (!is_dense(f)) return launch(p, work, stream);
+  const DenseParams dense = dense_of(f, work);
+  const cudaError_t error = dense_cuda(dense, stream);
+  if (error != cudaSuccess) return error;
+  p.planes = work;
+  constexpr int kThreads = plan_cuda::kTileThreads;
+  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots * p.rank, kThreads));
+  return MOA_LAUNCH(shrink_pick, blocks, kThreads, 0, stream, p, plan_of(dense).splits);
+}
+
 size_t backward_shrink_work(const BackwardParams& b) { return work_of(params_of(b)); }
 cudaError_t backward_shrink_cuda(const BackwardParams& b, void* work, cudaStream_t stream) {
   return launch(params_of(b), work, stream);

@@ -99,4 +99,7 @@ MOA_BIND(m) {
     const auto p = moa::plan_cuda::dense(tokens, lora_rows, experts, width, static_cast<moa::DType>(type));
     return py::make_tuple(p.frags, p.mixed, p.column_tiles, p.splits);
   });
+  m.def("dense_shrink_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, bool half) {
+    return moa::plan_cuda::dense_shrink(tokens, top_k, experts, rank, half);
+  });
 }

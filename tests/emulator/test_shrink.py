@@ -123,8 +123,8 @@ def test_widths(emulator: ModuleType, rng, dtype: np.dtype, width: int) -> None:
 @pytest.mark.parametrize("experts", [1, 3, 7, 64, 65, 513])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 130])
 def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts: int, tokens: int) -> None:
-    for k in sorted({1, min(2, experts), min(experts, 8)}):
-        check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 72, dtype, experts=experts)
+    for k in sorted({1, min(2, experts), min(experts, 8)}) if experts < 100 else [2]:
+        check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 40, dtype, experts=experts)
 
 
 def test_every_expert_selected(emulator: ModuleType, rng) -> None:
@@ -192,6 +192,22 @@ def test_every_path_of_the_plan(emulator: ModuleType, rng) -> None:
     assert seen == paths
 
 
+def test_dense_pass(emulator: ModuleType, rng) -> None:
+    """Many tokens, few rows of A: every expert's product of every token, of which the selected are taken."""
+    for tokens, k, experts, rank, width, adapter in [
+        (2048, 2, 3, 4, 40, BF16),
+        (2049, 2, 5, 7, 33, BF16),
+        (2048, 3, 4, 40, 72, F32),
+    ]:
+        assert emulator.dense_shrink_plan(tokens, k, experts, rank, True)
+        ids = route(rng, tokens, k, experts, 0.1)
+        ranks = rng.integers(0, rank + 1, experts).astype(np.int32)
+        options = {"experts": experts, "adapter": adapter, "backward": False}
+        check(emulator, rng, ids, rank, width, BF16, ranks=ranks, **options)
+    assert not emulator.dense_shrink_plan(2048, 2, 64, 16, True)  # 1024 rows: grouped
+    assert not emulator.dense_shrink_plan(2048, 1, 8, 16, True)  # x is read once anyhow
+
+
 def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
     for dtype, rank in [(BF16, 16), (BF16, 64), (BF16, 128), (F16, 16)]:
         check(emulator, rng, route(rng, 130, 2, 3), rank, 256, dtype, experts=3)
@@ -203,20 +219,14 @@ def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
 def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
     """What offsets, order and ranks hold is clamped before it becomes an address."""
     x, panels = normal(rng, 20, 64, dtype=BF16), normal(rng, 3, 8, 64, dtype=BF16)
-    order = rng.integers(-(2**31), 2**31, 40).astype(np.int32)
+    columns = np.ascontiguousarray(panels.transpose(0, 2, 1))
+    wild = rng.integers(-(2**31), 2**31, 40).astype(np.int32)
     ranks = np.array([-5, 2**30, 8], np.int32)
     for offsets in ([0, 10, 20, 40], [0, 90, -7, 2**30], [5, 5, 5, -1], [2**31 - 1] * 4):
-        offsets = np.array(offsets, np.int32)
-        emulator.shrink(x, panels, offsets, order, ranks, unwritten(40, 8))
-        emulator.backward_shrink(
-            x,
-            np.ascontiguousarray(panels.transpose(0, 2, 1)),
-            offsets,
-            order,
-            None,
-            1.0,
-            ranks,
-            normal(rng, 40, 8),
-            unwritten(40, 8),
-            unwritten(40),
-        )
+        offsets, other = np.array(offsets, np.int32), normal(rng, 40, 8)
+        emulator.shrink(x, panels, offsets, wild, ranks, unwritten(40, 8))
+        # dw is written where order says, so there only the other two are wild.
+        for order, dw in [(wild, None), (rng.permutation(40).astype(np.int32), unwritten(40))]:
+            emulator.backward_shrink(
+                x, columns, offsets, order, None, 1.0, ranks, other, unwritten(40, 8), dw
+            )

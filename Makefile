@@ -63,6 +63,11 @@ cuda-check: $(VENV)/.cuobjdump  ## every CUDA kernel for every architecture: reg
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda-check --target cuda-check
 	$(if $(NVCC),find build/cuda-check -name '*.cu.o' -exec $(BIN)/python tests/cuda_binary.py $(if $(UPDATE),--update) {} +)
 
+# No network: on the machine's own Python (PYTHON=...), with the torch it has. NO_BUILD=1: with the library as it is.
+gpu-check:  ## on a GPU machine: tests, sanitizer, benchmarks, and a dated record; eight minutes
+	$(if $(NO_BUILD),,MOA_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace)
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
 clean:  ## remove everything that was made here, the environment too
 	rm -rf $(VENV) build dist demo_out *.egg-info $(EXTENSION) .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -62,12 +62,14 @@ class Shape:
 class Problem:
     """The tensors at one point. The mixture is about as large as the base, so that an error in it shows."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
         self.shape, self.dtype = shape, dtype
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*size: int, scale: float, dtype: torch.dtype = dtype) -> Tensor:
-            return (torch.randn(size, generator=generator) * scale).to(dtype)
+            return (torch.randn(size, generator=generator) * scale).to(device, dtype)
 
         E, r, i, o = shape.experts, shape.r, shape.in_features, shape.out_features
         self.x = randn(shape.tokens, i, scale=1)
@@ -81,7 +83,8 @@ class Problem:
     @cached_property
     def linear(self) -> nn.Linear:
         """The base alone: frozen, without bias (as in the models people put LoRAs on)."""
-        linear = nn.Linear(self.shape.in_features, self.shape.out_features, bias=False, dtype=self.dtype)
+        sizes = self.shape.in_features, self.shape.out_features
+        linear = nn.Linear(*sizes, bias=False, dtype=self.dtype, device=self.x.device)
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
         return linear
 
@@ -112,7 +115,7 @@ class Problem:
 
     def _forward64(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, router: Tensor) -> Tensor:
         top, indices = (x @ router.double().t()).topk(self.shape.top_k)
-        gates = torch.zeros(self.shape.tokens, self.shape.experts, dtype=torch.float64)
+        gates = x.new_zeros(self.shape.tokens, self.shape.experts)
         gates = gates.scatter(1, indices, top.softmax(-1)) * self.scaling
         y = x @ self.weight.double().t()
         for e in range(self.shape.experts):

@@ -1,7 +1,11 @@
-"""Fixtures shared by all tests: fixed seeds, and the instruction sets this machine has."""
+"""Fixtures shared by all tests: fixed seeds, and the instruction sets this machine has.
+
+With ``MOA_TEST_DEVICE=cuda`` the tests that make tensors make them there, and run the CUDA kernels.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,13 +13,24 @@ import torch
 
 import moa_ops  # noqa: F401  (loads the operators)
 
-ISAS = torch.ops.moa_ops.cpu_isas().split(",")
+DEVICE = os.environ.get("MOA_TEST_DEVICE", "cpu")
 BEST_ISA = torch.ops.moa_ops.cpu_isa()
+ISAS = torch.ops.moa_ops.cpu_isas().split(",") if DEVICE == "cpu" else [BEST_ISA]
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def default_device() -> Iterator[None]:
+    """New tensors are made on MOA_TEST_DEVICE."""
+    if DEVICE == "cpu":
+        yield
+    else:
+        with torch.device(DEVICE):
+            yield
 
 
 def _use(isa: str) -> Iterator[str]:

@@ -34,8 +34,8 @@ like = (layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.router.weigh
 torch.testing.assert_close(y, reference.moa_linear(x, *like, scaling=scaling))
 cuda = info.collect()["cuda"]
 print(json.dumps({
-    "file": moa_ops.__file__, "cpu": ops.has_kernels("cpu"), "grad": x.grad.isfinite().all().item(), "cuda": cuda,
-    "version": info.distribution_version(), "torch_cuda": torch.version.cuda,
+    "file": moa_ops.__file__, "version": info.distribution_version(), "cuda": cuda,
+    "cpu": ops.has_kernels("cpu"), "grad": x.grad.isfinite().all().item(),
 }))
 """
 
@@ -46,7 +46,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    # A directory named in a .pth is searched, but its own .pth files are not: an editable moa_ops stays outside.
+    # A folder named in a .pth is searched, its own .pth files are not read: no editable moa_ops comes in.
     (site / "torch.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     interpreter = folder / "bin" / "python"
     pip = [

@@ -31,6 +31,18 @@ cudaError_t backward_expand_cuda(const BackwardParams& p, void* work, cudaStream
 size_t gram_work(const BackwardParams& p);
 cudaError_t gram_cuda(const BackwardParams& p, void* work, cudaStream_t stream);
 
+// y += the mixture of x that its own logits route: router, top-k, shrink and expand in two launches, for few tokens
+// (plan_cuda.h). y holds the base; seg says sizes alone, its pointers are not used, nor are weights, base, bias and h.
+struct DecodeParams : ForwardParams {
+  const void* router_weight;  // [experts, in] accumulator type
+  ScoreFunc score_func;
+  bool norm_topk_prob;
+  const void* selection_bias;  // [experts] accumulator type, or null
+};
+bool decode_fits(const DecodeParams& p);
+size_t decode_work(const DecodeParams& p);
+cudaError_t decode_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
+
 // logits
 size_t router_work(const RouterParams& p);
 cudaError_t router_cuda(const RouterParams& p, void* work, cudaStream_t stream);

@@ -32,15 +32,6 @@ void forward(const ForwardParams& p, CudaCall* call) {
   MOA_CUDA_CHECK(expand_cuda(p, call->work(expand_work(p)), call->stream()));
 }
 
-// y += x W^T: the mixture with its bias is there, and the base is added to it, as on the CPU.
-void add_linear(const Tensor& y, const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
-  check_tensor(weight, "weight", place_of(x), {y.size(1), x.size(1)}, x.scalar_type());
-  CudaCall call(place_of(x));
-  const Tensor columns = torch::stable::transpose(weight, 0, 1);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), y.get(), x.get(), columns.get(), 1.0, 1.0));
-}
-
 }  // namespace
 
 Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
@@ -56,14 +47,13 @@ Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& 
   return {out.y, out.h};
 }
 
-Tensors5 linear_routing_cuda(const Tensor& x, const Tensor& router_weight, int64_t top_k, int64_t score_func,
-                             bool norm_topk_prob, const OptionalTensor& selection_bias, const OptionalTensor& mask) {
-  CudaCall call(place_of(x));
-  const RouterArguments a(x, router_weight);
-  MOA_CUDA_CHECK(router_cuda(a.p, call.work(router_work(a.p)), call.stream()));
-  auto [weights, indices, offsets, order] =
-      topk_routing_cuda(a.logits, top_k, score_func, norm_topk_prob, selection_bias, mask);
-  return {a.logits, weights, indices, offsets, order};
+// y = x W^T + bias, or with `keep` y += x W^T, by torch's own GEMM; a y that is not kept is not read either.
+static void base_gemm(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool keep) {
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
+  const Tensor columns = torch::stable::transpose(weight, 0, 1);
+  const Tensor& add = bias.has_value() ? *bias : y;
+  const double beta = keep || bias.has_value() ? 1.0 : 0.0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), add.get(), x.get(), columns.get(), beta, 1.0));
 }
 
 Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -71,20 +61,48 @@ Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const
                            const Tensor& weights, const Tensor& expert_offsets, const Tensor& order,
                            const OptionalTensor& expert_scaling, double scaling, const OptionalTensor& ranks) {
   const Tensor x = as_rows(x_, "x");
-  const auto [y, h] = segment_lora_cuda(x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, scaling,
-                                        ranks, base_rows(base, x_), bias);
-  if (weight.has_value()) add_linear(y, x, *weight);
-  return with_leading(y, x_);
+  CudaCall call(place_of(x));
+  ForwardParams p{};
+  const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
+  const DeviceAdapters adapters(&p, a, scaling);
+  if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
+  const Output out(&p, a, base_rows(base, x_), bias);
+  forward(p, &call);
+  // The mixture with its bias is there, and the base is added to it, as on the CPU.
+  if (weight.has_value()) base_gemm(out.y, a.x, *weight, std::nullopt, true);
+  return with_leading(out.y, x_);
 }
 
 Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                           const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
                           bool norm_topk_prob, double scaling) {
   const Tensor x = as_rows(x_, "x");
+  CudaCall call(place_of(x));
+  DecodeParams p{};
+  const Adapters a(&p, x, lora_A, lora_B);
+  const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0);
+  check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
+  check_tensor(weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
+  if (bias.has_value()) check_tensor(*bias, "bias", a.place, {p.out}, x.scalar_type());
+  check_topk(tokens, experts, top_k);
+  p.seg = {nullptr, nullptr, tokens, top_k, experts};
+  p.scaling = scaling;
+  p.score_func = score_func_of(score_func);
+  p.norm_topk_prob = norm_topk_prob;
+  if (decode_fits(p)) {  // few tokens: two launches on top of the base
+    const Tensor router_rows = dense(router_weight);
+    p.router_weight = data<void>(router_rows);
+    const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
+    p.y = data<void>(y);
+    base_gemm(y, a.x, weight, bias, false);
+    MOA_CUDA_CHECK(decode_cuda(p, call.work(decode_work(p)), call.stream()));
+    return with_leading(y, x_);
+  }
   const auto [logits, gates, indices, offsets, order] =
-      linear_routing_cuda(x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
-  return segment_linear_cuda(x_, weight, bias, std::nullopt, lora_A, lora_B, gates, offsets, order, std::nullopt,
-                             scaling, std::nullopt);
+      linear_routing_cuda(a.x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
+  const Tensor y = segment_linear_cuda(a.x, weight, bias, std::nullopt, lora_A, lora_B, gates, offsets, order,
+                                       std::nullopt, scaling, std::nullopt);
+  return with_leading(y, x_);
 }
 
 Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
@@ -141,7 +159,6 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
 }  // namespace moa
 
 STABLE_TORCH_LIBRARY_IMPL(moa_ops, CUDA, m) {
-  m.impl("linear_routing", TORCH_BOX(&moa::linear_routing_cuda));
   m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cuda));
   m.impl("segment_linear", TORCH_BOX(&moa::segment_linear_cuda));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cuda));

@@ -11,7 +11,8 @@ import pytest
 
 from emulator import build
 
-# variant:seed. AddressSanitizer has to be in the process from its start: test_asan.py runs these tests again.
+# variant:seed, or cpu:0 and cuda:0 for the operators there (operators.py). AddressSanitizer has to be in the
+# process from its start: test_asan.py runs these tests again.
 WAYS = os.environ.get("MOA_EMULATOR", "plain:0 plain:7 tsan:0").split()
 
 
@@ -28,10 +29,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=WAYS)
 def emulator(request: pytest.FixtureRequest) -> ModuleType:
     """The module with every bound kernel; threads in index order (seed 0) and interleaved at random."""
+    variant, seed = request.param.split(":")
+    if variant in ("cpu", "cuda"):
+        from emulator.operators import Operators
+
+        return Operators(variant)
     reason = build.why_not()
     if reason is not None:
         pytest.skip(reason)
-    variant, seed = request.param.split(":")
     module = build.load(variant)
     module.seed(int(seed))
     module.take_conflicts()

@@ -8,7 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from emulator import build
-from emulator.mutations import MUTATIONS, Mutation, outcome
+from emulator.mutations import Mutation, outcome, planted
+
+MUTATIONS = planted()
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 

@@ -1,0 +1,236 @@
+// Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two launches.
+//
+//   1  dense.cu: planes [splits][tokens][E r + E], partial A_e x[t] of every expert and partial logits
+//   2  a block owns 8 tokens and 128 outputs, a thread one output. It adds the planes of its tokens' logits, selects (a
+//      warp a token), adds the planes of the selected h, and then expands: y's element is read early and written once.
+//
+// Each block of the second launch repeats the selection of its tokens: that costs less than a third launch, and needs
+// neither counters, which two streams could not share, nor a wait between blocks. Planes are added in order, so the
+// result is bitwise reproducible, and the selection is the same in every block.
+//
+// Selection as in routing/topk.cu: NaN largest, ties to the lower id. Limits: plan_cuda::decode.
+#include <limits>
+
+#include "lora/cuda.h"
+#include "lora/dense.cuh"
+#include "lora/tile.cuh"
+#include "routing/scores.cuh"
+
+namespace moa {
+namespace {
+
+using plan_cuda::kDecodeRows;
+using plan_cuda::kDecodeThreads;
+
+struct DecodeLaunch : DecodeParams {
+  const void* planes;
+  int64_t splits;
+  int round;    // slots of a token at once
+  bool direct;  // rows of B are whole 16-byte chunks
+};
+
+// One row of planes' sum.
+template <class A>
+__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, int64_t token, int64_t column) {
+  const int64_t columns = p.seg.experts * (p.rank + 1), size = p.seg.tokens * columns;
+  const A* const at = static_cast<const A*>(p.planes) + token * columns + column;
+  A sum = 0;
+#pragma unroll 8
+  for (int64_t s = 0; s < p.splits; ++s) sum += at[s * size];
+  return sum;
+}
+
+// Ids and weights (times scale) of a token with logits z [experts] in shared memory; a whole warp.
+template <class A>
+__device__ __forceinline__ void select(const DecodeLaunch& p, const A* z, int* ids, A* weights) {
+  using Key = decltype(order_key(A()));
+  const int lane = threadIdx.x % kWarp, experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);
+  const bool softmax = p.score_func == ScoreFunc::softmax, biased = p.selection_bias != nullptr;
+  A top = minus_infinity<A>(), sum = A(1);
+  const auto softmax_over = [&](int count, const auto& value) {
+    top = minus_infinity<A>();
+    for (int i = lane; i < count; i += kWarp) top = value(i) > top ? value(i) : top;  // NaN shows in the sum
+    top = warp_max(top);
+    sum = A(0);
+    for (int i = lane; i < count; i += kWarp) sum += exp_acc(value(i) - top);
+    sum = warp_sum(sum);
+  };
+  if (softmax && (biased || !p.norm_topk_prob)) softmax_over(experts, [&](int e) { return z[e]; });
+  const A over_all = sum;
+
+  Key key = std::numeric_limits<Key>::max();  // in front of everything
+  int id = -1;
+  for (int j = 0; j < k; ++j) {
+    Key best = std::numeric_limits<Key>::lowest();
+    int best_id = 0x7fffffff;
+    for (int e = lane; e < experts; e += kWarp) {
+      A value = z[e];
+      if (biased)
+        value = (softmax ? exp_acc(value - top) / sum : sigmoid(value)) + static_cast<const A*>(p.selection_bias)[e];
+      const Key other = order_key(value);
+      if ((other < key || (other == key && e > id)) && other > best) {
+        best = other;
+        best_id = e;
+      }
+    }
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      const Key other = __shfl_xor_sync(kFullMask, best, step);
+      const int other_id = __shfl_xor_sync(kFullMask, best_id, step);
+      if (other > best || (other == best && other_id < best_id)) {
+        best = other;
+        best_id = other_id;
+      }
+    }
+    key = best;
+    id = best_id;
+    if (lane == 0) ids[j] = id;
+  }
+  __syncwarp();
+
+  if (softmax && p.norm_topk_prob) {
+    softmax_over(k, [&](int j) { return z[ids[j]]; });
+    if (over_all != over_all) sum = over_all;  // chosen by id, and may miss the logit that is NaN
+  } else if (!softmax && p.norm_topk_prob) {
+    sum = A(0);
+    for (int j = lane; j < k; j += kWarp) sum += sigmoid(z[ids[j]]);
+    sum = warp_sum(sum);
+  }
+  for (int j = lane; j < k; j += kWarp) {
+    const A score = softmax ? exp_acc(z[ids[j]] - top) : sigmoid(z[ids[j]]);
+    const double scale = p.scaling * (p.scale == nullptr ? 1.0 : p.scale[ids[j]]);
+    weights[j] = score / sum * static_cast<A>(scale);
+  }
+}
+
+// <coef, row of B> over the ranks.
+template <class A, class TA>
+__device__ __forceinline__ A dot_row(const A* coef, const TA* row, int rank, bool direct) {
+  constexpr int kChunk = 16 / sizeof(TA);
+  A sum = 0;
+  if (direct) {
+    for (int i = 0; i < rank; i += kChunk) {
+      alignas(16) TA b[kChunk];
+      *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(row + i);
+#pragma unroll
+      for (int v = 0; v < kChunk; ++v) sum += coef[i + v] * static_cast<A>(to_acc(b[v]));
+    }
+  } else {
+    for (int i = 0; i < rank; ++i) sum += coef[i] * static_cast<A>(to_acc(row[i]));
+  }
+  return sum;
+}
+
+template <class T, class TA>
+__global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeLaunch p) {
+  using A = Acc<T>;
+  MOA_DYNAMIC_SHARED(A, shared);
+  const int experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);
+  const int rank = static_cast<int>(p.rank);
+  A* const coef = shared;  // [kDecodeRows][round][rank]
+  A* const logits = coef + kDecodeRows * p.round * rank;
+  A* const weights = logits + kDecodeRows * experts;
+  int* const ids = reinterpret_cast<int*>(weights + kDecodeRows * k);
+
+  const int64_t token = blockIdx.y * static_cast<int64_t>(kDecodeRows);
+  const int tokens = static_cast<int>(clamp(p.seg.tokens - token, 0, kDecodeRows));
+  const int64_t o = blockIdx.x * static_cast<int64_t>(kDecodeThreads) + threadIdx.x;
+  const bool there = o < p.out;
+  T* const y = static_cast<T*>(p.y) + token * p.out + o;
+  A base[kDecodeRows], sum[kDecodeRows] = {};
+#pragma unroll
+  for (int t = 0; t < kDecodeRows; ++t) base[t] = there && t < tokens ? to_acc(y[t * p.out]) : A(0);
+
+  for (int i = threadIdx.x; i < tokens * experts; i += kDecodeThreads)
+    logits[i] = plane_sum<A>(p, token + i / experts, p.seg.experts * p.rank + i % experts);
+  __syncthreads();
+  for (int t = threadIdx.x / kWarp; t < tokens; t += kDecodeThreads / kWarp)
+    select<A>(p, logits + t * experts, ids + t * k, weights + t * k);
+  __syncthreads();
+
+  for (int first = 0; first < k; first += p.round) {
+    const int slots = k - first < p.round ? k - first : p.round, each = slots * rank;
+    for (int i = threadIdx.x; i < tokens * each; i += kDecodeThreads) {
+      const int t = i / each, j = first + i % each / rank, e = ids[t * k + j];
+      const int used = p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank));
+      const int row = i % rank;
+      coef[i] = row < used ? weights[t * k + j] * plane_sum<A>(p, token + t, int64_t{e} * rank + row) : A(0);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < kDecodeRows; ++t) {
+      if (t >= tokens || !there) continue;
+      for (int j = 0; j < slots; ++j) {
+        const int e = ids[t * k + first + j];
+        // Unused ranks of B may hold anything: they are not read.
+        const int used = p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank));
+        const TA* const row = static_cast<const TA*>(p.lora_B) + (e * p.out + o) * rank;
+        sum[t] += dot_row(coef + (t * slots + j) * rank, row, used, p.direct && used % (16 / sizeof(TA)) == 0);
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int t = 0; t < kDecodeRows; ++t)
+    if (there && t < tokens) y[t * p.out] = from_acc<T>(base[t] + sum[t]);
+}
+
+int64_t element_size(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
+DenseParams dense_of(const DecodeParams& p, void* planes) {
+  DenseParams d{};
+  d.x_type = p.x_type;
+  d.adapter_type = p.adapter_type;
+  d.tokens = p.seg.tokens;
+  d.in = p.in;
+  d.x = p.x;
+  d.ldx = p.ldx;
+  d.lora_A = p.lora_A;
+  d.lora_rows = p.seg.experts * p.rank;
+  d.router_weight = p.router_weight;
+  d.experts = p.seg.experts;
+  d.planes = planes;
+  return d;
+}
+
+template <class T>
+cudaError_t launch(const DecodeLaunch& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.out, kDecodeThreads)),
+                  static_cast<unsigned>(plan_cuda::ceil_div(p.seg.tokens, kDecodeRows)));
+  const size_t shared =
+      kDecodeRows * ((p.round * p.rank + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) + p.seg.top_k * sizeof(int));
+  if constexpr (sizeof(T) == 2) {
+    if (p.adapter_type == DType::f32)
+      return MOA_LAUNCH((decode_expand<T, float>), grid, kDecodeThreads, shared, stream, p);
+  }
+  return MOA_LAUNCH((decode_expand<T, T>), grid, kDecodeThreads, shared, stream, p);
+}
+
+}  // namespace
+
+bool decode_fits(const DecodeParams& p) {
+  return plan_cuda::decode(p.seg.tokens, p.seg.top_k, p.seg.experts, p.rank, p.in, element_size(p.adapter_type));
+}
+size_t decode_work(const DecodeParams& p) { return planes_size(dense_of(p, nullptr)); }
+
+cudaError_t decode_cuda(const DecodeParams& params, void* work, cudaStream_t stream) {
+  if (!decode_fits(params)) return cudaErrorInvalidValue;
+  if (params.seg.tokens == 0 || params.out == 0) return cudaSuccess;
+  const DenseParams dense = dense_of(params, work);
+  const cudaError_t error = dense_cuda(dense, stream);
+  if (error != cudaSuccess) return error;
+  DecodeLaunch p{};
+  static_cast<DecodeParams&>(p) = params;
+  p.planes = work;
+  p.splits = plan_of(dense).splits;
+  p.round = static_cast<int>(plan_cuda::least(plan_cuda::decode_round(static_cast<int>(p.rank)), p.seg.top_k));
+  p.direct = chunks(p.lora_B, p.rank, element_size(p.adapter_type));
+  switch (p.x_type) {
+    case DType::bf16: return launch<__nv_bfloat16>(p, stream);
+    case DType::f16: return launch<__half>(p, stream);
+    case DType::f64: return launch<double>(p, stream);
+    default: return launch<float>(p, stream);
+  }
+}
+
+}  // namespace moa

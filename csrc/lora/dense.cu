@@ -1,0 +1,210 @@
+// Dense: [A_0 .. A_{E-1}; W_r] times the same rows of x; with no A, the router's logits alone.
+//
+//   h[t][e r + j] = A_e[j] x[t]      logits[t][e] = W_r[e] x[t]      x [tokens, in], A [E r, in], W_r [E, in]
+//
+// A block owns 64 tokens, a tile of columns and a split of the depth (plan_cuda.h). W_r is float32 and its products keep
+// that accuracy under 16-bit x (mma_tile.cuh). With planes, split s writes [s][token][A's rows, then the router's] for a
+// reader that adds them in order: decode.cu, or dense_sum below. No atomics; bitwise reproducible.
+//
+// Limits: any in; rows that are not whole 16-byte chunks take element loads.
+#include "lora/cuda.h"
+#include "lora/dense.cuh"
+#include "lora/mma_tile.cuh"
+#include "lora/simt_tile.cuh"
+
+namespace moa {
+namespace {
+
+struct DenseLaunch : DenseParams {
+  plan_cuda::Dense plan;
+  bool x_direct, lora_direct, router_direct, lora_f32;
+  int units;
+};
+
+// What every block has: its tokens, its depth, its columns, where they go.
+template <class A>
+struct DensePlace {
+  const DenseLaunch& p;
+  int64_t token, k0, k1, lora0, router0;
+  int lora, router;  // columns of each kind
+
+  __device__ __forceinline__ DensePlace(const DenseLaunch& p)
+      : p(p),
+        token(blockIdx.y * static_cast<int64_t>(plan_cuda::kTileRows)),
+        k0(blockIdx.z * p.plan.depth),
+        k1(clamp(k0 + p.plan.depth, 0, p.in)) {
+    int64_t tile = blockIdx.x;
+    const int64_t lora_each = 8 * p.plan.lora_frags, router_each = 8 * p.plan.router_frags;
+    lora0 = p.plan.mixed ? tile * lora_each : (tile - p.plan.router_tiles) * lora_each;
+    router0 = tile * router_each;
+    const bool has_lora = p.plan.mixed || tile >= p.plan.router_tiles;
+    lora = has_lora ? static_cast<int>(clamp(p.lora_rows - lora0, 0, lora_each)) : 0;
+    router = static_cast<int>(clamp(p.experts - router0, 0, p.plan.mixed || !has_lora ? router_each : 0));
+  }
+
+  template <class T>
+  __device__ __forceinline__ Panel panel() const {
+    Panel panel{};
+    if (lora > 0) {
+      panel.base = p.lora_f32 ? static_cast<const void*>(static_cast<const float*>(p.lora_A) + lora0 * p.in)
+                              : static_cast<const T*>(p.lora_A) + lora0 * p.in;
+    }
+    if (router > 0) panel.router = static_cast<const A*>(p.router_weight) + router0 * p.in;
+    panel.ld = panel.router_ld = p.in;
+    panel.rows = lora;
+    panel.f32 = p.lora_f32;
+    panel.direct = lora > 0 ? p.lora_direct : p.router_direct;
+    panel.router_rows = router;
+    return panel;
+  }
+  template <class T>
+  __device__ __forceinline__ const T* row(int m) const {
+    return token + m < p.tokens ? static_cast<const T*>(p.x) + (token + m) * p.ldx : nullptr;
+  }
+  // Column n: of A below `split`, of the router from there on.
+  __device__ __forceinline__ void store(int m, int n, int split, A value) const {
+    const int64_t t = token + m, columns = p.lora_rows + p.experts;
+    if (t >= p.tokens) return;
+    const bool of_router = n >= split;
+    if (of_router ? n - split >= router : n >= lora) return;
+    const int64_t c = of_router ? router0 + n - split : lora0 + n;
+    if (p.planes != nullptr) {
+      A* const plane = static_cast<A*>(p.planes) + static_cast<int64_t>(blockIdx.z) * p.tokens * columns;
+      plane[t * columns + (of_router ? p.lora_rows : 0) + c] = value;
+    } else if (of_router) {
+      static_cast<A*>(p.logits)[t * p.experts + c] = value;
+    } else {
+      static_cast<A*>(p.h)[t * p.lora_rows + c] = value;
+    }
+  }
+};
+
+template <class T, int kFrags>
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_mma(const DenseLaunch p) {
+  MOA_DYNAMIC_SHARED(T, shared);
+  const DensePlace<float> place(p);
+  MmaTile<T, kFrags> tile(place.panel<T>(), place.k1, p.x_direct, shared, p.units);
+  tile.run(place.k0, static_cast<const T*>(p.x), [&](int m) { return place.row<T>(m); });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    tile.each_pair(half, [&](int m, int n, float a, float b) {
+      place.store(m, n, 8 * tile.frags, a);
+      place.store(m, n + 1, 8 * tile.frags, b);
+    });
+  }
+}
+
+template <class A, int kCols>
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_simt(const DenseLaunch p) {
+  using Tile = SimtTile<A, kCols>;
+  MOA_SHARED(A, shared, Tile::kElements);
+  MOA_SHARED(const A*, rows, Tile::kRows);
+  const DensePlace<A> place(p);
+  Tile tile(place.template panel<A>(), place.k1, p.x_direct, shared, rows);
+  tile.run(place.k0, static_cast<const A*>(p.x), [&](int m) { return place.template row<A>(m); });
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < kCols; ++j)
+      place.store(threadIdx.x / 8 + 16 * i, threadIdx.x % 8 + 8 * j, place.lora, tile.total[i][j]);
+}
+
+// h and logits are the planes, added in order; a thread an element.
+template <class A>
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_sum(const DenseLaunch p) {
+  const int64_t columns = p.lora_rows + p.experts, size = p.tokens * columns;
+  const int64_t i = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads) + threadIdx.x;
+  if (i >= size) return;
+  A sum = 0;
+  for (int64_t s = 0; s < p.plan.splits; ++s) sum += static_cast<const A*>(p.planes)[s * size + i];
+  const int64_t t = i / columns, c = i % columns;
+  if (c < p.lora_rows) {
+    static_cast<A*>(p.h)[t * p.lora_rows + c] = sum;
+  } else {
+    static_cast<A*>(p.logits)[t * p.experts + c - p.lora_rows] = sum;
+  }
+}
+
+template <class T>
+cudaError_t launch_mma(DenseLaunch p, dim3 grid, cudaStream_t stream) {
+  using namespace plan_cuda;
+  const int frags = static_cast<int>(p.plan.frags);
+  const int mixed = static_cast<int>(p.plan.lora_frags + 3 * p.plan.router_frags);
+  const int apart = static_cast<int>(most(p.plan.lora_frags, 3 * p.plan.router_frags));
+  p.units = p.plan.mixed ? mixed : apart;
+  if (frags == kNarrow)
+    return MOA_LAUNCH((dense_mma<T, kNarrow>), grid, kTileThreads, tile_shared(kNarrow, p.units), stream, p);
+  return MOA_LAUNCH((dense_mma<T, kWide>), grid, kTileThreads, tile_shared(kWide, p.units), stream, p);
+}
+
+}  // namespace
+
+plan_cuda::Dense plan_of(const DenseParams& p) {
+  return plan_cuda::dense(p.tokens, p.lora_rows, p.experts, p.in, p.x_type);
+}
+
+size_t planes_size(const DenseParams& p) {
+  const size_t element = p.x_type == DType::f64 ? 8 : 4;
+  return static_cast<size_t>(plan_of(p).splits * p.tokens * (p.lora_rows + p.experts)) * element;
+}
+
+cudaError_t dense_cuda(const DenseParams& params, cudaStream_t stream) {
+  DenseLaunch p{};
+  static_cast<DenseParams&>(p) = params;
+  p.plan = plan_of(params);
+  if (p.tokens == 0 || p.lora_rows + p.experts == 0) return cudaSuccess;
+  const bool half = p.x_type == DType::bf16 || p.x_type == DType::f16;
+  const int64_t element = p.x_type == DType::f64 ? 8 : half ? 2 : 4;
+  p.lora_f32 = half && p.adapter_type == DType::f32;
+  p.x_direct = chunks(p.x, p.ldx, element);
+  p.lora_direct = chunks(p.lora_A, p.in, element) && !p.lora_f32;
+  p.router_direct = !half && chunks(p.router_weight, p.in, element);
+  const dim3 grid(static_cast<unsigned>(p.plan.column_tiles), static_cast<unsigned>(p.plan.row_tiles),
+                  static_cast<unsigned>(p.plan.splits));
+  const bool narrow = p.plan.frags == plan_cuda::kNarrow;
+  constexpr int kThreads = plan_cuda::kTileThreads;
+  switch (p.x_type) {
+    case DType::bf16: return launch_mma<__nv_bfloat16>(p, grid, stream);
+    case DType::f16: return launch_mma<__half>(p, grid, stream);
+    case DType::f64: return MOA_LAUNCH((dense_simt<double, 2>), grid, kThreads, 0, stream, p);
+    default:
+      return narrow ? MOA_LAUNCH((dense_simt<float, 2>), grid, kThreads, 0, stream, p)
+                    : MOA_LAUNCH((dense_simt<float, 8>), grid, kThreads, 0, stream, p);
+  }
+}
+
+// ---- the router alone ----
+
+static DenseParams params_of(const RouterParams& r) {
+  DenseParams p{};
+  p.x_type = p.adapter_type = r.x_type;
+  p.tokens = r.tokens;
+  p.in = r.in;
+  p.x = r.x;
+  p.ldx = r.ldx;
+  p.router_weight = r.weight;
+  p.experts = r.experts;
+  p.logits = r.logits;
+  return p;
+}
+
+size_t router_work(const RouterParams& r) {
+  const DenseParams p = params_of(r);
+  return plan_of(p).splits > 1 ? planes_size(p) : 0;
+}
+
+cudaError_t router_cuda(const RouterParams& r, void* work, cudaStream_t stream) {
+  DenseLaunch p{};
+  static_cast<DenseParams&>(p) = params_of(r);
+  p.plan = plan_of(p);
+  const bool split = p.plan.splits > 1;
+  p.planes = split ? work : nullptr;
+  const cudaError_t error = dense_cuda(p, stream);
+  if (error != cudaSuccess || !split) return error;
+  constexpr int kThreads = plan_cuda::kTileThreads;
+  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.tokens * p.experts, kThreads));
+  if (p.x_type == DType::f64) return MOA_LAUNCH(dense_sum<double>, blocks, kThreads, 0, stream, p);
+  return MOA_LAUNCH(dense_sum<float>, blocks, kThreads, 0, stream, p);
+}
+
+}  // namespace moa

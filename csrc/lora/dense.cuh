@@ -1,0 +1,27 @@
+// The pass of dense.cu as decode.cu and shrink.cu use it: every expert's A, and the router, over the same rows of x.
+#pragma once
+#include "common/cuda_api.h"
+#include "lora/plan_cuda.h"
+
+namespace moa {
+
+struct DenseParams {
+  DType x_type, adapter_type;
+  int64_t tokens, in;
+  const void* x;  // [tokens, in], rows ldx apart
+  int64_t ldx;
+  const void* lora_A;  // [lora_rows, in]: E * rank rows; or none
+  int64_t lora_rows;
+  const void* router_weight;  // [experts, in] accumulator type; or none
+  int64_t experts;
+  // Either planes, [splits][tokens][lora_rows + experts] (their sum is the result), or both of the others.
+  void* planes;
+  void* h;       // [tokens, lora_rows]
+  void* logits;  // [tokens, experts]
+};
+
+plan_cuda::Dense plan_of(const DenseParams& p);
+size_t planes_size(const DenseParams& p);  // bytes
+cudaError_t dense_cuda(const DenseParams& p, cudaStream_t stream);
+
+}  // namespace moa

@@ -1,0 +1,135 @@
+// Every tuning decision of the LoRA kernels on a GPU, one function a decision. Host code that tests can call. The figures
+// are arithmetic for an H200 (132 multiprocessors, 4.3 TB/s from memory, L2 at about 5.5 TB/s), not measurements.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "lora/lora.h"
+
+namespace moa {
+namespace plan_cuda {
+
+// Counted on every device, so that the split of a sum, and with it the result, is the same on all.
+constexpr int64_t kProcessors = 132;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- Tiles of shrink and dense ----
+// 64 rows of x: segments of E = 64 experts have 256 rows at T = 8192, k = 2, and rows that a tile lacks cost no bytes.
+// 64 deep: a row of a tile is 128 bytes, one line. A block has 4 warps, each 16 rows.
+constexpr int kTileRows = 64, kTileDepth = 64, kTileThreads = 128;
+// Fragments of 8 columns: 2 keep rank 16 in 40 KB and 128 registers: four blocks a multiprocessor, and about 120 KB are
+// under way on it (4.3 TB/s at 700 ns need 23 KB); 16 read x once for ranks up to 128. What is between pays idle
+// registers only: 64 ranks take 8.6 GFLOP at T = 8192, k = 2, in = 4096, a third of the time of its bytes.
+constexpr int kNarrow = 2, kWide = 16;
+// Stages of the narrow and the wide tile: 4 of 11 KB at most; 3 of 32 KB at most, 97 KB, which sm_86 has.
+constexpr int stages(int frags) { return frags == kNarrow ? 4 : 3; }
+// Fragments' units of 1 KB (8 rows, 64 deep) in a stage; the router's fragments take three, one a term.
+constexpr int units(int frags) { return frags == kNarrow ? 6 : 24; }
+constexpr size_t tile_shared(int frags, int used_units) {
+  return static_cast<size_t>(stages(frags)) * ((kTileRows * 2 * kTileDepth) + used_units * 1024 + 8 * 8 * 4);
+}
+static_assert(tile_shared(kNarrow, kNarrow) <= 48 * 1024, "rank 16 needs no more than every kernel has");
+static_assert(tile_shared(kWide, 24) <= 99 * 1024, "sm_86, sm_89 and sm_120 have 99 KB");
+
+// Splits of the depth, so that about two blocks per multiprocessor are there: with fewer, the memory idles. A split has at
+// least 256 elements (its stages), and planes are summed by whoever reads them: 16 at most.
+inline int64_t splits(int64_t blocks, int64_t depth) {
+  const int64_t wanted = blocks >= kProcessors ? 1 : (2 * kProcessors) / most(blocks, 1);
+  return most(1, least(least(wanted, 16), depth / (4 * kTileDepth)));
+}
+inline int64_t split_depth(int64_t depth, int64_t splits) {
+  return most(kTileDepth, ceil_div(ceil_div(depth, splits), kTileDepth) * kTileDepth);
+}
+
+// ---- Shrink, grouped ----
+// Tiles: expert e's start at floor(offsets[e] / 64) + e, an upper bound of the tiles before it, so a tile finds its
+// expert by bisection and nobody scans. With fewer slots than experts, one tile per slot, of which those that do not
+// start a run of 64 rows of their expert leave at once.
+struct Shrink {
+  int64_t tiles, columns, column_tiles, splits, depth;
+  bool by_slot;
+  bool finish;  // a second launch sums the planes, or makes the dot of all columns
+};
+inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width, DType type, bool dot) {
+  Shrink p{};
+  const int64_t by_expert = slots / kTileRows + experts + 1;
+  p.by_slot = slots + 1 < by_expert;
+  p.tiles = slots == 0 ? 0 : p.by_slot ? slots + 1 : by_expert;
+  const bool narrow =
+      rank <= 8 * kNarrow || type == DType::f64;  // multiply-adds: 64 columns of float32 fill the registers
+  p.columns = narrow ? 8 * kNarrow : type == DType::f32 ? 64 : 8 * kWide;
+  p.column_tiles = ceil_div(rank, p.columns);
+  // Blocks that have work: at most one more per expert than the rows fill.
+  const int64_t busy = (slots / kTileRows + least(experts, slots)) * p.column_tiles;
+  p.splits = splits(busy, width);
+  p.depth = split_depth(width, p.splits);
+  p.splits = most(1, ceil_div(width, p.depth));
+  p.finish = p.splits > 1 || (dot && p.column_tiles > 1);
+  return p;
+}
+
+// ---- Dense: every expert's A and the router over the same rows of x ----
+// The tile of columns is the fastest index of the grid, so blocks that read the same x run together and L2 serves all
+// but the first: x comes from memory once.
+struct Dense {
+  int64_t frags;                     // kNarrow or kWide
+  int64_t router_frags, lora_frags;  // per column tile
+  bool mixed;                        // a tile holds both kinds; else the router's tiles come first
+  int64_t router_tiles, column_tiles, row_tiles, splits, depth;
+};
+inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width, DType type) {
+  Dense p{};
+  const bool half = type == DType::bf16 || type == DType::f16;
+  const int64_t router = ceil_div(experts, 8), lora = ceil_div(lora_rows, 8);
+  p.row_tiles = ceil_div(tokens, kTileRows);
+  p.frags = kWide;
+  if (p.row_tiles <= 1 || type == DType::f64 || router + lora <= kNarrow) p.frags = kNarrow;
+  if (!half) {  // multiply-adds: 16 or 64 columns
+    p.router_frags = p.lora_frags = p.frags == kNarrow ? 2 : 8;
+  } else if (p.frags == kNarrow) {  // decode: small tiles, so that many blocks fetch
+    p.router_frags = lora > 0 ? 1 : 2;
+    p.lora_frags = kNarrow;
+  } else if (lora == 0) {  // 64 experts in one tile
+    p.router_frags = 8;
+  } else {
+    p.mixed = true;
+    p.router_frags = least(router, 4);
+    p.lora_frags = router == 0 ? 16 : 12;
+  }
+  if (router == 0) p.router_frags = 0;
+  if (lora == 0) p.lora_frags = 0;
+  p.router_tiles = p.router_frags == 0 ? 0 : ceil_div(router, p.router_frags);
+  const int64_t lora_tiles = p.lora_frags == 0 ? 0 : ceil_div(lora, p.lora_frags);
+  p.column_tiles = p.mixed ? most(p.router_tiles, lora_tiles) : p.router_tiles + lora_tiles;
+  p.splits = splits(p.row_tiles * p.column_tiles, width);
+  p.depth = split_depth(width, p.splits);
+  p.splits = most(1, ceil_div(width, p.depth));
+  return p;
+}
+
+// Dense against grouped, for the shrink of a routing that is given: grouped reads x k times (2 x 67 MB, 31 us, at T = 8192,
+// in = 4096), dense once; its planes are E r wide, 4 MB a split at 128. On tensor cores 128 k columns, all of them for all
+// tokens, take less than the bytes saved. Few tokens: the sums are split, and planes would outweigh that.
+inline bool dense_shrink(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, bool half) {
+  return half && top_k >= 2 && tokens >= 2048 && experts * rank <= least(128 * top_k, 256);
+}
+
+// ---- Decode: two launches do router, top-k, shrink and expand (decode.cu) ----
+// All of A is read, which costs 4 us at 16 MB, about what the three launches more of the grouped path cost in a graph;
+// above, that path. The logits and the selection of a block's tokens stay in shared memory.
+constexpr int64_t kDecodeTokens = 64, kDecodeExperts = 512, kDecodeTopK = 64, kDecodeRank = 256;
+inline bool decode(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in, int64_t element_bytes) {
+  return tokens <= kDecodeTokens && experts <= kDecodeExperts && top_k <= kDecodeTopK && rank <= kDecodeRank &&
+         experts * rank * in * element_bytes <= (int64_t{16} << 20);
+}
+// A block of the second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes that
+// each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.
+constexpr int kDecodeRows = 8, kDecodeThreads = 128;
+// Slots of a token whose coefficients are in shared memory together.
+constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
+
+}  // namespace plan_cuda
+}  // namespace moa

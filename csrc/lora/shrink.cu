@@ -1,0 +1,361 @@
+// Shrink: h[p] = A_e x[t], and backward u[p] = dy[t] B_e with dw[slot] = s_e <h[p], u[p]>.
+//
+//   p = position in the sorted slots, slot = order[p], t = slot / top_k; h, u [tokens top_k, rank]; A [E, rank, in],
+//   B [E, out, rank]: one kernel, whose panel lies by rows or by columns (tile.cuh)
+//
+// A block owns 64 positions of one expert, 16 to 128 ranks and a split of the row's depth. x is gathered as it is read,
+// never permuted in memory; on the device a tile finds its expert by bisection of the offsets (plan_cuda.h says how tiles
+// are numbered). Positions behind the last expert are one more segment, which is filled with zeros, as are ranks that an
+// expert does not use; their rows of A are not read.
+//
+// Few tiles: splits write planes [split][slots][rank], and a second launch adds them in order. It also makes dw where one
+// block does not hold all ranks. No atomics; bitwise reproducible.
+//
+// Forward, k experts a token, few rows of A in all: the dense pass (dense.cu) reads x once instead of k times, and
+// shrink_pick takes what was selected.
+//
+// What comes from outside is clamped where it becomes an address: offsets to the slots, order to the tokens, ranks.
+// Limits: rank <= 256, slots < 2^31; any in and out, rows that are not whole 16-byte chunks take element loads.
+#include "lora/cuda.h"
+#include "lora/dense.cuh"
+#include "lora/mma_tile.cuh"
+#include "lora/simt_tile.cuh"
+
+namespace moa {
+namespace {
+
+struct ShrinkParams {
+  DType type;
+  Segments seg;
+  int64_t slots, width, rank;
+  const void* x;  // [tokens, width], rows ldx apart
+  int64_t ldx;
+  const void* panel;  // A, or B where columns
+  bool columns, panel_f32, x_direct, panel_direct;
+  const int32_t* ranks;  // or null
+  void* out;             // [slots, rank]
+  void* planes;          // [splits, slots, rank], or null
+  void* dw;              // [slots] or null
+  const void* other;     // [slots, rank], for dw
+  const double* scale;   // or null
+  double scaling;
+  plan_cuda::Shrink plan;
+};
+
+// ---- where a block works ----
+
+struct Segment {
+  int64_t expert;  // seg.experts: the slots without one
+  int64_t begin;   // position of row 0
+  int rows;        // 0: nothing to do
+};
+
+__device__ __forceinline__ int64_t offset_at(const ShrinkParams& p, int64_t e) {
+  return e > p.seg.experts ? p.slots : e == 0 ? 0 : clamp(p.seg.offsets[e], 0, p.slots);
+}
+
+__device__ __forceinline__ Segment segment_of(const ShrinkParams& p, int64_t tile) {
+  constexpr int kRows = plan_cuda::kTileRows;
+  const bool by_slot = p.plan.by_slot;
+  // The last e whose first tile is not behind this one. Segment e ends at offset e + 1, the last at the slots' end.
+  int64_t lo = 0, hi = p.seg.experts + 1;
+  while (hi - lo > 1) {
+    const int64_t mid = (lo + hi) / 2, at = offset_at(p, mid);
+    if ((by_slot ? at : at / kRows + mid) <= tile) {
+      lo = mid;
+    } else {
+      hi = mid;
+    }
+  }
+  const int64_t first = offset_at(p, lo), end = offset_at(p, lo + 1);
+  const int64_t begin = by_slot ? tile : first + (tile - first / kRows - lo) * kRows;
+  const bool starts = !by_slot || (tile - first) % kRows == 0;
+  const int64_t left = starts && begin >= first ? end - begin : 0;
+  return {lo, begin, static_cast<int>(clamp(left, 0, kRows))};
+}
+
+// The expert whose segment holds the position; the last one behind all of them.
+__device__ __forceinline__ int64_t expert_at(const ShrinkParams& p, int64_t position) {
+  int64_t lo = 0, hi = p.seg.experts;
+  while (hi - lo > 1) {
+    const int64_t mid = (lo + hi) / 2;
+    if (offset_at(p, mid) <= position) {
+      lo = mid;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
+}
+
+__device__ __forceinline__ int64_t slot_at(const ShrinkParams& p, int64_t position) {
+  return clamp(p.seg.order[position], 0, p.slots - 1);
+}
+template <class A>
+__device__ __forceinline__ A scale_of(const ShrinkParams& p, int64_t e) {
+  return static_cast<A>(p.scaling * (p.scale == nullptr ? 1.0 : p.scale[e]));
+}
+
+template <class T, class F>
+__device__ __forceinline__ Panel panel_of(const ShrinkParams& p, int64_t e, int first, int columns, const F& element) {
+  const int used = p.ranks == nullptr ? static_cast<int>(p.rank) : static_cast<int>(clamp(p.ranks[e], 0, p.rank));
+  Panel panel{};
+  panel.ld = p.columns ? p.rank : p.width;
+  panel.base = element(e * p.rank * p.width + (p.columns ? first : first * p.width));
+  panel.rows = static_cast<int>(clamp(used - first, 0, columns));
+  panel.columns = p.columns;
+  panel.f32 = p.panel_f32;
+  panel.direct = p.panel_direct;
+  return panel;
+}
+
+// What every block has: its segment, its columns, where it writes.
+template <class A>
+struct Place {
+  Segment s;
+  int first, columns;  // of the ranks
+  int64_t k0, k1;
+  A* out;
+  bool dot;
+
+  __device__ __forceinline__ Place(const ShrinkParams& p)
+      : s(segment_of(p, blockIdx.x)),
+        first(static_cast<int>(blockIdx.y * p.plan.columns)),
+        columns(static_cast<int>(clamp(p.rank - first, 0, p.plan.columns))),
+        k0(blockIdx.z * p.plan.depth),
+        k1(clamp(k0 + p.plan.depth, 0, p.width)),
+        out(p.planes == nullptr ? static_cast<A*>(p.out)
+                                : static_cast<A*>(p.planes) + static_cast<int64_t>(blockIdx.z) * p.slots * p.rank),
+        dot(p.dw != nullptr && !p.plan.finish) {}
+
+  // Slots without an expert: zeros.
+  __device__ __forceinline__ void clear(const ShrinkParams& p) const {
+    for (int i = threadIdx.x; i < s.rows * columns; i += blockDim.x)
+      out[(s.begin + i / columns) * p.rank + first + i % columns] = A(0);
+    if (!dot) return;
+    for (int i = threadIdx.x; i < s.rows; i += blockDim.x) static_cast<A*>(p.dw)[slot_at(p, s.begin + i)] = A(0);
+  }
+  __device__ __forceinline__ bool store(const ShrinkParams& p, int m, int n, A value, A* sum) const {
+    if (m >= s.rows || n >= columns) return false;
+    const int64_t at = (s.begin + m) * p.rank + first + n;
+    out[at] = value;
+    if (dot) *sum += value * static_cast<const A*>(p.other)[at];
+    return true;
+  }
+  __device__ __forceinline__ void store_dot(const ShrinkParams& p, int m, A sum) const {
+    if (m < s.rows) static_cast<A*>(p.dw)[slot_at(p, s.begin + m)] = scale_of<A>(p, s.expert) * sum;
+  }
+};
+
+// ---- kernels ----
+
+template <class T, int kFrags>
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_mma(const ShrinkParams p) {
+  MOA_DYNAMIC_SHARED(T, shared);
+  const Place<float> place(p);
+  if (place.s.rows == 0) return;
+  if (place.s.expert == p.seg.experts) return place.clear(p);
+  const auto element = [&](int64_t i) -> const void* {
+    if (p.panel_f32) return static_cast<const float*>(p.panel) + i;
+    return static_cast<const T*>(p.panel) + i;
+  };
+  const T* const x = static_cast<const T*>(p.x);
+  MmaTile<T, kFrags> tile(panel_of<T>(p, place.s.expert, place.first, place.columns, element), place.k1, p.x_direct,
+                          shared, kFrags);
+  tile.run(place.k0, x, [&](int m) -> const T* {
+    return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;
+  });
+  tile.frags = kFrags;  // what the panel lacks is zero, and is written
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = 0.0f;
+    tile.each_pair(half, [&](int m, int n, float a, float b) {
+      if (place.store(p, m, n, a, &sum)) place.store(p, m, n + 1, b, &sum);
+    });
+    if (!place.dot) continue;
+    sum = warp_sum<4>(sum);
+    if (lane % 4 == 0) place.store_dot(p, threadIdx.x / kWarp * 16 + lane / 4 + 8 * half, sum);
+  }
+}
+
+template <class A, int kCols>
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_simt(const ShrinkParams p) {
+  using Tile = SimtTile<A, kCols>;
+  MOA_SHARED(A, shared, Tile::kElements);
+  MOA_SHARED(const A*, rows, Tile::kRows);
+  const Place<A> place(p);
+  if (place.s.rows == 0) return;
+  if (place.s.expert == p.seg.experts) return place.clear(p);
+  const A* const x = static_cast<const A*>(p.x);
+  const auto element = [&](int64_t i) -> const void* { return static_cast<const A*>(p.panel) + i; };
+  Tile tile(panel_of<A>(p, place.s.expert, place.first, place.columns, element), place.k1, p.x_direct, shared, rows);
+  tile.run(place.k0, x, [&](int m) -> const A* {
+    return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;
+  });
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int m = threadIdx.x / 8 + 16 * i;
+    A sum = 0;
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) place.store(p, m, threadIdx.x % 8 + 8 * j, tile.total[i][j], &sum);
+    if (!place.dot) continue;
+    sum = warp_sum<8>(sum);
+    if (threadIdx.x % 8 == 0) place.store_dot(p, m, sum);
+  }
+}
+
+// A warp owns a position: out = planes added in order, and dw.
+template <class A>
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_finish(const ShrinkParams p) {
+  const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads / kWarp) + threadIdx.x / kWarp;
+  if (position >= p.slots) return;
+  const int lane = threadIdx.x % kWarp;
+  const A* const planes = static_cast<const A*>(p.planes) + position * p.rank;
+  A* const out = static_cast<A*>(p.out) + position * p.rank;
+  const A* const other = static_cast<const A*>(p.other) + position * p.rank;
+  A dot = 0;
+  for (int64_t j = lane; j < p.rank; j += kWarp) {
+    A sum = 0;
+    if (p.planes == nullptr) {
+      sum = out[j];
+    } else {
+      for (int64_t s = 0; s < p.plan.splits; ++s) sum += planes[s * p.slots * p.rank + j];
+      out[j] = sum;
+    }
+    if (p.dw != nullptr) dot += sum * other[j];
+  }
+  if (p.dw == nullptr) return;
+  dot = warp_sum(dot);
+  if (lane != 0) return;
+  const bool routed = position < offset_at(p, p.seg.experts);
+  static_cast<A*>(p.dw)[slot_at(p, position)] = routed ? scale_of<A>(p, expert_at(p, position)) * dot : A(0);
+}
+
+// A thread an element of h: the dense pass's planes added in order, at the position's token and expert.
+__global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_pick(const ShrinkParams p, const int64_t splits) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads) + threadIdx.x;
+  if (i >= p.slots * p.rank) return;
+  const int64_t position = i / p.rank, j = i % p.rank;
+  const int64_t e = expert_at(p, position), columns = p.seg.experts * p.rank, plane = p.seg.tokens * columns;
+  float sum = 0.0f;
+  if (position < offset_at(p, p.seg.experts) && (p.ranks == nullptr || j < p.ranks[e])) {
+    const int64_t at = slot_at(p, position) / p.seg.top_k * columns + e * p.rank + j;
+    for (int64_t s = 0; s < splits; ++s) sum += static_cast<const float*>(p.planes)[s * plane + at];
+  }
+  static_cast<float*>(p.out)[i] = sum;
+}
+
+// ---- launchers ----
+
+int64_t element_size(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
+
+ShrinkParams params_of(const LoraParams& l, const void* x, int64_t ldx, int64_t width, const void* panel, bool columns,
+                       void* out, void* dw) {
+  ShrinkParams p{};
+  p.type = l.x_type;
+  p.seg = l.seg;
+  p.slots = l.seg.tokens * l.seg.top_k;
+  p.width = width;
+  p.rank = l.rank;
+  p.x = x;
+  p.ldx = ldx;
+  p.panel = panel;
+  p.columns = columns;
+  p.panel_f32 = is_half(l.x_type) && l.adapter_type == DType::f32;
+  p.x_direct = chunks(x, ldx, element_size(l.x_type));
+  p.panel_direct = chunks(panel, columns ? l.rank : width, element_size(l.x_type)) && !p.panel_f32;
+  p.ranks = l.ranks;
+  p.out = out;
+  p.dw = dw;
+  p.scale = l.scale;
+  p.scaling = l.scaling;
+  p.plan = plan_cuda::shrink(p.slots, l.seg.experts, l.rank, width, l.x_type, dw != nullptr);
+  return p;
+}
+
+size_t work_of(const ShrinkParams& p) {
+  return p.plan.splits > 1 ? static_cast<size_t>(p.plan.splits * p.slots * p.rank) * (p.type == DType::f64 ? 8 : 4) : 0;
+}
+
+template <class T>
+cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {
+  using namespace plan_cuda;
+  if (p.plan.columns == 8 * kNarrow)
+    return MOA_LAUNCH((shrink_mma<T, kNarrow>), grid, kTileThreads, tile_shared(kNarrow, kNarrow), stream, p);
+  return MOA_LAUNCH((shrink_mma<T, kWide>), grid, kTileThreads, tile_shared(kWide, kWide), stream, p);
+}
+
+cudaError_t launch(ShrinkParams p, void* work, cudaStream_t stream) {
+  if (p.slots == 0 || p.rank == 0) return cudaSuccess;
+  p.planes = p.plan.splits > 1 ? work : nullptr;
+  const dim3 grid(static_cast<unsigned>(p.plan.tiles), static_cast<unsigned>(p.plan.column_tiles),
+                  static_cast<unsigned>(p.plan.splits));
+  constexpr int kThreads = plan_cuda::kTileThreads;
+  const bool narrow = p.plan.columns == 8 * plan_cuda::kNarrow;
+  cudaError_t error = cudaSuccess;
+  switch (p.type) {
+    case DType::bf16: error = launch_mma<__nv_bfloat16>(p, grid, stream); break;
+    case DType::f16: error = launch_mma<__half>(p, grid, stream); break;
+    case DType::f64: error = MOA_LAUNCH((shrink_simt<double, 2>), grid, kThreads, 0, stream, p); break;
+    case DType::f32:
+      error = narrow ? MOA_LAUNCH((shrink_simt<float, 2>), grid, kThreads, 0, stream, p)
+                     : MOA_LAUNCH((shrink_simt<float, 8>), grid, kThreads, 0, stream, p);
+      break;
+  }
+  if (error != cudaSuccess || !p.plan.finish) return error;
+  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots, kThreads / kWarp));
+  if (p.type == DType::f64) return MOA_LAUNCH(shrink_finish<double>, blocks, kThreads, 0, stream, p);
+  return MOA_LAUNCH(shrink_finish<float>, blocks, kThreads, 0, stream, p);
+}
+
+ShrinkParams params_of(const ForwardParams& f) { return params_of(f, f.x, f.ldx, f.in, f.lora_A, false, f.h, nullptr); }
+ShrinkParams params_of(const BackwardParams& b) {
+  ShrinkParams p = params_of(b, b.dy, b.lddy, b.out, b.lora_B, true, b.u, b.dw);
+  p.other = b.h;
+  return p;
+}
+
+// Every expert's product of every token, of which shrink_pick takes the selected.
+DenseParams dense_of(const ForwardParams& f, void* planes) {
+  DenseParams d{};
+  d.x_type = f.x_type;
+  d.adapter_type = f.adapter_type;
+  d.tokens = f.seg.tokens;
+  d.in = f.in;
+  d.x = f.x;
+  d.ldx = f.ldx;
+  d.lora_A = f.lora_A;
+  d.lora_rows = f.seg.experts * f.rank;
+  d.planes = planes;
+  return d;
+}
+bool is_dense(const ForwardParams& f) {
+  return plan_cuda::dense_shrink(f.seg.tokens, f.seg.top_k, f.seg.experts, f.rank, is_half(f.x_type));
+}
+
+}  // namespace
+
+size_t shrink_work(const ForwardParams& f) {
+  return is_dense(f) ? planes_size(dense_of(f, nullptr)) : work_of(params_of(f));
+}
+
+cudaError_t shrink_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
+  ShrinkParams p = params_of(f);
+  if (!is_dense(f)) return launch(p, work, stream);
+  const DenseParams dense = dense_of(f, work);
+  const cudaError_t error = dense_cuda(dense, stream);
+  if (error != cudaSuccess) return error;
+  p.planes = work;
+  constexpr int kThreads = plan_cuda::kTileThreads;
+  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots * p.rank, kThreads));
+  return MOA_LAUNCH(shrink_pick, blocks, kThreads, 0, stream, p, plan_of(dense).splits);
+}
+
+size_t backward_shrink_work(const BackwardParams& b) { return work_of(params_of(b)); }
+cudaError_t backward_shrink_cuda(const BackwardParams& b, void* work, cudaStream_t stream) {
+  return launch(params_of(b), work, stream);
+}
+
+}  // namespace moa

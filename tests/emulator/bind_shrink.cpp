@@ -1,0 +1,105 @@
+// Shrink, router and decode for test_shrink.py, test_router.py and test_decode.py. Arguments are named as the fields of
+// csrc/lora/lora.h.
+#include "emulator/bind.h"
+#include "lora/cuda.h"
+#include "lora/plan_cuda.h"
+
+namespace {
+
+int64_t row_stride(const py::array& a) { return a.shape(0) > 1 ? a.strides(0) / a.itemsize() : a.shape(1); }
+
+// What forward and backward share; lora_A or lora_B may be None, and `rank`, `experts` then come from the other.
+void fill(emu::Device* device, moa::LoraParams* p, const py::array& rows, const py::array& panel,
+          const py::array& offsets, const py::array& order, int64_t tokens, const py::object& scale, double scaling,
+          const py::object& ranks) {
+  p->x_type = emu::dtype_of(rows);
+  p->adapter_type = emu::dtype_of(panel);
+  p->seg = {device->in<int32_t>(offsets), device->in<int32_t>(order), tokens, tokens > 0 ? order.size() / tokens : 1,
+            offsets.size() - 1};
+  p->scale = device->in<double>(scale);
+  p->scaling = scaling;
+  p->ranks = device->in<int32_t>(ranks);
+}
+
+}  // namespace
+
+MOA_BIND(m) {
+  m.def("shrink", [](const py::array& x, const py::array& lora_A, const py::array& offsets, const py::array& order,
+                     const py::object& ranks, const py::array& h) {
+    emu::Device device;
+    moa::ForwardParams p{};
+    fill(&device, &p, x, lora_A, offsets, order, x.shape(0), py::none(), 1.0, ranks);
+    p.rank = lora_A.shape(1);
+    p.in = x.shape(1);
+    p.x = device.in(x);
+    p.ldx = row_stride(x);
+    p.lora_A = device.in(lora_A);
+    p.h = device.out(h);
+    device.finish(moa::shrink_cuda(p, device.work(moa::shrink_work(p)), nullptr));
+  });
+  m.def("backward_shrink", [](const py::array& dy, const py::array& lora_B, const py::array& offsets,
+                              const py::array& order, const py::object& scale, double scaling, const py::object& ranks,
+                              const py::array& h, const py::array& u, const py::object& dw) {
+    emu::Device device;
+    moa::BackwardParams p{};
+    fill(&device, &p, dy, lora_B, offsets, order, dy.shape(0), scale, scaling, ranks);
+    p.rank = lora_B.shape(2);
+    p.out = dy.shape(1);
+    p.dy = device.in(dy);
+    p.lddy = row_stride(dy);
+    p.lora_B = device.in(lora_B);
+    p.h = device.in(h);
+    p.u = device.out(u);
+    p.dw = device.out(dw);
+    device.finish(moa::backward_shrink_cuda(p, device.work(moa::backward_shrink_work(p)), nullptr));
+  });
+  m.def("shrink_plan", [](int64_t slots, int64_t experts, int64_t rank, int64_t width, int type, bool dot) {
+    const auto p = moa::plan_cuda::shrink(slots, experts, rank, width, static_cast<moa::DType>(type), dot);
+    return py::make_tuple(p.tiles, p.columns, p.column_tiles, p.splits, p.by_slot, p.finish);
+  });
+  m.def("router", [](const py::array& x, const py::array& weight, const py::array& logits) {
+    emu::Device device;
+    moa::RouterParams p{};
+    p.x_type = emu::dtype_of(x);
+    p.tokens = x.shape(0);
+    p.in = x.shape(1);
+    p.experts = weight.shape(0);
+    p.x = device.in(x);
+    p.ldx = row_stride(x);
+    p.weight = device.in(weight);
+    p.logits = device.out(logits);
+    device.finish(moa::router_cuda(p, device.work(moa::router_work(p)), nullptr));
+  });
+  m.def("decode", [](const py::array& x, const py::array& lora_A, const py::array& lora_B, const py::array& router,
+                     int64_t top_k, int score_func, bool norm, const py::object& bias, const py::object& scale,
+                     double scaling, const py::object& ranks, const py::array& y) {
+    emu::Device device;
+    moa::DecodeParams p{};
+    p.x_type = emu::dtype_of(x);
+    p.adapter_type = emu::dtype_of(lora_A);
+    p.seg = {nullptr, nullptr, x.shape(0), top_k, lora_A.shape(0)};
+    p.rank = lora_A.shape(1);
+    p.in = x.shape(1);
+    p.out = lora_B.shape(1);
+    p.x = device.in(x);
+    p.ldx = row_stride(x);
+    p.lora_A = device.in(lora_A);
+    p.lora_B = device.in(lora_B);
+    p.scale = device.in<double>(scale);
+    p.scaling = scaling;
+    p.ranks = device.in<int32_t>(ranks);
+    p.router_weight = device.in(router);
+    p.score_func = static_cast<moa::ScoreFunc>(score_func);
+    p.norm_topk_prob = norm;
+    p.selection_bias = device.in(bias);
+    p.y = device.out(y);
+    device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
+  });
+  m.def("dense_plan", [](int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width, int type) {
+    const auto p = moa::plan_cuda::dense(tokens, lora_rows, experts, width, static_cast<moa::DType>(type));
+    return py::make_tuple(p.frags, p.mixed, p.column_tiles, p.splits);
+  });
+  m.def("dense_shrink_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, bool half) {
+    return moa::plan_cuda::dense_shrink(tokens, top_k, experts, rank, half);
+  });
+}

@@ -1,0 +1,100 @@
+"""Bugs in the routing kernels."""
+
+from emulator.mutations import RACE, plant
+
+DIFFERENT = "not equal|assert |behind the end of a buffer|exit status -"
+SORT = "test_routing.py -k 'test_sort and (20011-513 or 1000-64 or 8192-4096)'"
+TOPK = "test_routing.py -k 'experts_and_tokens and (7-64 or 257-65 or 7-513) or ties or every_launch'"
+MASKED = "test_routing.py -k flags_and_dtypes"
+BACKWARD = "test_routing.py -k backward"
+
+sort = plant("csrc/routing/sort.cuh", SORT, unit="csrc/routing/sort.cu")
+sort("sort-rank-mask", "(1u << lane) - 1u", "(2u << lane) - 1u", "plain:0", DIFFERENT)
+sort(
+    "sort-missing-syncwarp",
+    "static_cast<int32_t>(slot);\n      __syncwarp();",
+    "static_cast<int32_t>(slot);",
+    "tsan:0",
+    RACE,
+)
+sort("sort-minus-one", "id >= 0 && id < experts", "id < experts", "plain:0", DIFFERENT)
+sort("sort-tail", "slot < end ? bin_of", "slot <= end ? bin_of", "plain:0", DIFFERENT)
+sort("sort-earlier-blocks", "start[bin] + before[bin]", "start[bin]", "plain:0", DIFFERENT)
+sort("sort-carry", "      carry += sum;\n", "", "plain:0", DIFFERENT)
+sort(
+    "sort-missing-barrier-in-scan",
+    "data[i] = before + upto - own;\n    __syncthreads();",
+    "data[i] = before + upto - own;",
+    "tsan:0",
+    RACE,
+)
+sort("sort-early-lanes", "slot < end ? bin_of", "slot >= end ? bin_of", "tsan:0", "out of bounds")
+plant("csrc/routing/plan_cuda.h", SORT, unit="csrc/routing/sort.cu")(
+    "sort-small-shared",
+    "static_cast<size_t>(warps + 2)",
+    "static_cast<size_t>(warps + 1)",
+    "plain:0",
+    "shared memory",
+)
+
+histogram = plant("csrc/routing/sort.cu", SORT)
+histogram(
+    "histogram-plain-add",
+    "atomicAdd(&bin_counts[bin], __popc(same))",
+    "bin_counts[bin] += __popc(same)",
+    "tsan:0",
+    RACE,
+)
+histogram(
+    "histogram-missing-barrier",
+    "bin_counts[bin] = 0;\n  __syncthreads();",
+    "bin_counts[bin] = 0;",
+    "tsan:0",
+    RACE,
+)
+
+topk = plant("csrc/routing/topk.cu", TOPK)
+topk("topk-tie-break", "key > best.key) best", "key >= best.key) best", "plain:0", DIFFERENT)
+topk("topk-slot-order", "    ids[j] = taken.id;", "    ids[k - 1 - j] = taken.id;", "plain:0", DIFFERENT)
+topk("topk-dead-groups-count", "token < last, bin_counts", "true, bin_counts", "plain:0", DIFFERENT)
+topk(
+    "topk-early-exit",
+    "route_token<A, L, V>(p, token < last ? token : last - 1, token < last, bin_counts);",
+    "if (token < last) route_token<A, L, V>(p, token, true, bin_counts);",
+    "plain:0",
+    "deadlock|takes no part|diverged",
+)
+topk(
+    "topk-plain-count",
+    "atomicAdd(&bin_counts[routed ? taken.id : experts.count], 1)",
+    "bin_counts[routed ? taken.id : experts.count] += 1",
+    "tsan:0",
+    RACE,
+)
+topk(
+    "topk-missing-barrier-before-sort",
+    "  __syncthreads();\n  if (l.sort.order != nullptr) {",
+    "  if (l.sort.order != nullptr) {",
+    "tsan:0",
+    RACE,
+)
+topk("topk-not-zeroed", "bin_counts[bin] = 0;", "static_cast<void>(0);", "plain:0", DIFFERENT)
+
+masked = plant("csrc/routing/topk.cu", MASKED)
+masked("topk-mask-ignored", "p.mask == nullptr || p.mask[token]", "true", "plain:0", DIFFERENT)
+masked("topk-minus-one-not-written", "    if (!routed) ids[j] = -1;\n", "", "plain:0", DIFFERENT)
+plant("csrc/routing/scores.cuh", "test_routing.py -k numbers_that_are_none", unit="csrc/routing/topk.cu")(
+    "topk-nan-last", "a != a ? 0x7fffffff :", "a != a ? -0x7fffffff :", "plain:0", DIFFERENT
+)
+
+backward = plant("csrc/routing/topk_backward.cu", BACKWARD)
+backward("backward-missing-syncwarp", "    __syncwarp();\n", "", "tsan:0", RACE)
+backward(
+    "backward-tail",
+    "if (token >= p.tokens) return;",
+    "if (token > p.tokens) return;",
+    "asan:0",
+    "AddressSanitizer",
+)
+backward("backward-wild-id", "id >= 0 && id < p.experts", "id >= 0", "asan:0", "AddressSanitizer")
+backward("backward-wrong-slot", "(dw[i] - n.c) / n.sum", "(dw[0] - n.c) / n.sum", "plain:0", DIFFERENT)

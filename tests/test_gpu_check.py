@@ -1,0 +1,134 @@
+"""The GPU check without a GPU: timer and cases on the CPU, steps that fail, the record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_check, gpu_record, gpu_timer, record
+from benchmarks.gpu_check import Step, run_step
+from benchmarks.inputs import Problem, Shape
+from benchmarks.record import OURS
+
+CPU = torch.device("cpu")
+
+
+def test_timer_pairs_and_rotates() -> None:
+    calls: dict[str, list[int]] = {"a": [], "b": []}
+    functions = {name: calls[name].append for name in calls}
+    timings = gpu_timer.measure(functions, "a", CPU, budget=0, min_rounds=4)
+    assert timings["a"].ratio.median == 1
+    assert timings["b"].rounds == 4
+    assert calls["a"] == calls["b"] == [0, 1, 2, 0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[dict, list[record.Case]]:
+    return gpu.run(CPU, 0.02, tiny=True)
+
+
+def test_cases_hold_ours_the_floor_and_the_others(measured: tuple) -> None:
+    facts, cases = measured
+    assert facts["copy_gbytes_per_s"] > 0
+    assert [case.section for case in cases] == ["forward", "training", "routing", "mixture"]
+    for case in cases:
+        assert case.ratio(OURS) > 0
+    for case in cases[:2]:
+        assert case.facts["floor"] > 1
+        assert {"loop", "dense-masked", "grouped_mm", "one PEFT LoRA"} <= case.variants.keys()
+        assert case.best_alternative()[0] not in ("one plain LoRA", "one PEFT LoRA")
+
+
+def test_bytes_of_a_mixture() -> None:
+    shape = Shape(10, 100, 200, 4, r=2, top_k=2)
+    assert gpu.extra_bytes(shape, 2, train=False) == 2 * (10 * (100 + 2 * 200) + 4 * 2 * 300)
+    assert gpu.extra_bytes(shape, 2, train=True) == 3 * gpu.extra_bytes(shape, 2, train=False)
+
+
+def test_plain_routing_is_ours() -> None:
+    logits = torch.randn(50, 8)
+    weights, indices, ends, order = gpu.plain_routing(logits, 2)
+    ours = torch.ops.moa_ops.topk_routing(logits, 2, 0, False, None, None)
+    torch.testing.assert_close(weights, ours[0])
+    assert torch.equal(indices, ours[1])
+    assert torch.equal(ends.int(), ours[2][1:])
+    assert torch.equal(order.int(), ours[3])
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Shape(8, 16, 16, 4), torch.float32)
+    expected = problem.expected()
+    with torch.no_grad():
+        problem.layer.lora_B.zero_()
+    with pytest.raises(ArithmeticError, match="moa_ops is off"):
+        gpu.variants(problem, False, expected)
+
+
+def run_python(code: str, most: float = 30, left: float = 60, **more: object) -> dict:
+    return run_step(Step("step", "tests", [sys.executable, "-c", code], most, **more), left)
+
+
+def test_step_outcomes() -> None:
+    assert run_python("print('fine')")["outcome"] == "ok"
+    failed = run_python("print('why'); raise SystemExit(3)")
+    assert (failed["outcome"], failed["tail"]) == ("failed (3)", "why\n")
+    assert run_python("import time; time.sleep(60)", most=1)["outcome"] == "out of time"
+    assert run_python("", left=1)["outcome"] == "left out: no time left"
+    assert run_python("", needs="no-such-program")["outcome"] == "left out: no no-such-program"
+    assert run_python("import os; print(os.environ['X'])", environment={"X": "y"})["tail"] == "y\n"
+
+
+def test_steps_are_commands_that_exist() -> None:
+    steps = gpu_check.steps(sys.executable, Path("results"), "cuda", 1.0)
+    assert {step.group for step in steps} == {"tests", "sanitizer", "bench"}
+    for step in steps:
+        for word in step.command:
+            if word.startswith("tests/"):
+                assert (gpu_record.machine.ROOT / word).exists(), word
+
+
+def test_record_is_written_and_read(tmp_path: Path, measured: tuple) -> None:
+    facts, cases = measured
+    steps = [{"name": "memcheck", "outcome": "ok", "seconds": 12.0, "tail": ""}]
+    document = gpu_record.document(CPU, steps, facts)
+    paths = gpu_record.write(tmp_path, document, cases)
+    assert [path.suffix for path in paths] == [".json", ".md"]
+    told, again = record.load(paths[0])
+    assert told["machine"]["name"] == "no GPU"
+    assert told["steps"] == steps
+    assert [case.key for case in again] == [case.key for case in cases]
+    text = paths[1].read_text()
+    assert "| memcheck | ok | 12 |" in text
+    assert "T=24 64→48 E=4" in text
+    assert f"torch {torch.__version__}" in text
+    assert gpu_record.folder_name("NVIDIA H200 (80GB)") == "nvidia-h200-80gb"
+
+
+def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        gpu_check.main([])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--only", "nothing"])
+
+
+def test_one_step_to_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(python: str, results: Path, device: str, budget: float) -> list[Step]:
+        good = {"facts": {"copy_gbytes_per_s": 1.0}, "cases": []}
+        write = f"open({str(results)!r}, 'w').write({json.dumps(good)!r})"
+        return [
+            Step("good", "bench", [python, "-c", write], 30),
+            Step("bad", "tests", [python, "-c", "1/0"], 30),
+        ]
+
+    monkeypatch.setattr(gpu_check, "steps", steps)
+    with pytest.raises(SystemExit, match="bad did not pass"):
+        gpu_check.main(["--device", "cpu", "--out", str(tmp_path)])
+    told, cases = record.load(next(tmp_path.glob("*.json")))
+    assert [step["outcome"] for step in told["steps"]] == ["ok", "failed (1)"]
+    assert told["facts"] == {"copy_gbytes_per_s": 1.0}
+    assert cases == []

@@ -5,7 +5,8 @@
 #   MOA_CUDA=auto|0|1   build the CUDA kernels (CMakeLists.txt)
 #   FAST=1              make demo: the short form            ARGS=...     passed on to pytest, the demo, the benchmarks
 #   QUICK=1             make bench: the short form
-#   CUDA=1              make wheel: with CUDA kernels, and +cuXYZ in the version
+#   CUDA=1              make wheel, wheel-check: with CUDA kernels, and +cuXYZ in the version
+#   UPDATE=1            make cuda-check: writes the budget (tests/cuda_budget.txt)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench wheel lint format clean build cuda-check
+.PHONY: help demo test bench wheel lint format clean build cuda-check wheel-check gpu-check
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,6 +42,9 @@ wheel: $(VENV)/.tools  ## a wheel in dist/ (CUDA=1: with CUDA kernels)
 	$(PIP) wheel . --no-build-isolation --no-deps -w dist
 	@ls -l dist
 
+wheel-check: wheel build $(VENV)/.cuobjdump  ## a wheel (CUDA=1), used in a clean environment
+	MOA_WHEEL="$$(ls -t dist/*.whl | head -n 1)" $(BIN)/python -m pytest tests/test_wheel.py
+
 lint: $(VENV)/.lint  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,7 +57,7 @@ format: $(VENV)/.lint  ## let ruff and clang-format write the files as they want
 
 build: $(VENV)/.installed $(EXTENSION)  ## the environment and the extension, installed editable
 
-cuda-check: $(VENV)/.cuobjdump  ## compile the CUDA kernels for every architecture, and check registers and spills (UPDATE=1)
+cuda-check: $(VENV)/.cuobjdump  ## every CUDA kernel for every architecture: registers and spills by the budget
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOA_CUDA=$(NVCC_THERE) -DMOA_WERROR=1 \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOA_OUTPUT_DIR=$(abspath build/cuda-check)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda-check --target cuda-check

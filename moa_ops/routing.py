@@ -68,7 +68,7 @@ class Routing:
         elif weights.dtype not in (torch.float32, torch.float64):
             weights = weights.float()
         if indices.dim() == 1:
-            indices, weights = indices[:, None], weights[:, None]
+            indices, weights = indices.unsqueeze(1), weights.unsqueeze(1)
         indices = indices.to(torch.int64).contiguous()
         return cls(weights, indices, *torch.ops.moa_ops.sort_by_expert(indices, num_experts), num_experts)
 
@@ -95,11 +95,11 @@ class Routing:
                 f"mask must be bool of shape {[rows, repeats]} (rows, repeats), "
                 f"got {mask.dtype} of shape {list(mask.shape)}"
             )
-        weights = self.weights[:, None].expand(-1, repeats, -1)
-        indices = self.indices[:, None].expand(-1, repeats, -1)
+        weights = self.weights.unsqueeze(1).expand(-1, repeats, -1)
+        indices = self.indices.unsqueeze(1).expand(-1, repeats, -1)
         if mask is not None:
-            weights = torch.where(mask[..., None], weights, 0.0)
-            indices = torch.where(mask[..., None], indices, -1)
+            weights = torch.where(mask.unsqueeze(-1), weights, 0.0)
+            indices = torch.where(mask.unsqueeze(-1), indices, -1)
         indices = indices.reshape(rows * repeats, self.top_k)
         weights = weights.reshape(rows * repeats, self.top_k)
         expert_offsets, order = torch.ops.moa_ops.sort_by_expert(indices, self.num_experts)

@@ -130,5 +130,11 @@ constexpr int kDecodeRows = 8, kDecodeThreads = 128;
 // Slots of a token whose coefficients are in shared memory together.
 constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
 
+// ---- Expand ----
+// 64 outputs: a row of 128 bytes in 16-bit types, one line.
+constexpr int kExpandColumns = 64, kExpandThreads = 128;
+// Multiply-adds: 32 tokens by 64 sums are 8 KB in float32 (16 KB in float64); 16 ranks of a thread's column are registers.
+constexpr int kExpandSimtRows = 32, kExpandSimtRanks = 16;
+
 }  // namespace plan_cuda
 }  // namespace moa

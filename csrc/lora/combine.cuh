@@ -26,7 +26,9 @@ struct Coefficients {
   __device__ __forceinline__ int64_t slot_at(int64_t position) const {
     return order == nullptr ? position : clamp(order[position], 0, slots - 1);
   }
-  __device__ __forceinline__ int64_t used(int64_t e) const { return ranks == nullptr ? rank : clamp(ranks[e], 0, rank); }
+  __device__ __forceinline__ int64_t used(int64_t e) const {
+    return ranks == nullptr ? rank : clamp(ranks[e], 0, rank);
+  }
   // w s of a slot
   template <class A>
   __device__ __forceinline__ A factor(int64_t e, int64_t slot) const {
@@ -40,8 +42,8 @@ struct Coefficients {
 };
 
 inline Coefficients coefficients_of(const LoraParams& p, const void* values) {
-  return {p.seg.offsets, p.seg.order, p.ranks,  p.seg.experts, p.seg.tokens * p.seg.top_k, p.seg.top_k, p.rank, values,
-          p.weights,     p.scale,     p.scaling};
+  return {p.seg.offsets, p.seg.order, p.ranks, p.seg.experts, p.seg.tokens * p.seg.top_k, p.seg.top_k, p.rank,
+          values,        p.weights,   p.scale, p.scaling};
 }
 // The logits' gradients as coefficients of one segment of all tokens.
 inline Coefficients coefficients_of(const RouterBackwardParams& p) {

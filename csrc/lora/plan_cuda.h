@@ -135,6 +135,11 @@ constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_c
 constexpr int kExpandColumns = 64, kExpandThreads = 128;
 // Multiply-adds: 32 tokens by 64 sums are 8 KB in float32 (16 KB in float64); 16 ranks of a thread's column are registers.
 constexpr int kExpandSimtRows = 32, kExpandSimtRanks = 16;
+// Tensor cores: a block reads the panels of its tokens' experts from L2, E r 64 elements at most, and y and base, 2 rows 64:
+// 128 rows make both 32 KB at E = 8, r = 16. Their float32 sums are 34 KB, panel and coefficients of 64 ranks and
+// 64 positions 8 KB each: four blocks in the 227 KB of a multiprocessor. A row of sums is 64 + 4 long, so that 4 pairs of
+// tokens by 8 outputs lie in 32 banks.
+constexpr int kExpandRows = 128, kExpandPositions = 64, kExpandRanks = 64, kExpandLd = kExpandColumns + 4;
 
 }  // namespace plan_cuda
 }  // namespace moa

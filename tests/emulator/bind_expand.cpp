@@ -42,20 +42,20 @@ MOA_BIND(m) {
     p.bias = device.in(bias);
     device.finish(moa::expand_cuda(p, device.work(moa::expand_work(p)), nullptr));
   });
-  m.def("backward_expand", [](const py::array& u, const py::array& lora_A, const py::array& offsets,
-                              const py::array& order, const py::array& weights, const py::object& scale, double scaling,
-                              const py::object& ranks, const py::object& dz, const py::object& router_weight,
-                              const py::array& dx) {
-    emu::Device device;
-    moa::BackwardParams p{};
-    fill(&device, &p, dx.shape(0), u, lora_A, offsets, order, weights, scale, scaling, ranks);
-    p.x_type = emu::dtype_of(dx);
-    p.in = dx.shape(1);
-    p.lora_A = device.in(lora_A);
-    p.u = const_cast<void*>(device.in(u));
-    p.dz = device.in(dz);
-    p.router_weight = device.in(router_weight);
-    p.dx = device.out(dx);
-    device.finish(moa::backward_expand_cuda(p, device.work(moa::backward_expand_work(p)), nullptr));
-  });
+  m.def("backward_expand",
+        [](const py::array& u, const py::array& lora_A, const py::array& offsets, const py::array& order,
+           const py::array& weights, const py::object& scale, double scaling, const py::object& ranks,
+           const py::object& dz, const py::object& router_weight, const py::array& dx) {
+          emu::Device device;
+          moa::BackwardParams p{};
+          fill(&device, &p, dx.shape(0), u, lora_A, offsets, order, weights, scale, scaling, ranks);
+          p.x_type = emu::dtype_of(dx);
+          p.in = dx.shape(1);
+          p.lora_A = device.in(lora_A);
+          p.u = const_cast<void*>(device.in(u));
+          p.dz = device.in(dz);
+          p.router_weight = device.in(router_weight);
+          p.dx = device.out(dx);
+          device.finish(moa::backward_expand_cuda(p, device.work(moa::backward_expand_work(p)), nullptr));
+        });
 }

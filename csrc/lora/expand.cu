@@ -232,7 +232,7 @@ __device__ __forceinline__ void stage_panel(const ExpandParams& p, T* to, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kExpandThreads) expand_mma(const ExpandParams p) {
+__global__ void __launch_bounds__(kExpandThreads, 4) expand_mma(const ExpandParams p) {
   using Shared = ExpandShared<T>;
   constexpr int kSize = Shared::kSize, kRanks = Shared::kRanks;
   MOA_DYNAMIC_SHARED(Shared, s);
@@ -245,9 +245,10 @@ __global__ void __launch_bounds__(kExpandThreads) expand_mma(const ExpandParams 
   each_run(p.c, token, rows, &s->runs, [&](int64_t e, int64_t begin, int64_t end) {
     const int64_t used = p.c.used(e);
     float router[2] = {0.0f, 0.0f};
-    for (int i = 0; p.dz != nullptr && i < 2; ++i) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       const int64_t o = o0 + column + 8 * i;
-      if (o < p.width) router[i] = static_cast<const float*>(p.router)[e * p.width + o];
+      if (p.dz != nullptr && o < p.width) router[i] = static_cast<const float*>(p.router)[e * p.width + o];
     }
     for (int64_t first = begin; first < end; first += kSize) {
       const int count = static_cast<int>(clamp(end - first, 0, kSize)), fragments = (count + 7) / 8;

@@ -58,4 +58,47 @@ MOA_BIND(m) {
           p.dx = device.out(dx);
           device.finish(moa::backward_expand_cuda(p, device.work(moa::backward_expand_work(p)), nullptr));
         });
+  m.def("gram", [](const py::array& x, const py::array& dy, const py::array& u, const py::array& h,
+                   const py::array& offsets, const py::array& order, const py::array& weights, const py::object& scale,
+                   double scaling, const py::object& ranks, const py::object& dz, const py::object& dA,
+                   const py::object& dB, const py::object& d_router) {
+    emu::Device device;
+    moa::BackwardParams p{};
+    const py::array adapter = dA.is_none() ? (dB.is_none() ? x : dB.cast<py::array>()) : dA.cast<py::array>();
+    fill(&device, &p, x.shape(0), u, adapter, offsets, order, weights, scale, scaling, ranks);
+    p.x_type = emu::dtype_of(x);
+    p.in = x.shape(1);
+    p.out = dy.shape(1);
+    p.x = device.in(x);
+    p.ldx = row_stride(x);
+    p.dy = device.in(dy);
+    p.lddy = row_stride(dy);
+    p.u = const_cast<void*>(device.in(u));
+    p.h = device.in(h);
+    p.dz = device.in(dz);
+    p.dA = device.out(dA);
+    p.dB = device.out(dB);
+    p.d_router = device.out(d_router);
+    device.finish(moa::gram_cuda(p, device.work(moa::gram_work(p)), nullptr));
+  });
+  m.def("router_backward", [](const py::array& x, const py::array& weight, const py::array& dz, const py::object& dx,
+                              const py::object& d_weight) {
+    emu::Device device;
+    moa::RouterBackwardParams p{};
+    p.x_type = emu::dtype_of(x);
+    p.tokens = x.shape(0);
+    p.in = x.shape(1);
+    p.experts = weight.shape(0);
+    p.x = device.in(x);
+    p.ldx = row_stride(x);
+    p.weight = device.in(weight);
+    p.dz = device.in(dz);
+    p.dx = device.out(dx);
+    p.d_weight = device.out(d_weight);
+    device.finish(moa::router_backward_cuda(p, device.work(moa::router_backward_work(p)), nullptr));
+  });
+  m.def("gram_plan", [](int64_t slots, int64_t experts) {
+    const auto p = moa::plan_cuda::gram(slots, experts);
+    return py::make_tuple(p.chunk, p.chunks, p.pieces);
+  });
 }

@@ -5,6 +5,7 @@ The mathematics is in :mod:`moa_ops.model.merging`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Merged:
-    """What was merged into the base: its update, and the base's own weights if they were kept."""
+    """What was merged into the base: its update, and those of the base's own weights that were kept."""
 
     adapter: LoraAdapter
-    originals: dict[str, nn.Parameter] | None
+    originals: dict[str, nn.Parameter]
 
 
 class Combining:
@@ -121,17 +122,20 @@ class Combining:
         for path, factors in adapter.modules.items():
             if not _sum(path, self.layers[path], factors).isfinite().all():
                 raise ValueError(f"merging makes weights of {path} that are not finite in their dtype")
-        originals = {path: _weight(path, self.layers[path]) for path in adapter.modules}
+        uses = Counter(id(p) for _, p in self.base_model.named_parameters(remove_duplicate=False))
+        weights_there = {path: _weight(path, self.layers[path]) for path in adapter.modules}
+        # One that is tied to another module's stays in memory anyway, and unmerging ties it again.
+        originals = {path: w for path, w in weights_there.items() if keep_original or uses[id(w)] > 1}
         for path, factors in adapter.modules.items():
             self._put_weight(path, _sum(path, self.layers[path], factors))
-        self.merged = Merged(adapter, originals if keep_original else None)
+        self.merged = Merged(adapter, originals)
 
     def unmerge_adapter(self: MoAModel) -> None:
         """Takes out of the base what :meth:`merge_adapter` put there; adapters act again."""
         if self.merged is None:
             raise ValueError("nothing is merged into the base")
         for path, factors in self.merged.adapter.modules.items():
-            if self.merged.originals is not None:
+            if path in self.merged.originals:
                 self._put_weight(path, self.merged.originals[path])
             else:
                 self._put_weight(path, _sum(path, self.layers[path], factors, sign=-1.0))

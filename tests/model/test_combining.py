@@ -194,13 +194,14 @@ def test_merging_in_bfloat16_rounds_once() -> None:
         assert (model.layers[path].weight != weight).float().mean() < 0.01  # ties of float32's own rounding
 
 
-def test_tied_embeddings_stay_when_the_head_is_merged() -> None:
+@pytest.mark.parametrize("keep_original", [True, False])
+def test_tied_embeddings_stay_when_the_head_is_merged(keep_original: bool) -> None:
     model = get_moa_model(build("gpt2"), MoAConfig(target_modules=["lm_head"], router_granularity="module"))
     model.add_adapter("a", r=2)
     nn.init.normal_(model.layers["lm_head"].lora_B)
     expected, embedding = run(model, "gpt2", "a"), model.base_model.transformer.wte.weight
     before = embedding.clone()
-    model.merge_adapter(["a"], keep_original=True)
+    model.merge_adapter(["a"], keep_original=keep_original)
     assert error(run(model, "gpt2"), expected) < 1e-5
     assert torch.equal(embedding, before)
     model.unmerge_adapter()

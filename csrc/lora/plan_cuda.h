@@ -26,8 +26,6 @@ constexpr int kTileRows = 64, kTileDepth = 64, kTileThreads = 128;
 constexpr int kNarrow = 2, kWide = 16;
 // Stages of the narrow and the wide tile: 4 of 11 KB at most; 3 of 32 KB at most, 97 KB, which sm_86 has.
 constexpr int stages(int frags) { return frags == kNarrow ? 4 : 3; }
-// Fragments' units of 1 KB (8 rows, 64 deep) in a stage; the router's fragments take three, one a term.
-constexpr int units(int frags) { return frags == kNarrow ? 6 : 24; }
 constexpr size_t tile_shared(int frags, int used_units) {
   return static_cast<size_t>(stages(frags)) * ((kTileRows * 2 * kTileDepth) + used_units * 1024 + 8 * 8 * 4);
 }

@@ -1,4 +1,5 @@
-// Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two launches.
+// Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two
+// launches.
 //
 //   1  dense.cu: planes [splits][tokens][E r + E], partial A_e x[t] of every expert and partial logits
 //   2  a block owns 8 tokens and 128 outputs, a thread one output. It adds the planes of its tokens' logits, selects (a

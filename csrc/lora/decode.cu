@@ -1,4 +1,5 @@
-// Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two launches.
+// Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two
+// launches.
 //
 //   1  dense.cu: planes [splits][tokens][E r + E], partial A_e x[t] of every expert and partial logits
 //   2  a block owns 8 tokens and 128 outputs, a thread one output. It adds the planes of its tokens' logits, selects (a
@@ -103,20 +104,31 @@ __device__ __forceinline__ void select(const DecodeLaunch& p, const A* z, int* i
   }
 }
 
-// <coef, row of B> over the ranks.
+// sum over slots and ranks of coef [slots][rank] times rows of B at output o. Loads of several slots are under way
+// together: at one token their latency is what there is to wait for.
 template <class A, class TA>
-__device__ __forceinline__ A dot_row(const A* coef, const TA* row, int rank, bool direct) {
+__device__ __forceinline__ A dot_rows(const DecodeLaunch& p, const A* coef, const int* ids, int slots, int64_t o) {
   constexpr int kChunk = 16 / sizeof(TA);
+  const int rank = static_cast<int>(p.rank), step = p.direct ? kChunk : 1, each = rank / step;
+  // Unused ranks of B may hold anything: they are not taken.
+  const auto used = [&](int e) { return p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank)); };
+  const auto row = [&](int e) { return static_cast<const TA*>(p.lora_B) + (e * p.out + o) * rank; };
   A sum = 0;
-  if (direct) {
-    for (int i = 0; i < rank; i += kChunk) {
+  if (p.direct) {
+#pragma unroll 4
+    for (int q = 0; q < slots * each; ++q) {
+      const int e = ids[q / each], i = q % each * kChunk, count = used(e) - i;
       alignas(16) TA b[kChunk];
-      *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(row + i);
+      *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(row(e) + i);
 #pragma unroll
-      for (int v = 0; v < kChunk; ++v) sum += coef[i + v] * static_cast<A>(to_acc(b[v]));
+      for (int v = 0; v < kChunk; ++v) sum += v < count ? coef[q * kChunk + v] * static_cast<A>(to_acc(b[v])) : A(0);
     }
   } else {
-    for (int i = 0; i < rank; ++i) sum += coef[i] * static_cast<A>(to_acc(row[i]));
+#pragma unroll 1
+    for (int q = 0; q < slots * each; ++q) {
+      const int e = ids[q / each], i = q % each;
+      if (i < used(e)) sum += coef[q] * static_cast<A>(to_acc(row(e)[i]));
+    }
   }
   return sum;
 }
@@ -127,7 +139,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeL
   MOA_DYNAMIC_SHARED(A, shared);
   const int experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);
   const int rank = static_cast<int>(p.rank);
-  A* const coef = shared;  // [kDecodeRows][round][rank]
+  A* const sums = shared;                               // [kDecodeRows][kDecodeThreads], each thread its own
+  A* const coef = sums + kDecodeRows * kDecodeThreads;  // [kDecodeRows][round][rank]
   A* const logits = coef + kDecodeRows * p.round * rank;
   A* const weights = logits + kDecodeRows * experts;
   int* const ids = reinterpret_cast<int*>(weights + kDecodeRows * k);
@@ -137,7 +150,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeL
   const int64_t o = blockIdx.x * static_cast<int64_t>(kDecodeThreads) + threadIdx.x;
   const bool there = o < p.out;
   T* const y = static_cast<T*>(p.y) + token * p.out + o;
-  A base[kDecodeRows], sum[kDecodeRows] = {};
+  A base[kDecodeRows];
 #pragma unroll
   for (int t = 0; t < kDecodeRows; ++t) base[t] = there && t < tokens ? to_acc(y[t * p.out]) : A(0);
 
@@ -157,22 +170,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeL
       coef[i] = row < used ? weights[t * k + j] * plane_sum<A>(p, token + t, int64_t{e} * rank + row) : A(0);
     }
     __syncthreads();
-#pragma unroll
-    for (int t = 0; t < kDecodeRows; ++t) {
-      if (t >= tokens || !there) continue;
-      for (int j = 0; j < slots; ++j) {
-        const int e = ids[t * k + first + j];
-        // Unused ranks of B may hold anything: they are not read.
-        const int used = p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank));
-        const TA* const row = static_cast<const TA*>(p.lora_B) + (e * p.out + o) * rank;
-        sum[t] += dot_row(coef + (t * slots + j) * rank, row, used, p.direct && used % (16 / sizeof(TA)) == 0);
-      }
+#pragma unroll 1
+    for (int t = 0; t < tokens && there; ++t) {
+      A* const sum = sums + t * kDecodeThreads + threadIdx.x;
+      const A more = dot_rows<A, TA>(p, coef + t * each, ids + t * k + first, slots, o);
+      *sum = first == 0 ? more : *sum + more;
     }
     __syncthreads();
   }
 #pragma unroll
   for (int t = 0; t < kDecodeRows; ++t)
-    if (there && t < tokens) y[t * p.out] = from_acc<T>(base[t] + sum[t]);
+    if (there && t < tokens) y[t * p.out] = from_acc<T>(base[t] + sums[t * kDecodeThreads + threadIdx.x]);
 }
 
 int64_t element_size(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
@@ -198,7 +206,8 @@ cudaError_t launch(const DecodeLaunch& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.out, kDecodeThreads)),
                   static_cast<unsigned>(plan_cuda::ceil_div(p.seg.tokens, kDecodeRows)));
   const size_t shared =
-      kDecodeRows * ((p.round * p.rank + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) + p.seg.top_k * sizeof(int));
+      kDecodeRows *
+      ((kDecodeThreads + p.round * p.rank + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) + p.seg.top_k * sizeof(int));
   if constexpr (sizeof(T) == 2) {
     if (p.adapter_type == DType::f32)
       return MOA_LAUNCH((decode_expand<T, float>), grid, kDecodeThreads, shared, stream, p);

@@ -2,9 +2,9 @@
 //
 //   h[t][e r + j] = A_e[j] x[t]      logits[t][e] = W_r[e] x[t]      x [tokens, in], A [E r, in], W_r [E, in]
 //
-// A block owns 64 tokens, a tile of columns and a split of the depth (plan_cuda.h). W_r is float32 and its products keep
-// that accuracy under 16-bit x (mma_tile.cuh). With planes, split s writes [s][token][A's rows, then the router's] for a
-// reader that adds them in order: decode.cu, or dense_sum below. No atomics; bitwise reproducible.
+// A block owns 64 tokens, a tile of columns and a split of the depth (plan_cuda.h). W_r is float32 and its products
+// keep that accuracy under 16-bit x (mma_tile.cuh). With planes, split s writes [s][token][A's rows, then the router's]
+// for a reader that adds them in order: decode.cu, or dense_sum below. No atomics; bitwise reproducible.
 //
 // Limits: any in; rows that are not whole 16-byte chunks take element loads.
 #include "lora/cuda.h"

@@ -1,16 +1,17 @@
 // The tile of tile.cuh on tensor cores: T bfloat16 or float16, 8 kFrags columns, float32 sums.
 //
 // Both operands pass through shared memory in stages of 64 k: rows of 128 bytes whose 16-byte chunks are exchanged by
-// chunk ^ (row % 8), so that neither copies nor ldmatrix meet a bank twice. A panel by columns stays as it lies, [k][n], and
-// is turned by ldmatrix_trans.
+// chunk ^ (row % 8), so that neither copies nor ldmatrix meet a bank twice. A panel by columns stays as it lies,
+// [k][n], and is turned by ldmatrix_trans.
 //
 // Products of one stage are summed on the tensor cores and then added to the total by ordinary additions: tensor cores
 // cut sums off instead of rounding them, which over thousands of k would show in the router's logits.
 //
-// Router rows are float32 and keep that accuracy: w = hi + mid + lo, three T terms of one accumulator. Three bfloat16 hold
-// 24 bits, so the products x hi, x mid, x lo are exact and sum to x w. float16 has the bits but not the range: each
-// row's 64 elements are scaled by a power of two that brings the largest to 2^14 .. 2^15, undone as the stage is added. A
-// tile of FFMAs would take E times longer than x's bytes from E = 16 on. x of inf gives NaN (inf times a term of 0).
+// Router rows are float32 and keep that accuracy: w = hi + mid + lo, three T terms of one accumulator. Three bfloat16
+// hold 24 bits, so the products x hi, x mid, x lo are exact and sum to x w. float16 has the bits but not the range:
+// each row's 64 elements are scaled by a power of two that brings the largest to 2^14 .. 2^15, undone as the stage is
+// added. A tile of FFMAs would take E times longer than x's bytes from E = 16 on. x of inf gives NaN (inf times a term
+// of 0).
 #pragma once
 #include "lora/tile.cuh"
 

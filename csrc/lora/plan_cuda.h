@@ -1,5 +1,6 @@
-// Every tuning decision of the LoRA kernels on a GPU, one function a decision. Host code that tests can call. The figures
-// are arithmetic for an H200 (132 multiprocessors, 4.3 TB/s from memory, L2 at about 5.5 TB/s), not measurements.
+// Every tuning decision of the LoRA kernels on a GPU, one function a decision. Host code that tests can call. The
+// figures are arithmetic for an H200 (132 multiprocessors, 4.3 TB/s from memory, L2 at about 5.5 TB/s), not
+// measurements.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,16 +27,14 @@ constexpr int kTileRows = 64, kTileDepth = 64, kTileThreads = 128;
 constexpr int kNarrow = 2, kWide = 16;
 // Stages of the narrow and the wide tile: 4 of 11 KB at most; 3 of 32 KB at most, 97 KB, which sm_86 has.
 constexpr int stages(int frags) { return frags == kNarrow ? 4 : 3; }
-// Fragments' units of 1 KB (8 rows, 64 deep) in a stage; the router's fragments take three, one a term.
-constexpr int units(int frags) { return frags == kNarrow ? 6 : 24; }
 constexpr size_t tile_shared(int frags, int used_units) {
   return static_cast<size_t>(stages(frags)) * ((kTileRows * 2 * kTileDepth) + used_units * 1024 + 8 * 8 * 4);
 }
 static_assert(tile_shared(kNarrow, kNarrow) <= 48 * 1024, "rank 16 needs no more than every kernel has");
 static_assert(tile_shared(kWide, 24) <= 99 * 1024, "sm_86, sm_89 and sm_120 have 99 KB");
 
-// Splits of the depth, so that about two blocks per multiprocessor are there: with fewer, the memory idles. A split has at
-// least 256 elements (its stages), and planes are summed by whoever reads them: 16 at most.
+// Splits of the depth, so that about two blocks per multiprocessor are there: with fewer, the memory idles. A split has
+// at least 256 elements (its stages), and planes are summed by whoever reads them: 16 at most.
 inline int64_t splits(int64_t blocks, int64_t depth) {
   const int64_t wanted = blocks >= kProcessors ? 1 : (2 * kProcessors) / most(blocks, 1);
   return most(1, least(least(wanted, 16), depth / (4 * kTileDepth)));
@@ -110,9 +109,9 @@ inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t w
   return p;
 }
 
-// Dense against grouped, for the shrink of a routing that is given: grouped reads x k times (2 x 67 MB, 31 us, at T = 8192,
-// in = 4096), dense once; its planes are E r wide, 4 MB a split at 128. On tensor cores 128 k columns, all of them for all
-// tokens, take less than the bytes saved. Few tokens: the sums are split, and planes would outweigh that.
+// Dense against grouped, for the shrink of a routing that is given: grouped reads x k times (2 x 67 MB, 31 us, at T =
+// 8192, in = 4096), dense once; its planes are E r wide, 4 MB a split at 128. On tensor cores 128 k columns, all of
+// them for all tokens, take less than the bytes saved. Few tokens: the sums are split, and planes would outweigh that.
 inline bool dense_shrink(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, bool half) {
   return half && top_k >= 2 && tokens >= 2048 && experts * rank <= least(128 * top_k, 256);
 }
@@ -125,8 +124,8 @@ inline bool decode(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank,
   return tokens <= kDecodeTokens && experts <= kDecodeExperts && top_k <= kDecodeTopK && rank <= kDecodeRank &&
          experts * rank * in * element_bytes <= (int64_t{16} << 20);
 }
-// A block of the second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes that
-// each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.
+// A block of the second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes
+// that each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.
 constexpr int kDecodeRows = 8, kDecodeThreads = 128;
 // Slots of a token whose coefficients are in shared memory together.
 constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }

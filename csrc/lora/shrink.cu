@@ -4,17 +4,18 @@
 //   B [E, out, rank]: one kernel, whose panel lies by rows or by columns (tile.cuh)
 //
 // A block owns 64 positions of one expert, 16 to 128 ranks and a split of the row's depth. x is gathered as it is read,
-// never permuted in memory; on the device a tile finds its expert by bisection of the offsets (plan_cuda.h says how tiles
-// are numbered). Positions behind the last expert are one more segment, which is filled with zeros, as are ranks that an
-// expert does not use; their rows of A are not read.
+// never permuted in memory; on the device a tile finds its expert by bisection of the offsets (plan_cuda.h says how
+// tiles are numbered). Positions behind the last expert are one more segment, which is filled with zeros, as are ranks
+// that an expert does not use; their rows of A are not read.
 //
-// Few tiles: splits write planes [split][slots][rank], and a second launch adds them in order. It also makes dw where one
-// block does not hold all ranks. No atomics; bitwise reproducible.
+// Few tiles: splits write planes [split][slots][rank], and a second launch adds them in order. It also makes dw where
+// one block does not hold all ranks. No atomics; bitwise reproducible.
 //
 // Forward, k experts a token, few rows of A in all: the dense pass (dense.cu) reads x once instead of k times, and
 // shrink_pick takes what was selected.
 //
 // What comes from outside is clamped where it becomes an address: offsets to the slots, order to the tokens, ranks.
+// What a routing that is none gives is not specified.
 // Limits: rank <= 256, slots < 2^31; any in and out, rows that are not whole 16-byte chunks take element loads.
 #include "lora/cuda.h"
 #include "lora/dense.cuh"

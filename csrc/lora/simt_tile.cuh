@@ -1,8 +1,8 @@
 // The tile of tile.cuh by multiply-adds: A float or double for everything, 8 kCols columns.
 //
-// Thread (ty, tx) of 16 x 8 owns rows ty + 16 i and columns tx + 8 j. Rows of shared memory are 32 k and 16 bytes long, so
-// that eight neighbouring rows lie in different banks. Products of 32 k are summed apart and then added to the total:
-// one run over thousands of k would round to more than 1e-6 of the norm in float32.
+// Thread (ty, tx) of 16 x 8 owns rows ty + 16 i and columns tx + 8 j. Rows of shared memory are 32 k and 16 bytes long,
+// so that eight neighbouring rows lie in different banks. Products of 32 k are summed apart and then added to the
+// total: one run over thousands of k would round to more than 1e-6 of the norm in float32.
 #pragma once
 #include "lora/tile.cuh"
 

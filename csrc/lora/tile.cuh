@@ -2,9 +2,9 @@
 //
 //   c[m][n] = sum over k in [k0, k1) of row_m[k] panel_n[k]
 //
-// Rows are pointers, null for none, so that the caller gathers as it likes. What a panel lacks counts as zero, and nothing
-// is read outside [k0, k1) or beyond the panel's rows. Two forms: tensor cores for 16-bit x (mma_tile.cuh), plain
-// multiply-adds for float32 and float64 (simt_tile.cuh).
+// Rows are pointers, null for none, so that the caller gathers as it likes. What a panel lacks counts as zero, and
+// nothing is read outside [k0, k1) or beyond the panel's rows. Two forms: tensor cores for 16-bit x (mma_tile.cuh),
+// plain multiply-adds for float32 and float64 (simt_tile.cuh).
 #pragma once
 #include "common/device.cuh"
 #include "lora/plan_cuda.h"
@@ -23,8 +23,8 @@ struct Panel {
   int router_rows;
 };
 
-// A chunk of 16 bytes of shared memory from n elements (8 or more: all) at src; the rest zero. Where it can, the copy is
-// asynchronous: cp_async_wait and a barrier deliver both kinds.
+// A chunk of 16 bytes of shared memory from n elements (8 or more: all) at src; the rest zero. Where it can, the copy
+// is asynchronous: cp_async_wait and a barrier deliver both kinds.
 template <class T, class S>
 __device__ __forceinline__ void stage_chunk(T* shared, const S* src, int64_t n, bool direct) {
   constexpr int kChunk = 16 / sizeof(T);

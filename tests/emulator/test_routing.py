@@ -138,8 +138,8 @@ def test_experts_and_tokens(emulator: ModuleType, rng, experts: int, tokens: int
 
 @pytest.mark.parametrize("experts", [1, 3, 32, 65, 129, 513])
 def test_every_expert_selected(emulator: ModuleType, rng, experts: int) -> None:
-    for score_func, norm in FLAGS:
-        check_topk(emulator, normal(rng, 3, experts), experts, score_func, norm)
+    for score_func, norm in FLAGS if experts < 200 else FLAGS[:1]:
+        check_topk(emulator, normal(rng, 3 if experts < 200 else 1, experts), experts, score_func, norm)
 
 
 def test_4096_experts(emulator: ModuleType, rng) -> None:

@@ -126,7 +126,7 @@ def plant(file: str, tests: str, unit: str | None = None):
 
 # What a failure's report says: numbers far from the reference, or a crash; a stray access; a race.
 WRONG = r"error (inf|nan|\d)|not equal|assert |exit status -|behind the end of a buffer"
-OUT = "out of bounds|AddressSanitizer|behind the end of a buffer"
+OUT = "out of bounds|AddressSanitizer|behind the end of a buffer|no buffer in global memory"
 RACE = "a race: this thread"
 
 

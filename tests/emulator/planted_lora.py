@@ -1,20 +1,117 @@
-"""Bugs in shrink, the dense pass and decode."""
+"""Bugs in the LoRA kernels."""
 
-from emulator.mutations import RACE, WRONG, plant
+from emulator.mutations import OUT, RACE, WRONG, plant
 
-RANKS = "test_shrink.py -k 'test_ranks and (16-bf16 or 64-f32)'"
+TILE = "test_shrink.py -k '(test_ranks and bf16) or (test_widths and bf16 and (129 or 640))'"
+UNEVEN = "test_shrink.py -k 'test_uneven_segments and bf16'"
 
-mma = plant("csrc/lora/mma_tile.cuh", RANKS, unit="csrc/lora/shrink.cu")
-mma("mma-missing-wait", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", "plain:0", WRONG)
-mma("mma-missing-barrier", "__syncthreads();  // this stage", "// this stage", "tsan:0", RACE)
-mma("mma-swapped-fragment", "{b[0], b[1]}", "{b[1], b[0]}", "plain:0", WRONG)
-
-shrink = plant("csrc/lora/shrink.cu", RANKS)
-shrink(
-    "shrink-segment-tail",
-    "clamp(left, 0, kRows)",
-    "clamp(left + 1, 0, kRows)",
-    "plain:0",
-    "behind the end of a buffer",
+tile = plant("csrc/lora/mma_tile.cuh", TILE, unit="csrc/lora/shrink.cu")
+tile("tile-missing-wait", "      cp_async_wait<kStages - 2>();\n", "", "plain:0", WRONG)
+tile(
+    "tile-wait-too-short", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", "plain:0", WRONG
 )
-shrink("shrink-dot-of-half-a-quad", "warp_sum<4>(sum)", "warp_sum<2>(sum)", "plain:0", WRONG)
+tile(
+    "tile-missing-barrier",
+    "      __syncthreads();  // this stage is there; everybody has left the one that is filled next\n",
+    "",
+    "tsan:0",
+    RACE,
+)
+tile(
+    "tile-stage-in-use",
+    "slot == 0 ? kStages - 1 : slot - 1, rows",
+    "slot, rows",
+    "tsan:0",
+    f"{RACE}|delivered",
+)
+tile(
+    "tile-swapped-a",
+    "16 * warp + lane % 16, 2 * step + lane / 16",
+    "16 * warp + lane / 2, 2 * step + lane % 2",
+    "plain:0",
+    WRONG,
+)
+tile("tile-swapped-b", "{b[0], b[1]}", "{b[1], b[0]}", "plain:0", WRONG)
+tile(
+    "tile-swapped-c",
+    "total[i][2 * half], total[i][2 * half + 1]",
+    "total[i][half], total[i][half + 2]",
+    "plain:0",
+    WRONG,
+)
+tile("tile-not-zeroed", "total[f][i] = 0.0f;", "static_cast<void>(0);", "plain:0", WRONG)
+tile("tile-part-kept", "float part[4] = {0.0f, 0.0f, 0.0f, 0.0f}", "float part[4]", "plain:0", WRONG)
+tile("tile-last-step", "(k1 - k0 + kDepth - 1) / kDepth", "(k1 - k0) / kDepth", "plain:0", WRONG)
+tile(
+    "tile-panel-k-tail",
+    "row < panel.rows ? k1 - (k + 8 * chunk) : 0;\n        stage",
+    "row < panel.rows ? 8 : 0;\n        stage",
+    "plain:0",
+    f"{WRONG}|{OUT}",
+)
+tile(
+    "tile-panel-rows",
+    "row < panel.rows ? k1 - (k + 8 * chunk) : 0;\n        stage",
+    "k1 - (k + 8 * chunk);\n        stage",
+    "asan:0",
+    OUT,
+)
+plant("csrc/lora/mma_tile.cuh", "test_shrink.py -k no_bank_conflicts", unit="csrc/lora/shrink.cu")(
+    "tile-no-swizzle", "((chunk ^ (row & 7)) * 8)", "(chunk * 8)", "plain:0", "bank conflicts"
+)
+
+shrink = plant("csrc/lora/shrink.cu", UNEVEN)
+shrink(
+    "shrink-past-the-segment",
+    "clamp(left, 0, kRows))",
+    "clamp(left + 1, 0, kRows))",
+    "tsan:0",
+    f"{WRONG}|{RACE}",
+)
+shrink("shrink-bisection", "at / kRows + mid) <= tile", "at / kRows + mid) < tile", "plain:0", WRONG)
+shrink(
+    "shrink-row-guard",
+    "if (m >= s.rows || n >= columns) return false;",
+    "if (n >= columns) return false;",
+    "tsan:0",
+    f"{OUT}|{RACE}",
+)
+shrink(
+    "shrink-no-zeros",
+    "return place.clear(p);\n  const auto element = [&](int64_t i) -> const void* {\n    if",
+    "return;\n  const auto element = [&](int64_t i) -> const void* {\n    if",
+    "plain:0",
+    WRONG,
+)
+shrink("shrink-dot-lanes", "sum = warp_sum<4>(sum);", "sum = warp_sum<8>(sum);", "plain:0", WRONG)
+shrink("shrink-dot-not-written-once", "if (lane % 4 == 0) place.store_dot", "place.store_dot", "tsan:0", RACE)
+
+plant("csrc/lora/shrink.cu", TILE)(
+    "shrink-wrong-token",
+    "x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;\n  });\n  tile.frags",
+    "x + slot_at(p, place.s.begin + m) * p.ldx : nullptr;\n  });\n  tile.frags",
+    "plain:0",
+    f"{WRONG}|{OUT}",
+)
+
+decode = plant("csrc/lora/decode.cu", "test_decode.py -k 'test_tokens and bf16 or test_flags and f32'")
+decode(
+    "decode-missing-barrier",
+    "p.seg.experts * p.rank + i % experts);\n  __syncthreads();",
+    "p.seg.experts * p.rank + i % experts);",
+    "tsan:0",
+    RACE,
+)
+decode(
+    "decode-missing-syncwarp",
+    "    if (lane == 0) ids[j] = id;\n  }\n  __syncwarp();",
+    "    if (lane == 0) ids[j] = id;\n  }",
+    "tsan:0",
+    RACE,
+)
+plant("csrc/lora/decode.cu", "test_decode.py -k selection_is_that_of_topk")(
+    "decode-tie-break", "other_id < best_id", "other_id > best_id", "plain:0", WRONG
+)
+decode("decode-token-tail", "if (there && t < tokens) y", "if (there) y", "plain:0", f"{OUT}|{RACE}|{WRONG}")
+decode("decode-output-tail", "there = o < p.out", "there = o <= p.out", "asan:0", OUT)
+decode("decode-unused-planes", "s < p.splits; ++s", "s < p.splits - 1; ++s", "plain:0", WRONG)

@@ -97,11 +97,10 @@ struct Group {
     row[i] = kNone;
     factor[i] = A(0);
     if (i >= count) return;
-    const unsigned k = static_cast<unsigned>(c.top_k);
     const int64_t slot = c.slot_at(first + i);
-    const int64_t t = static_cast<unsigned>(slot) / k;
+    const int64_t t = c.token_of(slot);
     if (t < token || t >= token + rows) return;
-    const bool again = i > 0 && static_cast<unsigned>(c.slot_at(first + i - 1)) / k == t;
+    const bool again = i > 0 && c.token_of(c.slot_at(first + i - 1)) == t;
     row[i] = again ? kAgain : static_cast<int>(t - token);
     factor[i] = c.factor<A>(e, slot);
   }
@@ -213,8 +212,6 @@ struct ExpandShared {
   Runs runs;
 };
 static_assert(sizeof(ExpandShared<__half>) <= 56 * 1024, "four blocks a multiprocessor");
-
-__device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 64 + ((chunk ^ (row & 7)) * 8); }
 
 // `depth` ranks from j0 on, of which those below `used` are read.
 template <class T, class S>

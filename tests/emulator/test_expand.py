@@ -172,5 +172,15 @@ def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
             offsets, y = np.array(offsets, np.int32), unwritten(20, 64, dtype=dtype)
             emulator.expand(values, by_rows, offsets, order, weights, None, 1.0, ranks, None, None, y)
             emulator.backward_expand(
-                values, panels, offsets, order, weights, None, 1.0, ranks, normal(rng, 40), normal(rng, 3, 64), y
+                values,
+                panels,
+                offsets,
+                order,
+                weights,
+                None,
+                1.0,
+                ranks,
+                normal(rng, 40),
+                normal(rng, 3, 64),
+                y,
             )

@@ -69,7 +69,20 @@ def check(
         dB = unwritten(experts, out, rank, dtype=adapter) if need_b else None
         d_router = unwritten(experts, width, dtype=acc) if need_router else None
         emulator.gram(
-            x, dy, u, h, offsets, order, weights, scale, 0.5, ranks, dz if need_router else None, dA, dB, d_router
+            x,
+            dy,
+            u,
+            h,
+            offsets,
+            order,
+            weights,
+            scale,
+            0.5,
+            ranks,
+            dz if need_router else None,
+            dA,
+            dB,
+            d_router,
         )
         return dA, dB, d_router
 
@@ -144,7 +157,8 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "experts", "width", "pad"), [(0, 4, 8, 0), (1, 1, 1, 0), (7, 3, 33, 3), (65, 64, 40, 0), (1100, 5, 9, 0)]
+    ("tokens", "experts", "width", "pad"),
+    [(0, 4, 8, 0), (1, 1, 1, 0), (7, 3, 33, 3), (65, 64, 40, 0), (1100, 5, 9, 0)],
 )
 def test_router(
     emulator: ModuleType, rng, dtype: np.dtype, tokens: int, experts: int, width: int, pad: int
@@ -179,6 +193,4 @@ def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
         for offsets in ([0, 10, 20, 2400], [0, 2000, -7, 2**30], [5, 5, 5, -1], [2**31 - 1] * 4):
             offsets = np.array(offsets, np.int32)
             dA, dB = unwritten(3, 8, 16, dtype=dtype), unwritten(3, 16, 8, dtype=dtype)
-            emulator.gram(
-                x, x, u, u, offsets, order, weights, None, 1.0, ranks, dz, dA, dB, unwritten(3, 16)
-            )
+            emulator.gram(x, x, u, u, offsets, order, weights, None, 1.0, ranks, dz, dA, dB, unwritten(3, 16))

@@ -1,6 +1,6 @@
-"""Gram against float64: ``dA_e = Σ (s·w·u[p])ᵀ x[t]``, ``dB_e = Σ dy[t]ᵀ (s·w·h[p])``, ``d_router_e = Σ dz[p] x[t]``.
+"""Gram against float64.
 
-The router's own backward, ``dx += dz W`` and ``dW = dzᵀ x``, runs on the same kernels.
+``dA_e = Σ (s·w·u[p])ᵀ x[t]``, ``dB_e = Σ dy[t]ᵀ (s·w·h[p])`` and ``d_router_e = Σ dz[p] x[t]``. The router's own backward, ``dx += dz W`` and ``dW = dzᵀ x``, runs on the same kernels.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def test_uneven_segments(emulator: ModuleType, rng, dtype: np.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_experts_in_pieces(emulator: ModuleType, rng, dtype: np.dtype) -> None:
-    """Segments that end before, at and behind a chunk's end, over two and three chunks, and several in one."""
+    """Segments that end before, at and behind a chunk's end, over two and three chunks, several in one."""
     chunk, chunks, _ = emulator.gram_plan(3000, 6)
     assert (chunk, chunks) == (1024, 3)
     for rows in ([0, 3000], [1023, 1, 1977], [1024, 1024, 952], [1025, 30, 2, 1943], [5, 2100, 0, 600, 200]):

@@ -26,6 +26,9 @@ struct Coefficients {
   __device__ __forceinline__ int64_t slot_at(int64_t position) const {
     return order == nullptr ? position : clamp(order[position], 0, slots - 1);
   }
+  __device__ __forceinline__ int64_t token_of(int64_t slot) const {  // 32 bits: a division of 64 is many instructions
+    return static_cast<unsigned>(slot) / static_cast<unsigned>(top_k);
+  }
   __device__ __forceinline__ int64_t used(int64_t e) const {
     return ranks == nullptr ? rank : clamp(ranks[e], 0, rank);
   }
@@ -56,6 +59,10 @@ inline Coefficients coefficients_of(const RouterBackwardParams& p) {
   c.scaling = 1.0;
   return c;
 }
+
+// Rows of 64 16-bit elements in shared memory, their 16-byte chunks exchanged so that neither copies nor ldmatrix meet a
+// bank twice.
+__device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 64 + ((chunk ^ (row & 7)) * 8); }
 
 inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
 

@@ -13,7 +13,7 @@
 // that no element of the tile is added to by two threads.
 //
 // Limits: slots < 2^31; any rank (the router's has E), any width.
-#include "lora/combine.cuh"
+#include "lora/positions.cuh"
 
 namespace moa {
 namespace {
@@ -34,85 +34,7 @@ struct ExpandParams {
   int64_t ldbase;
   const void* bias;  // [width] or null
   void* y;           // [tokens, width]
-};
-
-// ---- which positions a block takes ----
-
-// The first position in [lo, hi) whose slot is not below `slot`.
-__device__ __forceinline__ int64_t lower_bound(const Coefficients& c, int64_t lo, int64_t hi, int64_t slot) {
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2;
-    if (c.slot_at(mid) < slot) {
-      lo = mid + 1;
-    } else {
-      hi = mid;
-    }
-  }
-  return lo;
-}
-
-struct Runs {  // shared: of kExpandThreads experts, the positions of this block's tokens
-  int begin[kExpandThreads], end[kExpandThreads];
-  unsigned some[kExpandThreads / kWarp];  // bit per expert: has any
-};
-
-// f(e, begin, end) for every expert with positions of tokens [token, token + rows); the whole block.
-template <class F>
-__device__ __forceinline__ void each_run(const Coefficients& c, int64_t token, int rows, Runs* runs, const F& f) {
-  for (int64_t first = 0; first < c.experts; first += kExpandThreads) {
-    const int64_t e = first + threadIdx.x;
-    int64_t begin = 0, end = 0;
-    if (e < c.experts) {
-      const int64_t lo = c.offset_at(e), hi = c.offset_at(e + 1);
-      begin = lower_bound(c, lo, hi, token * c.top_k);
-      end = lower_bound(c, begin, hi, (token + rows) * c.top_k);
-    }
-    __syncthreads();  // all have left the runs of before
-    runs->begin[threadIdx.x] = static_cast<int>(begin);
-    runs->end[threadIdx.x] = static_cast<int>(end);
-    const unsigned some = __ballot_sync(kFullMask, begin < end);
-    if (threadIdx.x % kWarp == 0) runs->some[threadIdx.x / kWarp] = some;
-    __syncthreads();
-    for (int warp = 0; warp < kExpandThreads / kWarp; ++warp) {
-      for (unsigned left = runs->some[warp]; left != 0; left &= left - 1) {
-        const int i = warp * kWarp + __ffs(static_cast<int>(left)) - 1;
-        f(first + i, static_cast<int64_t>(runs->begin[i]), static_cast<int64_t>(runs->end[i]));
-      }
-    }
-  }
-}
-
-// What positions first .. of an expert, kSize at most, add to the tile.
-template <class A, int kSize>
-struct Group {
-  int row[kSize];   // of the tile; kAgain: the token of the position before; kNone: not of this tile, or no position
-  A factor[kSize];  // w s
-  static constexpr int kNone = -1, kAgain = -2;
-
-  // One thread per position; the caller waits for them.
-  __device__ __forceinline__ void fill(const Coefficients& c, int64_t e, int64_t first, int count, int64_t token,
-                                       int rows) {
-    const int i = threadIdx.x;
-    if (i >= kSize) return;
-    row[i] = kNone;
-    factor[i] = A(0);
-    if (i >= count) return;
-    const unsigned k = static_cast<unsigned>(c.top_k);
-    const int64_t slot = c.slot_at(first + i);
-    const int64_t t = static_cast<unsigned>(slot) / k;
-    if (t < token || t >= token + rows) return;
-    const bool again = i > 0 && static_cast<unsigned>(c.slot_at(first + i - 1)) / k == t;
-    row[i] = again ? kAgain : static_cast<int>(t - token);
-    factor[i] = c.factor<A>(e, slot);
-  }
-  // Sum of value(i) over position i and those behind it of the same token; 0 where position i adds nothing itself.
-  template <class Value>
-  __device__ __forceinline__ A merged(int i, const Value& value) const {
-    if (row[i] < 0) return A(0);
-    A sum = value(i);
-    for (int q = i + 1; q < kSize && row[q] == kAgain; ++q) sum += value(q);
-    return sum;
-  }
+  bool pairs;        // 16-bit y, base and bias can be taken by two elements
 };
 
 // y of the tile: base and bias are added to the sums here and nowhere else.
@@ -122,6 +44,22 @@ __device__ __forceinline__ void store_tile(const ExpandParams& p, const Acc<T>* 
   using A = Acc<T>;
   const T* const base = static_cast<const T*>(p.base);
   const T* const bias = static_cast<const T*>(p.bias);
+  if constexpr (sizeof(T) == 2) {
+    const auto add = [](float2 sum, const T* from) {
+      const float2 more = unpack2<T>(*reinterpret_cast<const uint32_t*>(from));
+      return make_float2(sum.x + more.x, sum.y + more.y);
+    };
+    for (int i = threadIdx.x; p.pairs && i < rows * kExpandColumns / 2; i += kExpandThreads) {
+      const int row = i / (kExpandColumns / 2), column = 2 * (i % (kExpandColumns / 2));
+      const int64_t t = token + row, o = o0 + column;
+      if (o >= p.width) continue;
+      float2 sum = make_float2(tile[row * kLd + column], tile[row * kLd + column + 1]);
+      if (bias != nullptr) sum = add(sum, bias + o);
+      if (base != nullptr) sum = add(sum, base + t * p.ldbase + o);
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + t * p.width + o) = pack2<T>(sum.x, sum.y);
+    }
+    if (p.pairs) return;
+  }
   for (int i = threadIdx.x; i < rows * kExpandColumns; i += kExpandThreads) {
     const int row = i / kExpandColumns, column = i % kExpandColumns;
     const int64_t t = token + row, o = o0 + column;
@@ -145,8 +83,8 @@ __global__ void __launch_bounds__(kExpandThreads) expand_simt(const ExpandParams
   using Positions = Group<A, kRows>;
   MOA_SHARED(Positions, group, 1);
   MOA_SHARED(Runs, runs, 1);
-  const int64_t token = blockIdx.y * static_cast<int64_t>(kRows),
-                o0 = blockIdx.x * static_cast<int64_t>(kExpandColumns);
+  const int64_t token = blockIdx.x * static_cast<int64_t>(kRows),
+                o0 = blockIdx.y * static_cast<int64_t>(kExpandColumns);
   const int rows = static_cast<int>(clamp(p.tokens - token, 0, kRows));
   const int column = threadIdx.x % kExpandColumns, part = threadIdx.x / kExpandColumns;
   const int64_t o = o0 + column;
@@ -214,8 +152,6 @@ struct ExpandShared {
 };
 static_assert(sizeof(ExpandShared<__half>) <= 56 * 1024, "four blocks a multiprocessor");
 
-__device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 64 + ((chunk ^ (row & 7)) * 8); }
-
 // `depth` ranks from j0 on, of which those below `used` are read.
 template <class T, class S>
 __device__ __forceinline__ void stage_panel(const ExpandParams& p, T* to, int64_t e, int64_t o0, int64_t j0, int depth,
@@ -236,8 +172,8 @@ __global__ void __launch_bounds__(kExpandThreads, 4) expand_mma(const ExpandPara
   using Shared = ExpandShared<T>;
   constexpr int kSize = Shared::kSize, kRanks = Shared::kRanks;
   MOA_DYNAMIC_SHARED(Shared, s);
-  const int64_t token = blockIdx.y * static_cast<int64_t>(Shared::kRows);
-  const int64_t o0 = blockIdx.x * static_cast<int64_t>(kExpandColumns);
+  const int64_t token = blockIdx.x * static_cast<int64_t>(Shared::kRows);
+  const int64_t o0 = blockIdx.y * static_cast<int64_t>(kExpandColumns);
   const int rows = static_cast<int>(clamp(p.tokens - token, 0, Shared::kRows));
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, column = 16 * warp + lane / 4;
   for (int i = threadIdx.x; i < rows * Shared::kLd; i += kExpandThreads) s->tile[i] = 0.0f;
@@ -322,8 +258,8 @@ __global__ void __launch_bounds__(kExpandThreads, 4) expand_mma(const ExpandPara
 
 template <class T>
 cudaError_t launch_simt(const ExpandParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.width, kExpandColumns)),
-                  static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, plan_cuda::kExpandSimtRows)));
+  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, plan_cuda::kExpandSimtRows)),
+                  static_cast<unsigned>(plan_cuda::ceil_div(p.width, kExpandColumns)));
   return MOA_LAUNCH((expand_simt<T>), grid, kExpandThreads, 0, stream, p);
 }
 
@@ -339,13 +275,15 @@ cudaError_t launch_simt(const ExpandParams& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_mma(const ExpandParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.width, kExpandColumns)),
-                  static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, plan_cuda::kExpandRows)));
+  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, plan_cuda::kExpandRows)),
+                  static_cast<unsigned>(plan_cuda::ceil_div(p.width, kExpandColumns)));
   return MOA_LAUNCH((expand_mma<T>), grid, kExpandThreads, sizeof(ExpandShared<T>), stream, p);
 }
 
-cudaError_t launch(const ExpandParams& p, cudaStream_t stream) {
+cudaError_t launch(ExpandParams p, cudaStream_t stream) {
   if (!is_half(p.type)) return launch_simt(p, stream);
+  const auto words = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 4 == 0; };
+  p.pairs = p.width % 2 == 0 && p.ldbase % 2 == 0 && words(p.y) && words(p.base) && words(p.bias);
   if (p.tokens == 0 || p.width == 0) return cudaSuccess;
   return p.type == DType::bf16 ? launch_mma<__nv_bfloat16>(p, stream) : launch_mma<__half>(p, stream);
 }

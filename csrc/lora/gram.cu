@@ -25,13 +25,14 @@ struct GramParams {
   int64_t width;
   const void* x;  // [tokens, width], rows ldx apart
   int64_t ldx;
-  bool x_direct;
-  const void* dz;        // [slots] or null
-  void* out;             // G, or null: element (e, j, c) at e rank width + j out_j + c out_c
-  int64_t out_j, out_c;  //
-  bool out_f32;          // float32 under 16-bit x
-  void* d_router;        // [experts, width] accumulator type, or null
-  void* planes;          // [2 chunks, rank + 1, width] accumulator type; row `rank` is the router's
+  bool x_direct;   // rows are whole 16-byte chunks
+  bool exact;      // coefficients keep float32 under 16-bit x
+  const void* dz;  // [slots] or null
+  void* out;       // G, or null: element (e, j, c) at e rank width + j out_j + c out_c
+  int64_t out_j, out_c;
+  bool out_f32;    // float32 under 16-bit x
+  void* d_router;  // [experts, width] accumulator type, or null
+  void* planes;    // [2 chunks, rank + 1, width] accumulator type; row `rank` is the router's
   plan_cuda::Gram plan;
 };
 
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kGramThreads) gram_simt(const GramParams p) {
       const int row = i / kGramColumns;
       const int64_t from = c0 + i % kGramColumns;
       xs[i] = A(0);
-      if (row < count && from < p.width) xs[i] = to_acc(x[p.c.slot_at(first + row) / p.c.top_k * p.ldx + from]);
+      if (row < count && from < p.width) xs[i] = to_acc(x[p.c.token_of(p.c.slot_at(first + row)) * p.ldx + from]);
     }
     for (int i = threadIdx.x; i < kStage * kRanks; i += kGramThreads) {
       const int64_t at = first + i / kRanks, j = j0 + i % kRanks;
@@ -140,6 +141,96 @@ __global__ void __launch_bounds__(kGramThreads) gram_simt(const GramParams p) {
   }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) store_sum<T>(p, piece, j0 + part + i, c0 + column, total[i]);
+}
+
+// Tensor cores: 16 columns of x are the rows of a product, 8 ranks its columns, positions its depth; a warp has 16 columns
+// and all ranks of the block. Both operands lie by positions and are turned by ldmatrix_trans. dz keeps float32: ordinary
+// multiply-adds, in the first block of ranks only, two threads a column.
+template <class T>
+__global__ void __launch_bounds__(kGramThreads, 4) gram_mma(const GramParams p) {
+  constexpr int kStage = plan_cuda::kGramStage, kFrags = plan_cuda::kGramRanks / 8;
+  static_assert(kStage == 64 && kFrags == 8 && kGramColumns == 64 && kGramThreads == 128, "rows of 8 chunks");
+  MOA_SHARED(T, xs, kStage * 64);    // [positions][columns], chunks exchanged
+  MOA_SHARED(T, coef, kStage * 64);  // [positions][ranks], the same
+  MOA_SHARED(const T*, row, kStage);
+  MOA_SHARED(float, factor, kStage);
+  MOA_SHARED(float, dz, kStage);
+  const Piece piece = piece_of(p, blockIdx.z);
+  if (!piece.there) return;
+  const int64_t j0 = blockIdx.y * static_cast<int64_t>(8 * kFrags),
+                used = p.out == nullptr ? 0 : p.c.used(piece.expert);
+  const int64_t c0 = blockIdx.x * static_cast<int64_t>(kGramColumns);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int frags = static_cast<int>(clamp((used - j0 + 7) / 8, 0, kFrags)), pairs = 4 * frags;
+  const int column = threadIdx.x % kGramColumns, part = threadIdx.x / kGramColumns * (kStage / 2);
+  const bool router = p.dz != nullptr && blockIdx.y == 0;
+  const T* const x = static_cast<const T*>(p.x);
+  float total[kFrags][4] = {}, share = 0.0f;
+
+  for (int64_t first = piece.begin; first < piece.end && (frags > 0 || router); first += kStage) {
+    __syncthreads();  // all have left the stage of before
+    if (threadIdx.x < kStage) {
+      const int64_t at = first + threadIdx.x;
+      const bool here = at < piece.end;
+      const int64_t slot = here ? p.c.slot_at(at) : 0;
+      row[threadIdx.x] = here ? x + p.c.token_of(slot) * p.ldx : nullptr;
+      factor[threadIdx.x] = here ? p.c.factor<float>(piece.expert, slot) : 0.0f;
+      dz[threadIdx.x] = here && router ? static_cast<const float*>(p.dz)[at] : 0.0f;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kStage * 8; i += kGramThreads) {
+      const int at = i / 8, chunk = i % 8;
+      const int64_t n = row[at] == nullptr ? 0 : p.width - (c0 + 8 * chunk);
+      stage_chunk(xs + chunk_at(at, chunk), n > 0 ? row[at] + c0 + 8 * chunk : x, n, p.x_direct);
+    }
+    cp_async_commit();
+    for (int i = threadIdx.x; i < kStage * pairs; i += kGramThreads) {
+      const int at = i / pairs, pair = i % pairs;
+      const int64_t j = j0 + 2 * pair;
+      const auto value = [&](int64_t j) {
+        return row[at] == nullptr || j >= used ? 0.0f : factor[at] * p.c.value<float>(first + at, j);
+      };
+      *reinterpret_cast<uint32_t*>(coef + chunk_at(at, pair / 4) + pair % 4 * 2) = pack2<T>(value(j), value(j + 1));
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+
+    uint32_t a[kStage / 16][4];
+#pragma unroll
+    for (int step = 0; step < kStage / 16; ++step)
+      ldmatrix_x4_trans(a[step], xs + chunk_at(16 * step + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f) {
+      if (f >= frags) continue;
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int step = 0; step < kStage / 16; ++step) {
+        uint32_t b[2];
+        ldmatrix_x2_trans(b, coef + chunk_at(16 * step + lane % 16, f));
+        mma_m16n8k16<T>(sum, a[step], b);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[f][i] += sum[i];
+    }
+    if (router) {
+      float sum = 0.0f;
+      for (int i = part; i < part + kStage / 2; ++i) sum += dz[i] * to_acc(xs[chunk_at(i, column / 8) + column % 8]);
+      share += sum;
+    }
+  }
+#pragma unroll
+  for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t j = j0 + 8 * f + 2 * (lane % 4) + i % 2;
+      if (j < p.c.rank) store_sum<T>(p, piece, j, c0 + 16 * warp + lane / 4 + i / 2 * 8, total[f][i]);
+    }
+  if (!router) return;
+  float* const shares = reinterpret_cast<float*>(coef);
+  __syncthreads();
+  if (part > 0) shares[column] = share;
+  __syncthreads();
+  if (part == 0) store_sum<T>(p, piece, p.c.rank, c0 + column, share + shares[column]);
 }
 
 // A thread an element: the planes of the expert whose first piece is in chunk blockIdx.y, added in order.
@@ -182,6 +273,14 @@ cudaError_t launch_simt(const GramParams& p, cudaStream_t stream) {
   return MOA_LAUNCH((gram_simt<T>), grid, kGramThreads, 0, stream, p);
 }
 template <class T>
+cudaError_t launch_mma(const GramParams& p, cudaStream_t stream) {
+  using namespace plan_cuda;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.width, kGramColumns)),
+                  static_cast<unsigned>(p.out == nullptr ? 1 : most(1, ceil_div(p.c.rank, kGramRanks))),
+                  static_cast<unsigned>(p.plan.pieces));
+  return MOA_LAUNCH((gram_mma<T>), grid, kGramThreads, 0, stream, p);
+}
+template <class T>
 cudaError_t launch_finish(const GramParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div((p.c.rank + 1) * p.width, kGramThreads)),
                   static_cast<unsigned>(p.plan.chunks - 1));
@@ -189,7 +288,12 @@ cudaError_t launch_finish(const GramParams& p, cudaStream_t stream) {
 }
 template <class T>
 cudaError_t launch_type(const GramParams& p, cudaStream_t stream) {
-  const cudaError_t error = launch_simt<T>(p, stream);
+  cudaError_t error = cudaSuccess;
+  if constexpr (sizeof(T) == 2) {
+    error = p.exact ? launch_simt<T>(p, stream) : launch_mma<T>(p, stream);
+  } else {
+    error = launch_simt<T>(p, stream);
+  }
   if (error != cudaSuccess || p.plan.chunks <= 1) return error;
   return launch_finish<T>(p, stream);
 }
@@ -239,6 +343,7 @@ GramParams params_of_b(const BackwardParams& b) {
 // The router's: one segment of all tokens, whose ranks are the experts.
 GramParams params_of(const RouterBackwardParams& r) {
   GramParams p = params_of(r.x_type, coefficients_of(r), r.x, r.ldx, r.in);
+  p.exact = true;
   p.out = r.d_weight;
   p.out_f32 = is_half(r.x_type);
   return p;

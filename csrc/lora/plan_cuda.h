@@ -145,6 +145,9 @@ constexpr int kExpandRows = 128, kExpandPositions = 64, kExpandRanks = 64, kExpa
 constexpr int kGramColumns = 64, kGramThreads = 128;
 // Multiply-adds: 16 positions of 64 columns and of 16 ranks, 5 KB in float32; a thread has 8 ranks of a column.
 constexpr int kGramSimtStage = 16, kGramSimtRanks = 16;
+// Tensor cores: stages of 64 positions, 64 columns and 64 ranks, 8 KB each, leave four blocks and more on a multiprocessor;
+// a thread's sums of 64 ranks are 32 registers. x is read once for ranks up to 64.
+constexpr int kGramStage = 64, kGramRanks = 64;
 // Pieces of an expert's positions are cut at multiples of the chunk: 16 chunks keep the planes to 32 (8.4 MB at r = 16,
 // width 4096, against 134 MB of gathered x at T = 8192, k = 2) and give all tokens to one expert 16 times 64 blocks.
 // Below 1024 positions a piece is not worth a plane: 16 ranks of it are then written and read for 64 times its bytes.

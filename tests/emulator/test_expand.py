@@ -1,4 +1,7 @@
-"""Expand and combine against float64: ``y[t] = base[t] + bias + Σ w·s·B_e h[p]`` and ``dx[t] = Σ s·w·A_eᵀ u[p] + dz·W_e``."""
+"""Expand and combine against float64.
+
+``y[t] = base[t] + bias + Σ w·s·B_e h[p]`` and ``dx[t] = Σ s·w·A_eᵀ u[p] + dz·W_e``.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def check(
     ranks: np.ndarray | None = None,
     pad: int = 0,
 ) -> None:
-    """Forward with a base of rows ``width + pad`` apart, in place and without one; backward with and without a router."""
+    """Forward with a base of rows ``width + pad`` apart, in place, without; backward with and without a router."""
     tokens, k = ids.shape
     acc, adapter = accumulator(dtype), dtype if adapter is None else adapter
     offsets, order = sort(ids, experts)
@@ -172,5 +175,15 @@ def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
             offsets, y = np.array(offsets, np.int32), unwritten(20, 64, dtype=dtype)
             emulator.expand(values, by_rows, offsets, order, weights, None, 1.0, ranks, None, None, y)
             emulator.backward_expand(
-                values, panels, offsets, order, weights, None, 1.0, ranks, normal(rng, 40), normal(rng, 3, 64), y
+                values,
+                panels,
+                offsets,
+                order,
+                weights,
+                None,
+                1.0,
+                ranks,
+                normal(rng, 40),
+                normal(rng, 3, 64),
+                y,
             )

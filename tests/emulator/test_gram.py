@@ -1,6 +1,6 @@
-"""Gram against float64: ``dA_e = Σ (s·w·u[p])ᵀ x[t]``, ``dB_e = Σ dy[t]ᵀ (s·w·h[p])``, ``d_router_e = Σ dz[p] x[t]``.
+"""Gram against float64.
 
-The router's own backward, ``dx += dz W`` and ``dW = dzᵀ x``, runs on the same kernels.
+``dA_e = Σ (s·w·u[p])ᵀ x[t]``, ``dB_e = Σ dy[t]ᵀ (s·w·h[p])`` and ``d_router_e = Σ dz[p] x[t]``. The router's own backward, ``dx += dz W`` and ``dW = dzᵀ x``, runs on the same kernels.
 """
 
 from __future__ import annotations
@@ -69,7 +69,20 @@ def check(
         dB = unwritten(experts, out, rank, dtype=adapter) if need_b else None
         d_router = unwritten(experts, width, dtype=acc) if need_router else None
         emulator.gram(
-            x, dy, u, h, offsets, order, weights, scale, 0.5, ranks, dz if need_router else None, dA, dB, d_router
+            x,
+            dy,
+            u,
+            h,
+            offsets,
+            order,
+            weights,
+            scale,
+            0.5,
+            ranks,
+            dz if need_router else None,
+            dA,
+            dB,
+            d_router,
         )
         return dA, dB, d_router
 
@@ -121,7 +134,7 @@ def test_uneven_segments(emulator: ModuleType, rng, dtype: np.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_experts_in_pieces(emulator: ModuleType, rng, dtype: np.dtype) -> None:
-    """Segments that end before, at and behind a chunk's end, over two and three chunks, and several in one."""
+    """Segments that end before, at and behind a chunk's end, over two and three chunks, several in one."""
     chunk, chunks, _ = emulator.gram_plan(3000, 6)
     assert (chunk, chunks) == (1024, 3)
     for rows in ([0, 3000], [1023, 1, 1977], [1024, 1024, 952], [1025, 30, 2, 1943], [5, 2100, 0, 600, 200]):
@@ -144,7 +157,8 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "experts", "width", "pad"), [(0, 4, 8, 0), (1, 1, 1, 0), (7, 3, 33, 3), (65, 64, 40, 0), (1100, 5, 9, 0)]
+    ("tokens", "experts", "width", "pad"),
+    [(0, 4, 8, 0), (1, 1, 1, 0), (7, 3, 33, 3), (65, 64, 40, 0), (1100, 5, 9, 0)],
 )
 def test_router(
     emulator: ModuleType, rng, dtype: np.dtype, tokens: int, experts: int, width: int, pad: int
@@ -179,6 +193,4 @@ def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
         for offsets in ([0, 10, 20, 2400], [0, 2000, -7, 2**30], [5, 5, 5, -1], [2**31 - 1] * 4):
             offsets = np.array(offsets, np.int32)
             dA, dB = unwritten(3, 8, 16, dtype=dtype), unwritten(3, 16, 8, dtype=dtype)
-            emulator.gram(
-                x, x, u, u, offsets, order, weights, None, 1.0, ranks, dz, dA, dB, unwritten(3, 16)
-            )
+            emulator.gram(x, x, u, u, offsets, order, weights, None, 1.0, ranks, dz, dA, dB, unwritten(3, 16))

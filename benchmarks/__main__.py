@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, layer, machine, memory, overhead, plot, record, report, training
+from benchmarks import kernels, layer, machine, memory, model, overhead, plot, record, report, training
 from benchmarks.inputs import DTYPES
 from benchmarks.options import Options
 from benchmarks.record import Case
@@ -23,6 +23,7 @@ SECTIONS: dict[str, Callable[[Options], list[Case]]] = {
     "kernels": kernels.run,
     "memory": memory.run,
     "overhead": overhead.run,
+    "model": model.run,
 }
 FULL, QUICK = 12.0, 2.0  # seconds of timing per case
 

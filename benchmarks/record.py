@@ -13,8 +13,9 @@ from benchmarks.timer import measure
 SCHEMA = 1
 OURS = "moa_ops"  # the name of our variant in every case
 BASE = "nn.Linear"
+PLAIN = "plain model"  # the baseline of whole models
 GEMMS = "GEMMs, same FLOPs"
-NOT_OPPONENTS = (OURS, BASE, GEMMS)
+NOT_OPPONENTS = (OURS, BASE, PLAIN, GEMMS)
 
 
 @dataclass

@@ -5,7 +5,7 @@
 
 1. A small Llama over bytes is pretrained on text found on this machine.
 2. One LoRA per domain is trained, each alone, and saved as a file.
-3. They are composed into MoALinear layers, which share the base's weights.
+3. They are composed into one model, which shares the base's weights.
 4. One router per block learns the domain from half a window, teacher-forced: loss = LM + cross-entropy.
 5. The mixture is compared with the base, with the right adapter by id, and with one LoRA on mixed data.
 
@@ -18,7 +18,7 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -38,12 +38,13 @@ from evaluate import (
     slowdown,
     unigram_bits,
 )
-from inject import BASE, MoAConfig, MoAModel, get_moa_model
 from report import METHODS, Stages, bits_table, plot, print_samples, shares_table
 from rich.console import Console
 from rich.markup import escape
 from torch import nn
 from train import FAST, PROMPT, Settings, build_base, pretrain, share, train_adapter, train_router
+
+from moa_ops import MoAConfig, MoAModel, get_moa_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -86,7 +87,7 @@ def main() -> None:
                 single.add_adapter(name)
                 single.set_adapter(name)
                 train_adapter(single, [corpus.domains[name].adapt], settings.adapter_steps, settings, step)
-                single.save_adapter(arguments.out / "adapters" / name, name)
+                single.export_peft_adapter(name, arguments.out / "adapters" / name)
         with stages.stage("one LoRA on mixed data", len(DOMAINS) * settings.adapter_steps) as step:
             mixed = get_moa_model(share(base), config)
             mixed.add_adapter("mixed")
@@ -190,11 +191,12 @@ def properties(base: nn.Module, moa: MoAModel, corpus: Corpus, settings: Setting
     """What the composition promises, checked: no base copied, adapters removed and updated one by one."""
     weights = dict(base.named_parameters())
     shared = {p.data_ptr() for p in moa.base_model.parameters()} & {p.data_ptr() for p in weights.values()}
+    sizes = moa.num_parameters_by_kind()
     facts: dict[str, object] = {
         "base_parameters": sum(p.numel() for p in weights.values()),
         "base_tensors_copied": len(weights) - len(shared),
-        "parameters_per_adapter": sum(t.numel() for t in moa.adapter_tensors(DOMAINS[0])),
-        "router_parameters": sum(p.numel() for p in moa.routers.parameters()),
+        "parameters_per_adapter": sizes["adapters"] // len(moa.adapters),
+        "router_parameters": sizes["routers"],
     }
     probe = torch.cat([domain.heldout[:2] for domain in corpus.domains.values()])
 
@@ -204,8 +206,7 @@ def properties(base: nn.Module, moa: MoAModel, corpus: Corpus, settings: Setting
     others = torch.cat([corpus.domains[name].heldout[:4] for name in kept])
     before, others_before = score(routed_run(moa), windows).mean, score(routed_run(moa), others).mean
     by_id_before = outputs_by_id(moa, probe, list(DOMAINS))
-    fewer = get_moa_model(share(base), moa.config)
-    fewer.copy_from(moa)
+    fewer = share(moa)
     fewer.delete_adapter(gone)
     by_id_fewer = outputs_by_id(fewer, probe, kept)
     facts["deleted"] = {
@@ -216,14 +217,13 @@ def properties(base: nn.Module, moa: MoAModel, corpus: Corpus, settings: Setting
         "others_after": score(routed_run(fewer), others).mean,
         "others_by_id_identical": all(torch.equal(by_id_before[n], by_id_fewer[n]) for n in kept),
         "base_by_id_equals_plain": torch.equal(
-            by_id_run(fewer, BASE)(probe.long()).logits, base(input_ids=probe.long()).logits
+            by_id_run(fewer, "__base__")(probe.long()).logits, base(input_ids=probe.long()).logits
         ),
     }
 
     # One adapter is trained further inside the composition.
     name = DOMAINS[0]
-    updated = get_moa_model(share(base), moa.config)
-    updated.copy_from(moa)
+    updated = share(moa)
     updated.set_adapter(name)
     steps = max(4, settings.adapter_steps // 8)
     train_adapter(updated, [corpus.domains[name].adapt], steps, settings, lambda _: None, lr=1e-3, seed=4)
@@ -240,12 +240,10 @@ def properties(base: nn.Module, moa: MoAModel, corpus: Corpus, settings: Setting
 
 def speed(base: nn.Module, moa: MoAModel, config: MoAConfig, settings: Settings) -> dict[str, object]:
     """Tokens per second of the plain model, the mixture, and one with four times as many adapters."""
-    many = get_moa_model(share(base), config)
-    for number in range(4 * len(DOMAINS)):
-        many.add_adapter(f"adapter {number}")
-    for _, layer in many.adapted_layers():
+    many = get_moa_model(share(base), replace(config, num_experts=4 * len(DOMAINS)))
+    for layer in many.layers.values():
         nn.init.normal_(layer.lora_B, std=1e-3)
-    for router in many.routers:
+    for router in many.routers.values():
         nn.init.normal_(router.weight)
     names = {"moa": moa, f"moa_{4 * len(DOMAINS)}_adapters": many}
     return {**slowdown(base, names, settings.timing_rounds), "floor": arithmetic_floor(moa)}

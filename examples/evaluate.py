@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from corpus import CONTEXT, Corpus
-from inject import MoAModel
 from torch import Tensor, nn
 from train import PROMPT, Progress, prompt_mask
+
+from moa_ops import MoAModel
 
 BATCH = 16
 Run = Callable[[Tensor], Any]  # windows [B, S] -> the model's output
@@ -44,8 +45,8 @@ def score(run: Run, windows: Tensor, progress: Progress | None = None) -> Scores
             out.logits[:, PROMPT - 1 : -1].transpose(1, 2), batch[:, PROMPT:], reduction="none"
         )
         bits.append(loss.mean(1) / math.log(2))
-        if getattr(out, "router_logits", None):
-            choices.append(torch.stack([logits.argmax(-1) for logits in out.router_logits]))
+        if getattr(out, "moa_router_logits", None):
+            choices.append(torch.stack([logits.argmax(-1) for logits in out.moa_router_logits.values()]))
         if progress:
             progress(bits[-1].mean().item())
     return Scores(torch.cat(bits), torch.cat(choices, dim=1) if choices else None)
@@ -131,7 +132,7 @@ def slowdown(plain: nn.Module, mixtures: dict[str, MoAModel], rounds: int) -> di
 def arithmetic_floor(model: MoAModel) -> float:
     """Multiply-adds of the adapted linears with one adapter per token, over those without."""
     base = extra = 0
-    for _, layer in model.adapted_layers():
+    for layer in model.layers.values():
         base += layer.in_features * layer.out_features
         extra += layer.r * (layer.in_features + layer.out_features)
     return 1 + extra / base
@@ -143,7 +144,7 @@ def samples(model: MoAModel, corpus: Corpus, new_bytes: int, seed: int) -> dict[
     prompts = torch.stack(
         [domain.heldout[len(domain.heldout) // 2, :PROMPT].long() for domain in corpus.domains.values()]
     )
-    chosen = torch.stack([z.argmax(-1) for z in model(prompts).router_logits]).mode(0).values
+    chosen = torch.stack([z.argmax(-1) for z in model(prompts).moa_router_logits.values()]).mode(0).values
     torch.manual_seed(seed)
     text = model.generate(
         prompts,

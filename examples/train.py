@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from corpus import CONTEXT, Corpus, random_windows
-from inject import MoAModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from moa_ops import MoAModel
 
 PROMPT = 128  # bytes a router may read; bits per byte are counted on what follows
 Progress = Callable[[float], None]  # called after every step with the loss in bits per byte
@@ -78,8 +79,9 @@ def build_base(settings: Settings) -> LlamaForCausalLM:
 
 
 def share(model: nn.Module) -> nn.Module:
-    """A second module tree over the same parameters: adapters put into one do not show in the other."""
-    return copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+    """A second model over the same base weights, with adapters and routers of its own."""
+    own = {id(p) for name, p in model.named_parameters() if "lora_" in name or name.startswith("routers.")}
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters() if id(p) not in own})
 
 
 def pretrain(model: LlamaForCausalLM, stream: Tensor, settings: Settings, progress: Progress) -> None:
@@ -119,7 +121,6 @@ def train_adapter(
     seed: int = 2,
 ) -> None:
     """Trains the adapter that is set (``set_adapter``) on windows drawn evenly from ``streams``."""
-    model.set_trainable(experts=True, router=False)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed + seed)
     for step in range(steps):
@@ -144,9 +145,10 @@ def train_router(
 ) -> None:
     """Trains the routers alone, teacher-forced.
 
-    Every row is as long as a prompt and runs through its domain's adapter, weighted with the probability the
-    router gave it: so both the LM loss and the router's cross-entropy reach the router. The LM loss, whose
-    gradient has to come back through the whole model, is taken on every fifth step.
+    Every row is as long as a prompt and runs through its domain's adapter. On every fifth step the adapter is
+    weighted with the probability the router gave it, so that the LM loss reaches the router too, whose
+    gradient has to come back through the whole model; on the others its weight is 1, and only the router's
+    cross-entropy counts.
     """
     model.set_trainable(experts=False, router=True)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -159,11 +161,13 @@ def train_router(
             [random_windows(corpus.domains[names[e]].adapt, 1, PROMPT, generator) for e in ids]
         )
         labels = windows if step % 5 == 0 else None
+        model.update_routing(norm_topk_prob=labels is None)
         out = model(windows, labels=labels, domain_ids=ids, routing_mode="teacher_forced")
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         progress(out.moa_losses["router"].item() / math.log(2))
+    model.update_routing(norm_topk_prob=False)
 
 
 def prompt_mask(windows: Tensor) -> Tensor:

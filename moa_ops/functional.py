@@ -229,6 +229,9 @@ def segment_lora(
     lora_A, lora_B, routing.weights and base. Under autocast, x and base are cast to its dtype. Raises
     ``ValueError`` and ``TypeError`` for arguments that do not fit together.
     """
+    y = _at_once(x, None, None, base, lora_A, lora_B, routing, scaling, ranks)
+    if y is not None:
+        return y
     x, base = _autocast(x, base)
     return _moa_linear(x, None, None, base, lora_A, lora_B, routing, scaling, ranks)
 
@@ -249,8 +252,49 @@ def moa_linear(
     weight: ``[out, in]``, bias: ``[out]`` or None, in x's dtype. Differentiable in them too, where they
     require it. The rest as in :func:`segment_lora`.
     """
+    y = _at_once(x, weight, bias, None, lora_A, lora_B, routing, scaling, ranks)
+    if y is not None:
+        return y
     x, weight, bias = _autocast(x, weight, bias)
     return _moa_linear(x, weight, bias, None, lora_A, lora_B, routing, scaling, ranks)
+
+
+def _at_once(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    routing: Routing,
+    scaling: float | Tensor,
+    ranks: Tensor | None,
+) -> Tensor | None:
+    """The common call without gradients: one operator, and nothing asked here that it asks itself.
+
+    A step of decoding is some 20 µs of kernels; checks in Python would cost as much again. ``None`` where
+    :func:`_moa_linear` has to look closer: something to convert, or to complain about in better words.
+    """
+    if torch.is_grad_enabled() or type(x) is not Tensor or not ops.has_checks(x) or under_autocast(x):
+        return None
+    expert_scaling, factor = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, scaling)
+    try:
+        return ops.segment_linear(
+            x,
+            weight,
+            bias,
+            base,
+            lora_A,
+            lora_B,
+            routing.weights,
+            routing.expert_offsets,
+            routing.order,
+            expert_scaling,
+            factor,
+            ranks,
+        )
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _moa_linear(
@@ -277,20 +321,18 @@ def _moa_linear(
             _check_shape(name, tensor, shape, meaning)
             _check_dtype(name, tensor, (x.dtype,))
 
-    rows = as_rows(x)
-    if base is not None:
-        base = as_rows(base)
     expert_scaling, factor = None, scaling
     if isinstance(scaling, Tensor):
         expert_scaling, factor = scaling.to(accumulation_dtype(x.dtype)), 1.0
     weights = routing.weights.to(accumulation_dtype(x.dtype))
-    gates = (weights, routing.indices, routing.expert_offsets, routing.order)
-    if needs_grad(rows, weight, bias, base, lora_A, lora_B, weights):
-        lora = (lora_A, lora_B, *gates, expert_scaling, factor, ranks)
-        y, _ = autograd.MoALinear.apply(rows, weight, bias, base, *lora)
-    else:
-        lora = (lora_A, lora_B, weights, *gates[2:], expert_scaling, factor, ranks)
-        y, _ = autograd.mixture(rows, weight, bias, base, *lora)
+    segments = (routing.expert_offsets, routing.order, expert_scaling, factor, ranks)
+    if not needs_grad(x, weight, bias, base, lora_A, lora_B, weights):
+        return ops.segment_linear(x, weight, bias, base, lora_A, lora_B, weights, *segments)
+    rows = as_rows(x)
+    if base is not None:
+        base = as_rows(base)
+    lora = (lora_A, lora_B, weights, routing.indices, *segments)
+    y, _ = autograd.MoALinear.apply(rows, weight, bias, base, *lora)
     return y if x.dim() == 2 else y.view(*leading, out_features)
 
 

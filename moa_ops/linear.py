@@ -17,6 +17,7 @@ from moa_ops.reference import accumulation_dtype
 from moa_ops.routing import Routing
 
 ROUTING_LEVELS = ("token", "sequence")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Router(nn.Module):
@@ -201,10 +202,25 @@ class MoALinear(nn.Module):
         self.routing_level, self.score_func, self.norm_topk_prob = routing_level, score_func, norm_topk_prob
         self.lora_dropout = lora_dropout
 
+        device, dtype = self._wrap_base(base, dtype)
+        self.lora_A = nn.Parameter(torch.empty(num_experts, r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(num_experts, self.out_features, r, device=device, dtype=dtype))
+        self.router = Router(self.in_features, num_experts, device)
+        self.reset_parameters()
+
+    def _wrap_base(
+        self, base: nn.Module, dtype: torch.dtype | None
+    ) -> tuple[torch.device | None, torch.dtype]:
+        """Freezes the base and shares its parameters, or keeps it whole; device and dtype for adapters."""
         base.requires_grad_(False)
         weight = getattr(base, "weight", None)
         # Only what certainly computes F.linear is replaced by its parameters; anything else is called.
-        plain = type(base) is nn.Linear and "forward" not in vars(base)
+        plain = (
+            type(base) is nn.Linear
+            and type(weight) is nn.Parameter
+            and "forward" not in vars(base)
+            and not any(vars(base)[hooks] for hooks in _HOOKS)
+        )
         self.register_module("base_layer", None if plain else base)
         self.register_parameter("weight", base.weight if plain else None)
         self.register_parameter("bias", base.bias if plain else None)
@@ -214,10 +230,7 @@ class MoALinear(nn.Module):
                 isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
             )
             dtype = weight.dtype if floating else torch.get_default_dtype()
-        self.lora_A = nn.Parameter(torch.empty(num_experts, r, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(num_experts, self.out_features, r, device=device, dtype=dtype))
-        self.router = Router(self.in_features, num_experts, device)
-        self.reset_parameters()
+        return device, dtype
 
     def reset_parameters(self) -> None:
         """Fresh adapters and router: A uniform within ±1/√in, B zero (as LoRA), the router as ``nn.Linear``.
@@ -239,30 +252,27 @@ class MoALinear(nn.Module):
         if x.size(-1) != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}] (in_features), got shape {list(x.shape)}")
         # At one token the mixture is some 20 µs of kernels, and beside weights that have just swept the cache
-        # every Python object touched is a miss: so the common case comes first, reads little, and checks
+        # every Python object touched is a miss: so the common cases come first, read little, and check
         # nothing that the operators check.
         modules = self._modules
-        router = modules["router"]
         if (
-            routing is None
-            and mask is None
-            and router is not None
+            mask is None
             and modules["base_layer"] is None
-            and self.routing_level == "token"
             and not (self.lora_dropout and self.training)
             and "parametrizations" not in modules
         ):
             parameters = self._parameters
             weight = parameters["weight"]
-            if x.dtype is weight.dtype and not functional.under_autocast(x):
-                router_weight = router._parameters["weight"]
+            base_and_lora = (weight, parameters["bias"], parameters["lora_A"], parameters["lora_B"])
+            if x.dtype is not weight.dtype or functional.under_autocast(x):
+                pass
+            elif routing is not None:
+                return functional.moa_linear(x, *base_and_lora, routing, scaling=self.scaling)
+            elif (router := modules["router"]) is not None and self.routing_level == "token":
                 layer = (
                     x,
-                    weight,
-                    parameters["bias"],
-                    parameters["lora_A"],
-                    parameters["lora_B"],
-                    router_weight,
+                    *base_and_lora,
+                    router._parameters["weight"],
                     self.top_k,
                     SCORE_FUNCS[self.score_func],
                     self.norm_topk_prob,

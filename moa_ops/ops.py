@@ -2,7 +2,8 @@
 
 Schemas and CPU kernels come from the C++ library. Here each operator gains its fake (shapes and dtypes only,
 for ``torch.compile``, ``torch.export`` and ``FakeTensorMode``), and :mod:`moa_ops.reference` as its kernel on
-devices for which none was compiled. Gradients are attached in :mod:`moa_ops.autograd`.
+devices for which none was compiled; the two operators of a whole layer are composed of the others there.
+Gradients are attached in :mod:`moa_ops.autograd`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from torch import Tensor
 from moa_ops import _lib, reference  # noqa: F401  (_lib loads the C++ library)
 from moa_ops.reference import accumulation_dtype
 
-OPERATORS = (
+KERNELS = (
     "topk_routing",
     "topk_routing_backward",
     "sort_by_expert",
     "linear_routing",
     "segment_lora",
     "segment_lora_backward",
-    "routed_linear",
 )
 
 topk_routing = torch.ops.moa_ops.topk_routing.default
@@ -33,6 +33,7 @@ sort_by_expert = torch.ops.moa_ops.sort_by_expert.default
 linear_routing = torch.ops.moa_ops.linear_routing.default
 segment_lora = torch.ops.moa_ops.segment_lora.default
 segment_lora_backward = torch.ops.moa_ops.segment_lora_backward.default
+segment_linear = torch.ops.moa_ops.segment_linear.default
 routed_linear = torch.ops.moa_ops.routed_linear.default
 
 
@@ -41,7 +42,7 @@ def has_kernels(device_type: str) -> bool:
     their work.
     """
     key = device_type.upper()
-    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"moa_ops::{name}", key) for name in OPERATORS)
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"moa_ops::{name}", key) for name in KERNELS)
 
 
 # --------------------------------------------------------------------------- devices without compiled kernels
@@ -59,8 +60,64 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # "default" serves every device that has no kernel of its own, so compiled ones always take precedence.
-for _name in OPERATORS:
+for _name in KERNELS:
     torch.library.impl(f"moa_ops::{_name}", "default", plain(getattr(reference, _name)))
+
+
+def _compose_segment_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    expert_offsets: Tensor,
+    order: Tensor,
+    expert_scaling: Tensor | None,
+    scaling: float,
+    ranks: Tensor | None,
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if base is not None:
+        base = base.reshape(-1, base.shape[-1])
+    lora = (lora_A, lora_B, weights, expert_offsets, order, expert_scaling, scaling, ranks)
+    y, _ = segment_lora(rows, *lora, base, bias)
+    if weight is not None:
+        y.addmm_(rows, weight.t())
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _compose_routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    scaling: float,
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    _, weights, _, expert_offsets, order = linear_routing(
+        rows, router_weight, top_k, score_func, norm_topk_prob, None, None
+    )
+    lora = (lora_A, lora_B, weights, expert_offsets, order, None, scaling, None)
+    return _compose_segment_linear(x, weight, bias, None, *lora)
+
+
+torch.library.impl("moa_ops::segment_linear", "default", plain(_compose_segment_linear))
+torch.library.impl("moa_ops::routed_linear", "default", plain(_compose_routed_linear))
+
+# Whether a tensor's device has kernels, and with them checks of whatever they read.
+CUDA_KERNELS = has_kernels("cuda")
+
+
+def has_checks(x: Tensor) -> bool:
+    """Whether the operators check their arguments where x is: those that are plain PyTorch do not."""
+    return x.is_cpu or (x.is_cuda and CUDA_KERNELS)
 
 
 # ------------------------------------------------------------------------------------------------------ fakes
@@ -181,6 +238,27 @@ def _segment_lora_backward(
         grad(need_weights, weights),
         grad(need_router, router_weight),
     )
+
+
+@torch.library.register_fake("moa_ops::segment_linear")
+def _segment_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    expert_offsets: Tensor,
+    order: Tensor,
+    expert_scaling: Tensor | None,
+    scaling: float,
+    ranks: Tensor | None,
+) -> Tensor:
+    _check_devices(
+        x, weight, bias, base, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks
+    )
+    return x.new_empty(*x.shape[:-1], lora_B.shape[1])
 
 
 @torch.library.register_fake("moa_ops::routed_linear")

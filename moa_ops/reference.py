@@ -220,28 +220,6 @@ def segment_lora(
     return y.to(x.dtype), h
 
 
-def routed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    router_weight: Tensor,
-    top_k: int,
-    score_func: int,
-    norm_topk_prob: bool,
-    scaling: float,
-) -> Tensor:
-    """The whole layer ``[..., in]`` to ``[..., out]``, routed by :func:`linear_routing` of its own input."""
-    rows = x.reshape(-1, x.shape[-1])
-    _, weights, _, expert_offsets, order = linear_routing(
-        rows, router_weight, top_k, score_func, norm_topk_prob
-    )
-    base = torch.nn.functional.linear(rows, weight, bias)
-    y, _ = segment_lora(rows, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, base)
-    return y.view(*x.shape[:-1], y.shape[1])
-
-
 def segment_lora_backward(
     grad_y: Tensor,
     x: Tensor,

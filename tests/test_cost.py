@@ -85,6 +85,13 @@ def test_inference_is_one_operator() -> None:
     with CountCalls() as counter:
         layer.requires_grad_(False)(x)  # nothing needs a gradient: no autograd either
     assert counter.calls == ["moa_ops.routed_linear.default"]
+    _, routing = layer.route(x)
+    rows = x.view(4, 10, 32)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), CountCalls() as counter:
+            layer(x, routing=routing)
+            moa_ops.segment_lora(rows, layer.lora_A, layer.lora_B, routing)
+        assert counter.calls == ["moa_ops.segment_linear.default"] * 2
 
 
 def test_a_function_is_entered_only_for_gradients() -> None:

@@ -79,6 +79,18 @@ def test_demo_writes_plot_numbers_and_adapters(demo):
     assert numbers["environment"]["cpu_isa"] in printed
 
 
+def test_compose_routes_the_demos_adapters(demo, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
+    folder, command = demo[2], [str(EXAMPLES / "compose.py"), str(demo[2] / "base"), "--steps", "30"]
+    for name, text in (("python", EXAMPLES / "demo.py"), ("licences", ROOT / "LICENSE")):
+        command += ["--adapter", name, str(folder / "adapters" / name), str(text)]
+    printed = run(*command, cwd=tmp_path)
+    assert "read again: ['python', 'licences']" in printed
+    assert printed.count("by domain [[1.0, 0.0], [0.0, 1.0]]") >= 1
+    assert (tmp_path / "composed" / "python" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "composed" / "routing.png").exists()
+
+
 def test_corpus_splits_are_disjoint():
     """No paragraph occurs in two splits."""
     needs_demo_packages()

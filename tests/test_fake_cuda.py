@@ -185,7 +185,7 @@ def test_two_devices_are_refused() -> None:
 
 def test_kernels_are_said_to_be_there_only_where_all_are() -> None:
     registered = [
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"moa_ops::{name}", "CUDA") for name in ops.OPERATORS
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"moa_ops::{name}", "CUDA") for name in ops.KERNELS
     ]
     assert ops.has_kernels("cuda") == all(registered)
     assert ops.has_kernels("cpu")

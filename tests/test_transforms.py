@@ -48,6 +48,10 @@ def operator_calls(dtype: torch.dtype, tokens: int, optional: bool) -> list[tupl
         ("segment_lora_backward", (*backward, None, None, SOFTMAX, False, True, True, True, True, False)),
         ("segment_lora_backward", (*backward, None, None, SOFTMAX, False, False, True, False, True, False)),
         ("segment_lora_backward", (*routed, True, True, True, False, True)),
+        (
+            "segment_linear",
+            (p.x, weight if optional else None, p.bias, p.base, *lora[1:], p.expert_offsets, p.order, *scale),
+        ),
         ("routed_linear", (p.x, weight, p.bias, *lora[1:3], router, 2, SOFTMAX, True, p.scaling)),
     ]
 

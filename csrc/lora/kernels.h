@@ -52,12 +52,12 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
 
 // ---- expand-combine --------------------------------------------------------------------------------------------------
 // y[t][:] = base[t] + bias + sum over the token's slots of coef[p][:] times the expert's panel.
-// panel(e, col, cols, rows) sets the pointers to the expert's rows of packs, each `cols` packs long, and returns how
+// Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs, each `cols` packs long, and returns how
 // many there are; fetch(e, col, cols) is the memory it will read, prefetched while the expert before is at work. coef:
 // [slots, ldc] in sorted order, weight and scale folded in.
-template <class V, class T, class Panel, class Fetch>
+template <class V, class T, class Depth, class Panel, class Fetch>
 static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, int64_t width, T* y, const T* base,
-                   int64_t ldbase, const T* bias, const Panel& panel, const Fetch& fetch) {
+                   int64_t ldbase, const T* bias, const Depth& depth, const Panel& panel, const Fetch& fetch) {
   using Acc = typename V::Acc;
   using In = typename V::In;
   const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width);
@@ -80,7 +80,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
 
     auto segment = [&](int64_t e, int64_t* p0, int64_t* p1) {  // the expert's slots among this block's tokens
       *p0 = s.offsets[e];
-      *p1 = s.offsets[e + 1];
+      *p1 = depth(e) > 0 ? s.offsets[e + 1] : *p0;
       if (token_blocks == 1 || *p0 == *p1) return;
       *p0 = first_slot(s.order, *p0, *p1, t0 * s.top_k);
       *p1 = first_slot(s.order, *p0, *p1, t1 * s.top_k);
@@ -149,7 +149,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
     for (int64_t e = 0; e < s.experts; ++e) {
       const int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1], rank = depth(e);
       memset(tile, 0, rank * cols * sizeof(Acc));
-      for (int64_t p = p0; p < p1; p += plan::kGramRun) {
+      for (int64_t p = p0; rank > 0 && p < p1; p += plan::kGramRun) {
         const int64_t run = min64(plan::kGramRun, p1 - p);
         const int64_t steps = plan::ceil_div(run, V::kPack);
         Acc* out = p == p0 ? tile : run_tile;

@@ -171,7 +171,7 @@ struct Lora {
     coefficients(h, nullptr, false, coef);
     expand<V, TX>(
         s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
-        static_cast<const TX*>(f.bias),
+        static_cast<const TX*>(f.bias), [&](int64_t e) { return rank_of(e); },
         [&](int64_t e, int64_t c0, int64_t cols, const In** rows) { return b_panel(e, c0, cols, rows); },
         [&](int64_t e, int64_t c0, int64_t cols) {
           return Ahead(B + (e * p.out + c0) * p.rank, cols * p.rank * static_cast<int64_t>(sizeof(TA)));
@@ -215,6 +215,7 @@ struct Lora {
       if (b.dx != nullptr)
         expand<V, TX>(
             s, coef, ldc, p.in, static_cast<TX*>(b.dx), nullptr, 0, nullptr,
+            [&](int64_t e) { return router ? router_at + 1 : rank_of(e); },
             [&](int64_t e, int64_t c0, int64_t cols, const In** rows) {
               return a_panel(e, c0, cols, rows, router_weight);
             },
@@ -222,9 +223,9 @@ struct Lora {
       if (b.dA != nullptr || b.d_router != nullptr) {
         TA* dA = static_cast<TA*>(b.dA);
         Acc* d_router = static_cast<Acc*>(b.d_router);
-        const int64_t depth = router ? router_at + 1 : p.rank;
         gram<V, TX>(
-            s, coef, ldc, static_cast<const TX*>(p.x), p.ldx, p.in, [&](int64_t) { return depth; },
+            s, coef, ldc, static_cast<const TX*>(p.x), p.ldx, p.in,
+            [&](int64_t e) { return router ? router_at + 1 : rank_of(e); },
             [&](int64_t e, int64_t c0, int64_t cols, const Acc* tile) {
               const int64_t used = rank_of(e);
               for (int64_t j = 0; dA != nullptr && j < p.rank; ++j) {
@@ -244,7 +245,7 @@ struct Lora {
     coefficients(static_cast<const Acc*>(b.h), nullptr, false, coef);
     TA* dB = static_cast<TA*>(b.dB);
     gram<V, TX>(
-        s, coef, coef_ld(false), static_cast<const TX*>(b.dy), b.lddy, p.out, [&](int64_t) { return p.rank; },
+        s, coef, coef_ld(false), static_cast<const TX*>(b.dy), b.lddy, p.out, [&](int64_t e) { return rank_of(e); },
         [&](int64_t e, int64_t c0, int64_t cols, Acc* tile) {
           TA* out = dB + (e * p.out + c0) * p.rank;
           for (int64_t i = rank_of(e) * cols; i < p.rank * cols; ++i) tile[i] = Acc(0);

@@ -131,5 +131,35 @@ constexpr int kDecodeRows = 8, kDecodeThreads = 128;
 // Slots of a token whose coefficients are in shared memory together.
 constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
 
+// ---- Expand ----
+// 64 outputs: a row of 128 bytes in 16-bit types, one line.
+constexpr int kExpandColumns = 64, kExpandThreads = 128;
+// Multiply-adds: 32 tokens by 64 sums are 8 KB in float32 (16 KB in float64); 16 ranks of a thread's column are registers.
+constexpr int kExpandSimtRows = 32, kExpandSimtRanks = 16;
+// Tensor cores: a block reads the panels of its tokens' experts from L2, E r 64 elements at most, and y and base, 2 rows 64:
+// 128 rows make both 32 KB at E = 8, r = 16. Their float32 sums are 34 KB, panel and coefficients of 64 ranks and
+// 64 positions 8 KB each: four blocks in the 227 KB of a multiprocessor. A row of sums is 64 + 4 long, so that 4 pairs of
+// tokens by 8 outputs lie in 32 banks.
+constexpr int kExpandRows = 128, kExpandPositions = 64, kExpandRanks = 64, kExpandLd = kExpandColumns + 4;
+
+// ---- Gram ----
+constexpr int kGramColumns = 64, kGramThreads = 128;
+// Multiply-adds: 16 positions of 64 columns and of 16 ranks, 5 KB in float32; a thread has 8 ranks of a column.
+constexpr int kGramSimtStage = 16, kGramSimtRanks = 16;
+// Pieces of an expert's positions are cut at multiples of the chunk: 16 chunks keep the planes to 32 (8.4 MB at r = 16,
+// width 4096, against 134 MB of gathered x at T = 8192, k = 2) and give all tokens to one expert 16 times 64 blocks.
+// Below 1024 positions a piece is not worth a plane: 16 ranks of it are then written and read for 64 times its bytes.
+// Tiles as in shrink: expert e's start at floor(offsets[e] / chunk) + e.
+struct Gram {
+  int64_t chunk, chunks, pieces;
+};
+inline Gram gram(int64_t slots, int64_t experts) {
+  Gram p{};
+  p.chunk = most(1024, ceil_div(slots, 16));
+  p.chunks = ceil_div(slots, p.chunk);
+  p.pieces = slots / p.chunk + experts;
+  return p;
+}
+
 }  // namespace plan_cuda
 }  // namespace moa

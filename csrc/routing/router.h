@@ -51,7 +51,7 @@ static void router_backward(const RouterBackwardParams& p) {
   T* dx = static_cast<T*>(p.dx);
   if (dx != nullptr)
     expand<V, T>(
-        all, dz, p.experts, p.in, dx, dx, p.in, nullptr,
+        all, dz, p.experts, p.in, dx, dx, p.in, nullptr, [&](int64_t) { return p.experts; },
         [&](int64_t, int64_t col, int64_t, const In** rows) {
           for (int64_t e = 0; e < p.experts; ++e) rows[e] = weight + e * p.in + col;
           return p.experts;

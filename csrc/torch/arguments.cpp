@@ -139,7 +139,17 @@ Mixture::Mixture(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor&
   }
 }
 
-Output::Output(ForwardParams* p, const Adapters& a, const OptionalTensor& base_, const OptionalTensor& bias_) {
+OptionalTensor base_rows(const OptionalTensor& base, const Tensor& x) {
+  if (!base.has_value()) return base;
+  bool fits = base->dim() == x.dim();
+  for (int64_t i = 0; fits && i < x.dim() - 1; ++i) fits = base->size(i) == x.size(i);
+  STD_TORCH_CHECK(fits, "base has shape ", shape_of(*base), " beside x of shape ", shape_of(x),
+                  "; all dimensions but the last must be the same");
+  return as_rows(*base, "base");
+}
+
+Output::Output(ForwardParams* p, const Adapters& a, const OptionalTensor& base_, const OptionalTensor& bias_,
+               bool keep_h) {
   const int64_t tokens = p->seg.tokens;
   const ScalarType type = a.x.scalar_type();
   if (base_.has_value()) {
@@ -154,8 +164,9 @@ Output::Output(ForwardParams* p, const Adapters& a, const OptionalTensor& base_,
     p->bias = data<void>(*bias);
   }
   y = empty(a.place, {tokens, p->out}, type);
-  h = empty(a.place, {tokens * p->seg.top_k, p->rank}, a.acc);
   p->y = data<void>(y);
+  if (!keep_h) return;
+  h = empty(a.place, {tokens * p->seg.top_k, p->rank}, a.acc);
   p->h = data<void>(h);
 }
 

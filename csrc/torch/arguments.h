@@ -63,8 +63,13 @@ struct Output {
   OptionalTensor base, bias;
   Tensor y, h;
 
-  Output(ForwardParams* p, const Adapters& a, const OptionalTensor& base, const OptionalTensor& bias);
+  // Without keep_h, h is work memory that the caller sets.
+  Output(ForwardParams* p, const Adapters& a, const OptionalTensor& base, const OptionalTensor& bias,
+         bool keep_h = true);
 };
+
+// base [..., out] as [T, out], its leading dimensions those of x [..., in].
+OptionalTensor base_rows(const OptionalTensor& base, const Tensor& x);
 
 // The gradients, those that nobody needs empty. `dw` is there, too, where only the router needs it.
 struct Gradients {

@@ -2,8 +2,6 @@
 // current stream. What offsets, order, ids and ranks hold is not looked at here: the kernels take no address from them
 // that they have not checked (lora/cuda.h).
 #ifdef MOA_WITH_CUDA
-#include <vector>
-
 #include "lora/cuda.h"
 #include "torch/arguments.h"
 #include "torch/checks.h"
@@ -49,7 +47,7 @@ Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& 
   return {out.y, out.h};
 }
 
-// y = x W^T + beta y + bias, by torch's own GEMM; a y that is not kept is not read either.
+// y = x W^T + bias, or with `keep` y += x W^T, by torch's own GEMM; a y that is not kept is not read either.
 static void base_gemm(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool keep) {
   STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
   const Tensor columns = torch::stable::transpose(weight, 0, 1);
@@ -58,42 +56,27 @@ static void base_gemm(const Tensor& y, const Tensor& x, const Tensor& weight, co
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), add.get(), x.get(), columns.get(), beta, 1.0));
 }
 
-// The mixture of few tokens on top of the base, in two launches. False: it does not fit that path.
-static bool decode(DecodeParams* p, const Adapters& a, const Tensor& weight, const OptionalTensor& bias,
-                   const Tensor& y, CudaCall* call) {
-  if (!decode_fits(*p)) return false;
-  base_gemm(y, a.x, weight, bias, false);
-  p->y = data<void>(y);
-  MOA_CUDA_CHECK(decode_cuda(*p, call->work(decode_work(*p)), call->stream()));
-  return true;
-}
-
-// The mixture with its bias, and the base added to it, as on the CPU.
-static void mixture_and_base(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
-                             const Tensor& lora_B, const RouterArguments& router, DecodeParams* p, const Tensor& y,
-                             CudaCall* call) {
-  MOA_CUDA_CHECK(router_cuda(router.p, call->work(router_work(router.p)), call->stream()));
-  auto [gates, indices, offsets, order] = topk_routing_cuda(
-      router.logits, p->seg.top_k, static_cast<int64_t>(p->score_func), p->norm_topk_prob, std::nullopt, std::nullopt);
-  const Mixture a(p, x, lora_A, lora_B, gates, offsets, order, std::nullopt, std::nullopt);
-  Tensor h = empty(a.place, {p->seg.tokens * p->seg.top_k, p->rank}, a.acc);
-  OptionalTensor bias_row;
-  if (bias.has_value()) {
-    bias_row = dense(*bias);
-    p->bias = data<void>(*bias_row);
-  }
-  p->y = data<void>(y);
-  p->h = data<void>(h);
-  forward(*p, call);
-  base_gemm(y, a.x, weight, std::nullopt, true);
+Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const OptionalTensor& bias,
+                           const OptionalTensor& base, const Tensor& lora_A, const Tensor& lora_B,
+                           const Tensor& weights, const Tensor& expert_offsets, const Tensor& order,
+                           const OptionalTensor& expert_scaling, double scaling, const OptionalTensor& ranks) {
+  const Tensor x = as_rows(x_, "x");
+  CudaCall call(place_of(x));
+  ForwardParams p{};
+  const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
+  const DeviceAdapters adapters(&p, a, scaling);
+  if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
+  const Output out(&p, a, base_rows(base, x_), bias);
+  forward(p, &call);
+  // The mixture with its bias is there, and the base is added to it, as on the CPU.
+  if (weight.has_value()) base_gemm(out.y, a.x, *weight, std::nullopt, true);
+  return with_leading(out.y, x_);
 }
 
 Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                           const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
                           bool norm_topk_prob, double scaling) {
-  STD_TORCH_CHECK(x_.dim() >= 1, "x has no dimensions; expected [..., in]");
-  const int64_t dims = x_.dim();
-  const Tensor x = dims == 2 ? x_ : torch::stable::reshape(x_, {-1, x_.size(dims - 1)});
+  const Tensor x = as_rows(x_, "x");
   CudaCall call(place_of(x));
   DecodeParams p{};
   const Adapters a(&p, x, lora_A, lora_B);
@@ -102,20 +85,24 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
   check_tensor(weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
   if (bias.has_value()) check_tensor(*bias, "bias", a.place, {p.out}, x.scalar_type());
   check_topk(tokens, experts, top_k);
-  const RouterArguments router(a.x, router_weight);
   p.seg = {nullptr, nullptr, tokens, top_k, experts};
   p.scaling = scaling;
-  p.router_weight = router.p.weight;
   p.score_func = score_func_of(score_func);
   p.norm_topk_prob = norm_topk_prob;
-  const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
-  if (!decode(&p, a, weight, bias, y, &call))
-    mixture_and_base(a.x, weight, bias, a.lora_A, a.lora_B, router, &p, y, &call);
-  if (dims == 2) return y;
-  std::vector<int64_t> shape(dims);
-  for (int64_t i = 0; i < dims - 1; ++i) shape[i] = x_.size(i);
-  shape[dims - 1] = p.out;
-  return torch::stable::view(y, {shape.data(), shape.size()});
+  if (decode_fits(p)) {  // few tokens: two launches on top of the base
+    const Tensor router_rows = dense(router_weight);
+    p.router_weight = data<void>(router_rows);
+    const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
+    p.y = data<void>(y);
+    base_gemm(y, a.x, weight, bias, false);
+    MOA_CUDA_CHECK(decode_cuda(p, call.work(decode_work(p)), call.stream()));
+    return with_leading(y, x_);
+  }
+  const auto [logits, gates, indices, offsets, order] =
+      linear_routing_cuda(a.x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
+  const Tensor y = segment_linear_cuda(a.x, weight, bias, std::nullopt, lora_A, lora_B, gates, offsets, order,
+                                       std::nullopt, scaling, std::nullopt);
+  return with_leading(y, x_);
 }
 
 Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
@@ -173,6 +160,7 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
 
 STABLE_TORCH_LIBRARY_IMPL(moa_ops, CUDA, m) {
   m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cuda));
+  m.impl("segment_linear", TORCH_BOX(&moa::segment_linear_cuda));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cuda));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cuda));
 }

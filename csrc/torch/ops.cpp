@@ -4,7 +4,9 @@
 //   linear_routing          the same with logits = x W_r^T, which it returns too
 //   sort_by_expert          the sort alone, from ids [T, k] or [T]
 //   segment_lora            y = base + bias + sum of the slots' adapters; h [T * k, r] is A_e x, in sorted order
-//   routed_linear           the layer without gradients in one call: linear_routing, segment_lora, and + x W^T
+//   segment_linear          the layer without gradients in one call, its routing given: segment_lora, and + x W^T;
+//                           x and base [..., n]
+//   routed_linear           the same with its own router: linear_routing first
 //   segment_lora_backward   all gradients; with router_weight and logits also the router's (score_func: 0 softmax,
 //                           1 sigmoid). What is not needed comes back empty.
 #include "torch/ops.h"
@@ -49,6 +51,10 @@ STABLE_TORCH_LIBRARY(moa_ops, m) {
       "Tensor? router_weight, Tensor? logits, int score_func, bool norm_topk_prob, bool need_x, bool need_A, "
       "bool need_B, bool need_weights, bool need_router) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "segment_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor lora_A, Tensor lora_B, "
+      "Tensor weights, Tensor expert_offsets, Tensor order, Tensor? expert_scaling, float scaling, Tensor? ranks) "
+      "-> Tensor");
+  m.def(
       "routed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor router_weight, "
       "int top_k, int score_func, bool norm_topk_prob, float scaling) -> Tensor");
   m.def("cpu_isa() -> str");
@@ -62,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(moa_ops, CPU, m) {
   m.impl("sort_by_expert", TORCH_BOX(&moa::sort_by_expert_cpu));
   m.impl("linear_routing", TORCH_BOX(&moa::linear_routing_cpu));
   m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cpu));
+  m.impl("segment_linear", TORCH_BOX(&moa::segment_linear_cpu));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cpu));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cpu));
 }

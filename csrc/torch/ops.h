@@ -22,6 +22,10 @@ Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& l
                           const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
                           double scaling, const OptionalTensor& ranks, const OptionalTensor& base,
                           const OptionalTensor& bias);
+Tensor segment_linear_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& base, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
+                          const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
+                          double scaling, const OptionalTensor& ranks);
 Tensor routed_linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                          const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
                          bool norm_topk_prob, double scaling);

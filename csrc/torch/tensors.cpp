@@ -1,5 +1,7 @@
 #include "torch/tensors.h"
 
+#include <vector>
+
 namespace moa {
 
 std::string shape_of(const Tensor& t) {
@@ -69,6 +71,24 @@ void check_tensor(const Tensor& t, const char* what, const Place& place, std::in
 Tensor with_dense_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+Tensor as_rows(const Tensor& t, const char* what) {
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims >= 1, what, " has no dimensions; expected [..., features]");
+  if (dims == 2) return t;
+  int64_t rows = 1;
+  for (int64_t i = 0; i < dims - 1; ++i) rows *= t.size(i);
+  return torch::stable::reshape(t, {rows, t.size(dims - 1)});
+}
+
+Tensor with_leading(const Tensor& rows, const Tensor& x) {
+  const int64_t dims = x.dim();
+  if (dims == 2) return rows;
+  std::vector<int64_t> shape(dims);
+  for (int64_t i = 0; i < dims - 1; ++i) shape[i] = x.size(i);
+  shape[dims - 1] = rows.size(1);
+  return torch::stable::view(rows, {shape.data(), shape.size()});
 }
 
 Tensor empty(const Place& place, std::initializer_list<int64_t> shape, ScalarType type) {

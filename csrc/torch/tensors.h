@@ -41,6 +41,9 @@ void check_tensor(const Tensor& t, const char* what, const Place& place, std::in
 // t, or a copy of it whose rows (whole of it, for `dense`) are contiguous.
 Tensor with_dense_rows(const Tensor& t);
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// [..., n] as [T, n]; and [T, n] with the leading dimensions of x.
+Tensor as_rows(const Tensor& t, const char* what);
+Tensor with_leading(const Tensor& rows, const Tensor& x);
 // Elements from one row to the next of a 2-D tensor with dense rows.
 inline int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : t.size(1); }
 

@@ -19,8 +19,28 @@ possible). ``MOA_EMULATOR="plain:0 tsan:3"`` names the ways, variant:seed:
 ========= ===================================================================================================
 plain     fast; canaries around shared arrays and buffers; ldmatrix, cp.async and atomics check their bounds
 tsan      a race detector; every load and store checks its bounds; bank conflicts of plain loads and stores
-asan      AddressSanitizer and UBSan; ``test_asan.py`` runs every test again in a process of its own
+asan      AddressSanitizer and UBSan; ``test_asan.py`` runs every test again in processes of their own
 seed 0    threads run in index order, to the next barrier each
 seed > 0  blocks and warps in a random order, interleaved at shuffles, votes, copies and atomics
 ========= ===================================================================================================
+
+How it works. Each CUDA thread is a fiber; blocks run one after another. The last lane to reach a warp
+operation computes it for all (``collectives.h``, ``fragments.h``); lanes that meet in different lines,
+masks or operations, and waits that nobody can end, are errors that name the lines. Shared memory is fresh
+for every block and full of 0xFF: NaN, or -1. A ``cp.async`` poisons its destination and delivers at its
+wait, never earlier. Global memory is a copy of exactly the array's size. The build ``tsan`` uses the
+compiler's ThreadSanitizer instrumentation, with a run time of its own that knows CUDA's threads
+(``races.cpp``): no library is preloaded for it.
+
+Limits. It says nothing about speed. Threads never run at once, so there is no weak memory beyond what the
+race detector derives from barriers, fences and atomics, and a thread that spins until another has done
+something spins for ever. ``mma`` adds products one by one in float32, in another order than the hardware:
+compare with tolerances. The PTX in ``csrc/common/device.cuh`` is not run at all; ``vocabulary.cu`` says
+what it should do, from the PTX manual, and only a card can confirm it. wgmma, TMA and mbarrier are
+unknown here.
+
+``mutations.py`` plants bugs in the kernels (``planted_*.py``) and shows that the tests above catch each.
+After a change of a kernel a planted text may no longer be there: the test says so; plant it anew. A new
+kernel gets its own ``planted_<kernel>.py``: a missing barrier, wait, guard and mask, a swapped fragment,
+a plain add.
 """

@@ -13,7 +13,7 @@ from emulator import build
 
 # variant:seed, or cpu:0 and cuda:0 for the operators there (operators.py). AddressSanitizer has to be in the
 # process from its start: test_asan.py runs these tests again.
-WAYS = os.environ.get("MOA_EMULATOR", "plain:0 plain:7 tsan:0").split()
+WAYS = os.environ.get("MOA_EMULATOR", "plain:7 tsan:0").split()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

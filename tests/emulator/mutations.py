@@ -124,7 +124,9 @@ def plant(file: str, tests: str, unit: str | None = None):
     return add
 
 
-WRONG = r"AssertionError: .*error (inf|nan|\d)"  # far from float64
+# What a failure's report says: numbers far from the reference, or a crash; a stray access; a race.
+WRONG = r"error (inf|nan|\d)|not equal|assert |exit status -|behind the end of a buffer"
+OUT = "out of bounds|AddressSanitizer|behind the end of a buffer"
 RACE = "a race: this thread"
 
 

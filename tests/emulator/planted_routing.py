@@ -1,15 +1,14 @@
 """Bugs in the routing kernels."""
 
-from emulator.mutations import RACE, plant
+from emulator.mutations import RACE, WRONG, plant
 
-DIFFERENT = "not equal|assert |behind the end of a buffer|exit status -"
 SORT = "test_routing.py -k 'test_sort and (20011-513 or 1000-64 or 8192-4096)'"
 TOPK = "test_routing.py -k 'experts_and_tokens and (7-64 or 257-65 or 7-513) or ties or every_launch'"
 MASKED = "test_routing.py -k flags_and_dtypes"
 BACKWARD = "test_routing.py -k backward"
 
 sort = plant("csrc/routing/sort.cuh", SORT, unit="csrc/routing/sort.cu")
-sort("sort-rank-mask", "(1u << lane) - 1u", "(2u << lane) - 1u", "plain:0", DIFFERENT)
+sort("sort-rank-mask", "(1u << lane) - 1u", "(2u << lane) - 1u", "plain:0", WRONG)
 sort(
     "sort-missing-syncwarp",
     "static_cast<int32_t>(slot);\n      __syncwarp();",
@@ -17,10 +16,10 @@ sort(
     "tsan:0",
     RACE,
 )
-sort("sort-minus-one", "id >= 0 && id < experts", "id < experts", "plain:0", DIFFERENT)
-sort("sort-tail", "slot < end ? bin_of", "slot <= end ? bin_of", "plain:0", DIFFERENT)
-sort("sort-earlier-blocks", "start[bin] + before[bin]", "start[bin]", "plain:0", DIFFERENT)
-sort("sort-carry", "      carry += sum;\n", "", "plain:0", DIFFERENT)
+sort("sort-minus-one", "id >= 0 && id < experts", "id < experts", "plain:0", WRONG)
+sort("sort-tail", "slot < end ? bin_of", "slot <= end ? bin_of", "plain:0", WRONG)
+sort("sort-earlier-blocks", "start[bin] + before[bin]", "start[bin]", "plain:0", WRONG)
+sort("sort-carry", "      carry += sum;\n", "", "plain:0", WRONG)
 sort(
     "sort-missing-barrier-in-scan",
     "data[i] = before + upto - own;\n    __syncthreads();",
@@ -54,9 +53,9 @@ histogram(
 )
 
 topk = plant("csrc/routing/topk.cu", TOPK)
-topk("topk-tie-break", "key > best.key) best", "key >= best.key) best", "plain:0", DIFFERENT)
-topk("topk-slot-order", "    ids[j] = taken.id;", "    ids[k - 1 - j] = taken.id;", "plain:0", DIFFERENT)
-topk("topk-dead-groups-count", "token < last, bin_counts", "true, bin_counts", "plain:0", DIFFERENT)
+topk("topk-tie-break", "key > best.key) best", "key >= best.key) best", "plain:0", WRONG)
+topk("topk-slot-order", "    ids[j] = taken.id;", "    ids[k - 1 - j] = taken.id;", "plain:0", WRONG)
+topk("topk-dead-groups-count", "token < last, bin_counts", "true, bin_counts", "plain:0", WRONG)
 topk(
     "topk-early-exit",
     "route_token<A, L, V>(p, token < last ? token : last - 1, token < last, bin_counts);",
@@ -78,13 +77,13 @@ topk(
     "tsan:0",
     RACE,
 )
-topk("topk-not-zeroed", "bin_counts[bin] = 0;", "static_cast<void>(0);", "plain:0", DIFFERENT)
+topk("topk-not-zeroed", "bin_counts[bin] = 0;", "static_cast<void>(0);", "plain:0", WRONG)
 
 masked = plant("csrc/routing/topk.cu", MASKED)
-masked("topk-mask-ignored", "p.mask == nullptr || p.mask[token]", "true", "plain:0", DIFFERENT)
-masked("topk-minus-one-not-written", "    if (!routed) ids[j] = -1;\n", "", "plain:0", DIFFERENT)
+masked("topk-mask-ignored", "p.mask == nullptr || p.mask[token]", "true", "plain:0", WRONG)
+masked("topk-minus-one-not-written", "    if (!routed) ids[j] = -1;\n", "", "plain:0", WRONG)
 plant("csrc/routing/scores.cuh", "test_routing.py -k numbers_that_are_none", unit="csrc/routing/topk.cu")(
-    "topk-nan-last", "a != a ? 0x7fffffff :", "a != a ? -0x7fffffff :", "plain:0", DIFFERENT
+    "topk-nan-last", "a != a ? 0x7fffffff :", "a != a ? -0x7fffffff :", "plain:0", WRONG
 )
 
 backward = plant("csrc/routing/topk_backward.cu", BACKWARD)
@@ -97,4 +96,4 @@ backward(
     "AddressSanitizer",
 )
 backward("backward-wild-id", "id >= 0 && id < p.experts", "id >= 0", "asan:0", "AddressSanitizer")
-backward("backward-wrong-slot", "(dw[i] - n.c) / n.sum", "(dw[0] - n.c) / n.sum", "plain:0", DIFFERENT)
+backward("backward-wrong-slot", "(dw[i] - n.c) / n.sum", "(dw[0] - n.c) / n.sum", "plain:0", WRONG)

@@ -1,0 +1,65 @@
+// What expand.cu and gram.cu share: the coefficients of sorted positions, c[p] = w s v[p] of expert e's used ranks.
+//
+//   v [slots, rank] accumulator type (h or u); w = weights[order[p]], s = scaling scale[e], each 1 where null
+//
+// Without offsets there is one segment of all slots, without order position p is slot p: a dense product then, with one
+// "expert" whose rank is what is summed over (the router's backward). What comes from outside is clamped where it
+// becomes an address.
+#pragma once
+#include "lora/cuda.h"
+#include "lora/tile.cuh"
+
+namespace moa {
+
+struct Coefficients {
+  const int32_t *offsets, *order, *ranks;  // or null
+  int64_t experts, slots, top_k, rank;
+  const void* values;   // [slots, rank]
+  const void* weights;  // [slots] or null
+  const double* scale;  // [experts] or null
+  double scaling;
+
+  __device__ __forceinline__ int64_t offset_at(int64_t e) const {
+    if (offsets == nullptr) return e == 0 ? 0 : slots;
+    return clamp(offsets[e], 0, slots);
+  }
+  __device__ __forceinline__ int64_t slot_at(int64_t position) const {
+    return order == nullptr ? position : clamp(order[position], 0, slots - 1);
+  }
+  __device__ __forceinline__ int64_t used(int64_t e) const {
+    return ranks == nullptr ? rank : clamp(ranks[e], 0, rank);
+  }
+  // w s of a slot
+  template <class A>
+  __device__ __forceinline__ A factor(int64_t e, int64_t slot) const {
+    const A s = static_cast<A>(scaling * (scale == nullptr ? 1.0 : scale[e]));
+    return weights == nullptr ? s : s * static_cast<const A*>(weights)[slot];
+  }
+  template <class A>
+  __device__ __forceinline__ A value(int64_t position, int64_t j) const {
+    return static_cast<const A*>(values)[position * rank + j];
+  }
+};
+
+inline Coefficients coefficients_of(const LoraParams& p, const void* values) {
+  return {p.seg.offsets, p.seg.order, p.ranks, p.seg.experts, p.seg.tokens * p.seg.top_k, p.seg.top_k, p.rank,
+          values,        p.weights,   p.scale, p.scaling};
+}
+// The logits' gradients as coefficients of one segment of all tokens.
+inline Coefficients coefficients_of(const RouterBackwardParams& p) {
+  Coefficients c{};
+  c.experts = 1;
+  c.slots = p.tokens;
+  c.top_k = 1;
+  c.rank = p.experts;
+  c.values = p.dz;
+  c.scaling = 1.0;
+  return c;
+}
+
+inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
+
+// dx += dz W (expand.cu), for router_backward_cuda (gram.cu)
+cudaError_t router_dx_cuda(const RouterBackwardParams& p, cudaStream_t stream);
+
+}  // namespace moa

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moa_ops import _lib
+from moa_ops.ops import OPERATORS
 from moa_ops.version import __version__
 
 
@@ -44,6 +45,7 @@ def collect() -> dict[str, Any]:
             "why_not_built": build["cuda_note"] or None,
             "torch_cuda": torch.version.cuda,
             "devices": devices(),
+            "in_plain_pytorch": without_kernel("CUDA"),
         },
     }
 
@@ -54,6 +56,12 @@ def distribution_version() -> str:
         return installed_version("moa-ops")
     except PackageNotFoundError:
         return __version__
+
+
+def without_kernel(key: str) -> list[str]:
+    """Operators that have no compiled kernel under a dispatch key, so that plain PyTorch does their work."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [name for name in OPERATORS if not has(f"moa_ops::{name}", key)]
 
 
 def devices() -> list[str]:
@@ -72,6 +80,8 @@ def cuda_summary(cuda: dict[str, Any]) -> str:
     if not cuda["built"]:
         return f"not built: {cuda['why_not_built']}"
     built = f"built by CUDA {cuda['toolkit']} for {', '.join(cuda['architectures'])}"
+    if cuda["in_plain_pytorch"]:
+        built += f"; still in plain PyTorch: {', '.join(cuda['in_plain_pytorch'])}"
     if not cuda["torch_cuda"]:
         return f"{built}; not used: this torch is a CPU build"
     if not cuda["devices"]:

@@ -87,12 +87,18 @@ def test_info_values(facts: dict) -> None:
 def test_info_text(facts: dict) -> None:
     text = info.describe(facts)
     assert "scalar (forced by MOA_CPU_ISA=scalar)" in text
-    assert all(len(line) < 200 for line in text.splitlines())
+    assert all(len(line) < 300 for line in text.splitlines())
     ours = info.collect()
     assert f"{ours['cpu']['in_use']} (" in info.describe(ours)
 
 
-CUDA = {"built": True, "toolkit": "13.0", "architectures": ["90-real"], "why_not_built": None}
+CUDA = {
+    "built": True,
+    "toolkit": "13.0",
+    "architectures": ["90-real"],
+    "why_not_built": None,
+    "in_plain_pytorch": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +106,10 @@ CUDA = {"built": True, "toolkit": "13.0", "architectures": ["90-real"], "why_not
     [
         ({"built": False, "why_not_built": "nvcc was not found"}, "not built: nvcc was not found"),
         ({**CUDA, "torch_cuda": None, "devices": []}, "torch is a CPU build"),
+        (
+            {**CUDA, "torch_cuda": "13.0", "devices": [], "in_plain_pytorch": ["segment_lora"]},
+            "still in plain PyTorch: segment_lora",
+        ),
         ({**CUDA, "torch_cuda": "13.0", "devices": []}, "torch sees no CUDA device"),
         ({**CUDA, "torch_cuda": "13.0", "devices": ["NVIDIA H100 (sm_90)"]}, "devices: NVIDIA H100 (sm_90)"),
     ],

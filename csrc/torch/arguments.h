@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "lora/lora.h"
-#include "torch/tensors.h"
+#include "torch/checks.h"
 
 namespace moa {
 
@@ -47,7 +47,8 @@ struct Arguments : Adapters {
   Arguments(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B, const Tensor& w, const Tensor& off,
             const Tensor& ord, const OptionalTensor& expert_scaling, double scaling, const OptionalTensor& ranks_)
       : Adapters(p, x_, A, B, scaling),
-        weights((check_tensor(w, "weights", {x_.size(0), -1}, acc), dense(w))),
+        weights((check_tensor(w, "weights", {x_.size(0), -1}, acc), check_slots(w.size(0), w.size(1), A.size(0)),
+                 dense(w))),
         offsets((check_tensor(off, "expert_offsets", {A.size(0) + 1}, ScalarType::Int), dense(off))),
         order((check_tensor(ord, "order", {w.size(0) * w.size(1)}, ScalarType::Int), dense(ord))) {
     const int64_t experts = lora_A.size(0);

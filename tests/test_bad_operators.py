@@ -239,6 +239,16 @@ def test_routed_operators() -> None:
         raises(message, routed, **given)
 
 
+def test_more_slots_than_int32_counts() -> None:
+    """Refused before anything of that size is copied or read: all of it is one row, expanded."""
+    x, one = torch.randn(1, 8).expand(2**31, 8), torch.ones(1, 1).expand(2**31, 1)
+    order, lora = torch.zeros(1).int().expand(2**31), (torch.randn(1, 2, 8), torch.randn(1, 6, 2))
+    segments = (one, torch.zeros(2).int(), order, None, 1.0, None)
+    raises(r"2147483648 tokens x 1 .*route in pieces", moa.segment_lora, x, *lora, *segments, None, None)
+    raises(r"route in pieces", moa.segment_linear, x, None, None, None, *lora, *segments)
+    raises(r"route in pieces", moa.topk_routing, one, 1, SOFTMAX, False, None, None)
+
+
 def test_order_must_ascend_within_a_segment() -> None:
     """Kernels find an expert's slots in a block of tokens by bisection, so disorder leads them astray."""
     p = make_mixture(1500, 40, 24, 2, 2, 4)  # several blocks of tokens

@@ -149,3 +149,35 @@ def test_the_common_call_asks_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> 
             lora = (layer.lora_A, layer.lora_B, routing)
             moa_ops.segment_lora(x, *lora, scaling=torch.rand(3), ranks=torch.tensor([4, 0, 2]))
             moa_ops.moa_linear(x, layer.weight, None, *lora, scaling=torch.rand(3), ranks=torch.ones(3).int())
+
+
+def test_offsets_beyond_int32(isa: str) -> None:
+    """Tensors of more than 2³¹ elements, of which only the ends are touched: no page else is there."""
+    bf16, features, far = torch.bfloat16, 4096, 2**31 + 4096
+    experts, r = 2**15 + 1, 16  # lora_A and lora_B hold 2³¹ + 2¹⁶ elements
+    wide = torch.empty(experts * r * features, dtype=bf16)
+    lora_A, lora_B = wide.view(experts, r, features), torch.empty_like(wide).view(experts, features, r)
+    x, base, grad_y = (torch.empty_strided((2, features), (far, 1), dtype=bf16) for _ in range(3))
+    small = make_mixture(2, features, features, 2, 1, r, bf16)
+    small.indices = torch.tensor([[1], [0]])
+    small.expert_offsets, small.order = reference.sort_by_expert(small.indices, 2)
+    large = make_mixture(2, 1, 1, experts, 1, 1, bf16)
+    large.indices = torch.tensor([[experts - 1], [0]])
+    large.expert_offsets, large.order = reference.sort_by_expert(large.indices, experts)
+    large.weights = small.weights
+    large.x, large.base, large.grad_y = x.copy_(small.x), base.copy_(small.base), grad_y.copy_(small.grad_y)
+    for expert, at in ((0, 0), (1, experts - 1)):
+        lora_A[at], lora_B[at] = small.lora_A[expert], small.lora_B[expert]
+    large.lora_A, large.lora_B = lora_A, lora_B
+
+    (y, h), (want_y, want_h) = large.forward(), small.forward()
+    assert torch.equal(y, want_y)
+    assert torch.equal(h, want_h)
+    need = (True, False, False, True)  # the other two would be written whole
+    for grad, want in zip(large.backward(h, need=need), small.backward(h, need=need), strict=True):
+        assert torch.equal(grad, want)
+    assert torch.equal(moa.segment_linear(**arguments(large, None)), want_y)
+    logits, *_ = moa.linear_routing(x, torch.ones(3, features), 1, 0, True, None, None)
+    assert torch.equal(
+        logits, moa.linear_routing(small.x, torch.ones(3, features), 1, 0, True, None, None)[0]
+    )

@@ -21,8 +21,12 @@ struct Lora {
       : p(params), A(static_cast<const TA*>(params.lora_A)), B(static_cast<const TA*>(params.lora_B)) {}
 
   int64_t rank_of(int64_t e) const { return p.ranks == nullptr ? p.rank : p.ranks[e]; }
-  // Coefficients per slot: the ranks, one for the router where it takes part, padded to whole packs.
-  int64_t coef_ld(bool router) const { return round_up(p.rank, V::kPack) + (router ? V::kPack : 0); }
+  // The router's coefficient takes part in whole packs after the ranks. It has float32 accuracy, which three bfloat16
+  // terms give: their products with a bfloat16 x are exact. dx is bfloat16 itself, and two terms, one pack, are enough.
+  static constexpr int64_t kRouterTerms = V::kPack == 2 ? 3 : 1;
+  int64_t coef_ld(bool router) const {
+    return round_up(p.rank, V::kPack) + (router ? round_up(kRouterTerms, V::kPack) : 0);
+  }
 
   // ---- the operands of an expert in the layouts the kernels want ----
   // Rows [j0, j1) of A_e, along in.
@@ -97,7 +101,7 @@ struct Lora {
     if constexpr (V::kPack == 2) {
       In* narrow = scratch<In>(Scratch::convert, cols);
       convert_row(router + e * p.in + c0, narrow, cols);
-      interleave(narrow, nullptr, cols, dst);
+      interleave(narrow, narrow, cols, dst);
       rows[all] = dst;
     } else {
       rows[all] = router + e * p.in + c0;
@@ -153,7 +157,12 @@ struct Lora {
         In* c = coef + q * ldc;
         for (int64_t j = 0; j < p.rank; ++j) from_acc(w * h[q * p.rank + j], c + j);
         for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
-        if (router && dz != nullptr) from_acc(dz[q], c + ranks_end);
+        Acc rest = router ? dz[q] : Acc(0);
+        for (int64_t i = 0; router && i < kRouterTerms; ++i) {
+          from_acc(rest, c + ranks_end + i);
+          rest -= to_acc(c[ranks_end + i]);
+          if (rest != rest) rest = Acc(0);  // the first term was infinite, or NaN, and says so
+        }
       }
     }
   }
@@ -225,7 +234,7 @@ struct Lora {
         Acc* d_router = static_cast<Acc*>(b.d_router);
         gram<V, TX>(
             s, coef, ldc, static_cast<const TX*>(p.x), p.ldx, p.in,
-            [&](int64_t e) { return router ? router_at + 1 : rank_of(e); },
+            [&](int64_t e) { return router ? router_at + kRouterTerms : rank_of(e); },
             [&](int64_t e, int64_t c0, int64_t cols, const Acc* tile) {
               const int64_t used = rank_of(e);
               for (int64_t j = 0; dA != nullptr && j < p.rank; ++j) {
@@ -236,7 +245,10 @@ struct Lora {
                   memset(row, 0, cols * sizeof(TA));
                 }
               }
-              if (d_router != nullptr) memcpy(d_router + e * p.in + c0, tile + router_at * cols, cols * sizeof(Acc));
+              if (d_router == nullptr) return;
+              Acc* row = d_router + e * p.in + c0;
+              memcpy(row, tile + router_at * cols, cols * sizeof(Acc));
+              for (int64_t i = 1; i < kRouterTerms; ++i) add_row(tile + (router_at + i) * cols, row, cols);
             });
       }
     }

@@ -121,7 +121,8 @@ Adapters::Adapters(LoraParams* p, const Tensor& x_, const Tensor& A, const Tenso
 Mixture::Mixture(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B, const Tensor& w, const Tensor& off,
                  const Tensor& ord, const OptionalTensor& scaling, const OptionalTensor& ranks_)
     : Adapters(p, x_, A, B),
-      weights((check_tensor(w, "weights", place, {x_.size(0), -1}, acc), dense(w))),
+      weights((check_tensor(w, "weights", place, {x_.size(0), -1}, acc), check_slots(w.size(0), w.size(1), A.size(0)),
+               dense(w))),
       offsets((check_tensor(off, "expert_offsets", place, {A.size(0) + 1}, ScalarType::Int), dense(off))),
       order((check_tensor(ord, "order", place, {w.size(0) * w.size(1)}, ScalarType::Int), dense(ord))) {
   const int64_t experts = lora_A.size(0);

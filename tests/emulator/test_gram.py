@@ -1,6 +1,7 @@
 """Gram against float64.
 
-``dA_e = Σ (s·w·u[p])ᵀ x[t]``, ``dB_e = Σ dy[t]ᵀ (s·w·h[p])`` and ``d_router_e = Σ dz[p] x[t]``. The router's own backward, ``dx += dz W`` and ``dW = dzᵀ x``, runs on the same kernels.
+``dA_e = Σ (s·w·u[p])ᵀ x[t]``, ``dB_e = Σ dy[t]ᵀ (s·w·h[p])`` and ``d_router_e = Σ dz[p] x[t]``.
+The router's own backward, ``dx += dz W`` and ``dW = dzᵀ x``, runs on the same kernels.
 """
 
 from __future__ import annotations

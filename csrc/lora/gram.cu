@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_sum(const GramParams& p, const Piece& piec
 
 // Multiply-adds: a thread owns a column and 8 ranks. Positions of a stage are summed apart, then added.
 template <class T>
-__global__ void __launch_bounds__(kGramThreads) gram_simt(const GramParams p) {
+__global__ void __launch_bounds__(kGramThreads, 1) gram_simt(const GramParams p) {
   using A = Acc<T>;
   constexpr int kStage = plan_cuda::kGramSimtStage, kRanks = plan_cuda::kGramSimtRanks;
   constexpr int kEach = kRanks * kGramColumns / kGramThreads;

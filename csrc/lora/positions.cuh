@@ -1,6 +1,6 @@
 // Which positions a block of expand.cu adds to its tile of tokens [token, token + rows): runs of each expert, and groups of
-// a run. The whole block calls each_run; fill is for its first threads. Positions out of order, which sort_by_expert never gives, make
-// sums undefined, not addresses.
+// a run. The whole block calls each_run; fill is for its first threads. Positions out of order, which sort_by_expert
+// never gives, make sums undefined, not addresses.
 #pragma once
 #include "lora/combine.cuh"
 

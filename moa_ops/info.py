@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moa_ops import _lib
-from moa_ops.ops import OPERATORS
+from moa_ops.ops import KERNELS
 from moa_ops.version import __version__
 
 
@@ -61,7 +61,7 @@ def distribution_version() -> str:
 def without_kernel(key: str) -> list[str]:
     """Operators that have no compiled kernel under a dispatch key, so that plain PyTorch does their work."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [name for name in OPERATORS if not has(f"moa_ops::{name}", key)]
+    return [name for name in KERNELS if not has(f"moa_ops::{name}", key)]
 
 
 def devices() -> list[str]:

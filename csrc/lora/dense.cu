@@ -173,6 +173,23 @@ cudaError_t dense_cuda(const DenseParams& params, cudaStream_t stream) {
   }
 }
 
+// The same with h and logits as the result whatever the plan: `work` holds the planes of a split sum.
+static size_t summed_work(const DenseParams& p) { return plan_of(p).splits > 1 ? planes_size(p) : 0; }
+
+static cudaError_t summed_cuda(const DenseParams& params, void* work, cudaStream_t stream) {
+  DenseLaunch p{};
+  static_cast<DenseParams&>(p) = params;
+  p.plan = plan_of(params);
+  const bool split = p.plan.splits > 1;
+  p.planes = split ? work : nullptr;
+  const cudaError_t error = dense_cuda(p, stream);
+  if (error != cudaSuccess || !split) return error;
+  constexpr int kThreads = plan_cuda::kTileThreads;
+  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.tokens * (p.lora_rows + p.experts), kThreads));
+  if (p.x_type == DType::f64) return MOA_LAUNCH(dense_sum<double>, blocks, kThreads, 0, stream, p);
+  return MOA_LAUNCH(dense_sum<float>, blocks, kThreads, 0, stream, p);
+}
+
 // ---- the router alone ----
 
 static DenseParams params_of(const RouterParams& r) {
@@ -188,23 +205,40 @@ static DenseParams params_of(const RouterParams& r) {
   return p;
 }
 
-size_t router_work(const RouterParams& r) {
-  const DenseParams p = params_of(r);
-  return plan_of(p).splits > 1 ? planes_size(p) : 0;
-}
+size_t router_work(const RouterParams& r) { return summed_work(params_of(r)); }
 
 cudaError_t router_cuda(const RouterParams& r, void* work, cudaStream_t stream) {
-  DenseLaunch p{};
-  static_cast<DenseParams&>(p) = params_of(r);
-  p.plan = plan_of(p);
-  const bool split = p.plan.splits > 1;
-  p.planes = split ? work : nullptr;
-  const cudaError_t error = dense_cuda(p, stream);
-  if (error != cudaSuccess || !split) return error;
-  constexpr int kThreads = plan_cuda::kTileThreads;
-  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.tokens * p.experts, kThreads));
-  if (p.x_type == DType::f64) return MOA_LAUNCH(dense_sum<double>, blocks, kThreads, 0, stream, p);
-  return MOA_LAUNCH(dense_sum<float>, blocks, kThreads, 0, stream, p);
+  return summed_cuda(params_of(r), work, stream);
+}
+
+// ---- the router and every expert's A, for a layer that routes its own input ----
+
+static DenseParams params_of(const RoutedShrinkParams& r) {
+  DenseParams p{};
+  p.x_type = r.x_type;
+  p.adapter_type = r.adapter_type;
+  p.tokens = r.seg.tokens;
+  p.in = r.in;
+  p.x = r.x;
+  p.ldx = r.ldx;
+  p.lora_A = r.lora_A;
+  p.lora_rows = r.seg.experts * r.rank;
+  p.router_weight = r.router_weight;
+  p.experts = r.seg.experts;
+  p.h = r.all;
+  p.logits = r.logits;
+  return p;
+}
+
+bool routed_shrink_fits(const RoutedShrinkParams& r) {
+  const bool half = r.x_type == DType::bf16 || r.x_type == DType::f16;
+  return plan_cuda::dense_shrink(r.seg.tokens, r.seg.top_k, r.seg.experts, r.rank, half);
+}
+
+size_t routed_shrink_work(const RoutedShrinkParams& r) { return summed_work(params_of(r)); }
+
+cudaError_t routed_shrink_cuda(const RoutedShrinkParams& r, void* work, cudaStream_t stream) {
+  return summed_cuda(params_of(r), work, stream);
 }
 
 }  // namespace moa

@@ -342,17 +342,24 @@ size_t shrink_work(const ForwardParams& f) {
   return is_dense(f) ? planes_size(dense_of(f, nullptr)) : work_of(params_of(f));
 }
 
-cudaError_t shrink_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
+// h from `splits` planes of every expert's product of every token.
+static cudaError_t pick(const ForwardParams& f, const void* planes, int64_t splits, cudaStream_t stream) {
   ShrinkParams p = params_of(f);
-  if (!is_dense(f)) return launch(p, work, stream);
-  const DenseParams dense = dense_of(f, work);
-  const cudaError_t error = dense_cuda(dense, stream);
-  if (error != cudaSuccess) return error;
-  p.planes = work;
+  if (p.slots == 0 || p.rank == 0) return cudaSuccess;
+  p.planes = const_cast<void*>(planes);
   constexpr int kThreads = plan_cuda::kTileThreads;
   const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots * p.rank, kThreads));
-  return MOA_LAUNCH(shrink_pick, blocks, kThreads, 0, stream, p, plan_of(dense).splits);
+  return MOA_LAUNCH(shrink_pick, blocks, kThreads, 0, stream, p, splits);
 }
+
+cudaError_t shrink_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
+  if (!is_dense(f)) return launch(params_of(f), work, stream);
+  const DenseParams dense = dense_of(f, work);
+  const cudaError_t error = dense_cuda(dense, stream);
+  return error != cudaSuccess ? error : pick(f, work, plan_of(dense).splits, stream);
+}
+
+cudaError_t pick_cuda(const ForwardParams& f, const void* all, cudaStream_t stream) { return pick(f, all, 1, stream); }
 
 size_t backward_shrink_work(const BackwardParams& b) { return work_of(params_of(b)); }
 cudaError_t backward_shrink_cuda(const BackwardParams& b, void* work, cudaStream_t stream) {

@@ -37,6 +37,34 @@ MOA_BIND(m) {
     p.h = device.out(h);
     device.finish(moa::shrink_cuda(p, device.work(moa::shrink_work(p)), nullptr));
   });
+  m.def("routed_shrink", [](const py::array& x, const py::array& lora_A, const py::array& router, int64_t top_k,
+                            const py::array& all, const py::array& logits) {
+    emu::Device device;
+    moa::RoutedShrinkParams p{};
+    p.x_type = emu::dtype_of(x);
+    p.adapter_type = emu::dtype_of(lora_A);
+    p.seg = {nullptr, nullptr, x.shape(0), top_k, lora_A.shape(0)};
+    p.rank = lora_A.shape(1);
+    p.in = x.shape(1);
+    p.x = device.in(x);
+    p.ldx = row_stride(x);
+    p.lora_A = device.in(lora_A);
+    p.router_weight = device.in(router);
+    p.all = device.out(all);
+    p.logits = device.out(logits);
+    device.finish(moa::routed_shrink_cuda(p, device.work(moa::routed_shrink_work(p)), nullptr));
+    return moa::routed_shrink_fits(p);
+  });
+  m.def("pick", [](const py::array& all, const py::array& offsets, const py::array& order, const py::array& h) {
+    emu::Device device;
+    moa::ForwardParams p{};
+    p.x_type = p.adapter_type = moa::DType::bf16;
+    p.seg = {device.in<int32_t>(offsets), device.in<int32_t>(order), all.shape(0), order.size() / all.shape(0),
+             offsets.size() - 1};
+    p.rank = h.shape(1);
+    p.h = device.out(h);
+    device.finish(moa::pick_cuda(p, device.in(all), nullptr));
+  });
   m.def("backward_shrink", [](const py::array& dy, const py::array& lora_B, const py::array& offsets,
                               const py::array& order, const py::object& scale, double scaling, const py::object& ranks,
                               const py::array& h, const py::array& u, const py::object& dw) {

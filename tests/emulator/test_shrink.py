@@ -208,6 +208,25 @@ def test_dense_pass(emulator: ModuleType, rng) -> None:
     assert not emulator.dense_shrink_plan(2048, 1, 8, 16, True)  # x is read once anyhow
 
 
+@pytest.mark.parametrize(("tokens", "width"), [(9, 40), (130, 257), (2050, 72)])
+@pytest.mark.parametrize("adapter", [BF16, F32], ids=["bf16", "f32"])
+def test_a_layers_own_router_reads_x_with_the_shrink(
+    emulator: ModuleType, rng, tokens: int, width: int, adapter: np.dtype
+) -> None:
+    """One pass: logits to float32's accuracy, and every expert's product, of which ``pick`` takes h."""
+    k, experts, rank = 2, 6, 5
+    x, router = normal(rng, tokens, width, dtype=BF16), normal(rng, experts, width)
+    panels = rounded(exact(rounded(rng.standard_normal((experts, rank, width)), BF16)), adapter)
+    products, logits = unwritten(tokens, experts * rank), unwritten(tokens, experts)
+    fits = emulator.routed_shrink(x, panels, router, k, products, logits)
+    assert fits == (tokens >= 2048)
+    assert_close(logits, exact(x) @ exact(router).T, "logits")
+    ids = route(rng, tokens, k, experts, 0.1)
+    h = unwritten(tokens * k, rank)
+    emulator.pick(products, *sort(ids, experts), h)
+    assert_close(h, expected(x, panels, ids, None), "h", 1e-2)
+
+
 def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
     for dtype, rank in [(BF16, 16), (BF16, 64), (BF16, 128), (F16, 16)]:
         check(emulator, rng, route(rng, 130, 2, 3), rank, 256, dtype, experts=3)

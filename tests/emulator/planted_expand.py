@@ -24,17 +24,27 @@ expand("expand-swapped-c", "c[2 + i] + s->dz", "c[3 - i] + s->dz", "plain:0", WR
 expand("expand-tile-not-zeroed", "s->tile[i] = 0.0f;", "static_cast<void>(0);", "plain:0", WRONG)
 expand("expand-not-zeroed", "float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};", "float c[4];", "plain:0", WRONG)
 expand(
-    "expand-output-tail", "    if (o >= p.width) continue;\n    A sum", "    A sum", "tsan:0", f"{OUT}|{RACE}"
+    "expand-output-tail",
+    "      if (o >= p.width) continue;\n      float2 sum",
+    "      float2 sum",
+    "tsan:0",
+    f"{OUT}|{RACE}",
 )
 expand(
     "expand-base-forgotten",
-    "if (base != nullptr) sum +=",
-    "if (base == nullptr) sum +=",
+    "if (base != nullptr) sum = add(",
+    "if (base == nullptr) sum = add(",
     "plain:0",
     f"{WRONG}|{OUT}",
 )
 
 gram = plant("csrc/lora/gram.cu", "test_gram.py -k 'test_experts_in_pieces and f32 or test_widths and f32'")
-gram("gram-stage-in-use", "    __syncthreads();  // all have left the stage of before\n", "", "tsan:0", RACE)
+gram(
+    "gram-stage-in-use",
+    "    __syncthreads();  // all have left the stage of before\n    for (",
+    "    for (",
+    "tsan:0",
+    RACE,
+)
 gram("gram-wrong-rank", "coef[row * kRanks + part + i] * v", "coef[row * kRanks + i] * v", "plain:0", WRONG)
 gram("gram-last-piece", "c <= (stop - 1) / size", "c < (stop - 1) / size", "plain:0", WRONG)

@@ -52,14 +52,18 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
 
 // ---- expand-combine --------------------------------------------------------------------------------------------------
 // y[t][:] = base[t] + bias + sum over the token's slots of coef[p][:] times the expert's panel.
-// Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs, each `cols` packs long, and returns how
-// many there are; fetch(e, col, cols) is the memory it will read, prefetched while the expert before is at work. coef:
-// [slots, ldc] in sorted order, weight and scale folded in.
+// Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs,
+// each `cols` packs long, and returns how many there are; fetch(e, col, cols) is the memory it will read, prefetched
+// while the expert before is at work. coef: [slots, ldc] in sorted order, weight and scale folded in.
+//
+// A token's sum goes from its start (base, bias or zeros) through a tile of accumulators to y: its first expert reads
+// the start, its last one writes y, so y is touched once and the tile only between two experts of one token.
 template <class V, class T, class Depth, class Panel, class Fetch>
 static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, int64_t width, T* y, const T* base,
                    int64_t ldbase, const T* bias, const Depth& depth, const Panel& panel, const Fetch& fetch) {
   using Acc = typename V::Acc;
   using In = typename V::In;
+  constexpr bool direct = Same<T, Acc>::value;  // y and base can be operands themselves
   const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width);
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
   const int64_t col_blocks = plan::ceil_div(width, plan.col_block);
@@ -68,7 +72,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   parallel_tasks(token_blocks * col_blocks, plan::worth_threads(bytes), [&](int64_t task) {
     const int64_t t0 = task / col_blocks * plan.token_block, t1 = min64(t0 + plan.token_block, s.tokens);
     const int64_t c0 = task % col_blocks * plan.col_block, cols = min64(plan.col_block, width - c0);
-    // Accumulators of their own, packed: y's rows are often a power of two apart, and then share few cache sets.
+    // Rows of their own, packed: y's rows are often a power of two apart, and then share few cache sets.
     Acc* tile = scratch<Acc>(Scratch::tile, (plan.token_block + 1) * plan.col_block);
     Acc* start = tile + plan.token_block * plan.col_block;
     if (bias != nullptr) {
@@ -76,7 +80,16 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
     } else {
       memset(start, 0, cols * sizeof(Acc));
     }
-    for (int64_t t = t0; t < t1; ++t) memcpy(tile + (t - t0) * cols, start, cols * sizeof(Acc));
+    // Where the sum of token t starts.
+    auto start_of = [&](int64_t t) -> const Acc* {
+      if (base == nullptr) return start;
+      if constexpr (direct)
+        if (bias == nullptr) return base + t * ldbase + c0;
+      Acc* row = tile + (t - t0) * cols;
+      memcpy(row, start, cols * sizeof(Acc));
+      add_row(base + t * ldbase + c0, row, cols);
+      return row;
+    };
 
     auto segment = [&](int64_t e, int64_t* p0, int64_t* p1) {  // the expert's slots among this block's tokens
       *p0 = s.offsets[e];
@@ -85,9 +98,19 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
       *p0 = first_slot(s.order, *p0, *p1, t0 * s.top_k);
       *p1 = first_slot(s.order, *p0, *p1, t1 * s.top_k);
     };
-    int64_t touched = t0, seen = 0;  // rows of y asked for so far, slots done
-    const int64_t expected = (t1 - t0) * s.slots() / s.tokens + 1;
+    // Slots that each token still has to come, and whether one has been.
+    int32_t* left = scratch<int32_t>(Scratch::counts, 2 * (t1 - t0));
+    int32_t* begun = left + (t1 - t0);
+    memset(left, 0, 2 * (t1 - t0) * sizeof(int32_t));
     int64_t e = 0, p0 = 0, p1 = 0;
+    for (; e < s.experts; ++e) {
+      segment(e, &p0, &p1);
+      for (int64_t p = p0; p < p1; ++p) ++left[s.order[p] / s.top_k - t0];
+    }
+    for (int64_t t = t0; t < t1; ++t)
+      if (left[t - t0] == 0) convert_row(start_of(t), y + t * width + c0, cols);
+
+    p0 = p1 = e = 0;
     for (; e < s.experts && p0 == p1; ++e) segment(e, &p0, &p1);
     const int64_t first = e - 1;
     while (p0 < p1) {
@@ -101,59 +124,72 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
       Ahead ahead = wrap && c0 + cols >= width ? Ahead(coef, 0)
                                                : fetch(wrap ? first : e - 1, wrap ? c0 + cols : c0,
                                                        wrap ? min64(plan.col_block, width - c0 - cols) : cols);
-      const int64_t share = (ahead.end - ahead.at) / plan::ceil_div(p1 - p0, V::kAxpyM) + 64;
+      ahead.spread(plan::ceil_div(p1 - p0, V::kAxpyM) * plan::ceil_div(cols, V::kAxpyN * V::kAcc) * k_size, 2);
       for (int64_t p = p0; p < p1;) {
-        Acc* rows[V::kAxpyM];
-        int m = 0;
+        const Acc* from[V::kAxpyM];
+        Acc* to[V::kAxpyM];
+        T* ready[V::kAxpyM];  // rows of y that this group completes, and where they come from
+        const Acc* summed[V::kAxpyM];
+        int m = 0, done = 0;
         int64_t last = -1;
         for (; m < V::kAxpyM && p + m < p1; ++m) {
-          const int64_t t = s.order[p + m] / s.top_k;
+          const int64_t t = s.order[p + m] / s.top_k, i = t - t0;
           if (t == last) break;  // one token twice under one expert: the second adds after the first is stored
           last = t;
-          rows[m] = tile + (t - t0) * cols;
+          Acc* row = tile + i * cols;
+          T* out = y + t * width + c0;
+          from[m] = begun[i] ? row : start_of(t);
+          to[m] = row;
+          if (--left[i] == 0) {
+            if constexpr (direct) {
+              to[m] = out;
+            } else {
+              summed[done] = row;
+              ready[done++] = out;
+            }
+          } else if (begun[i] == 0) {  // y's lines come in for writing meanwhile
+            for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + c, 1, 2);
+          }
+          begun[i] = 1;
         }
-        ahead.take(share);
-        axpy_block<V>(m, rows, coef + p * ldc, ldc, V::kPack, b, k_size, cols);
+        axpy_block<V>(m, from, to, coef + p * ldc, ldc, V::kPack, b, k_size, cols, &ahead);
+        for (int i = 0; i < done; ++i) convert_row(summed[i], ready[i], cols);
         p += m;
-        seen += m;
-        // y's lines come in for writing while the sums are made.
-        for (const int64_t due = min64(t1, t0 + (t1 - t0) * seen / expected); touched < due; ++touched)
-          for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T)))
-            __builtin_prefetch(y + touched * width + c0 + c, 1, 2);
       }
       p0 = next0;
       p1 = next1;
-    }
-    for (int64_t t = t0; t < t1; ++t) {
-      Acc* row = tile + (t - t0) * cols;
-      if (base != nullptr) add_row(base + t * ldbase + c0, row, cols);
-      convert_row(row, y + t * width + c0, cols);
     }
   });
 }
 
 // ---- gram ------------------------------------------------------------------------------------------------------------
 // G_e[j][:] = sum over the expert's slots of coef[p][j] * row(p)[:], j < depth(e), for the columns of one task.
-// store(e, col, cols, tile) takes each finished tile, [depth] x cols of Acc; tiles of empty experts are zeros.
-template <class V, class T, class Depth, class Store>
+// row(e, j, col) is where a row of the result goes, or null: then it goes to the tile, [depth] x cols of Acc, which
+// store(e, col, cols, tile) takes. Empty experts get zeros.
+template <class V, class T, class Depth, class Row, class Store>
 static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, const T* x, int64_t ldx, int64_t width,
-                 const Depth& depth, const Store& store) {
+                 const Depth& depth, const Row& row, const Store& store) {
   using Acc = typename V::Acc;
   using In = typename V::In;
   const int64_t block = plan::gram_cols(width);
-  const int64_t n = s.slots();
-  parallel_tasks(plan::ceil_div(width, block), plan::worth_threads(n * width * 4), [&](int64_t task) {
+  const int64_t bytes = (s.slots() + s.experts * ldc) * width * 4;  // the zeros of empty experts are written too
+  parallel_tasks(plan::ceil_div(width, block), plan::worth_threads(bytes), [&](int64_t task) {
     const int64_t c0 = task * block, cols = min64(block, width - c0);
-    Acc* tile = scratch<Acc>(Scratch::tile, 2 * ldc * block);
+    Acc* tile = scratch<Acc>(Scratch::tile, (2 * ldc + 1) * block);
     Acc* run_tile = tile + ldc * block;
+    Acc* zeros = run_tile + ldc * block;
+    memset(zeros, 0, cols * sizeof(Acc));
+    auto total = [&](int64_t e, int64_t j) {
+      Acc* out = row(e, j, c0);
+      return out != nullptr ? out : tile + j * cols;
+    };
     for (int64_t e = 0; e < s.experts; ++e) {
       const int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1], rank = depth(e);
-      memset(tile, 0, rank * cols * sizeof(Acc));
+      if (p0 == p1)
+        for (int64_t j = 0; j < rank; ++j) memset(total(e, j), 0, cols * sizeof(Acc));
       for (int64_t p = p0; rank > 0 && p < p1; p += plan::kGramRun) {
         const int64_t run = min64(plan::kGramRun, p1 - p);
         const int64_t steps = plan::ceil_div(run, V::kPack);
-        Acc* out = p == p0 ? tile : run_tile;
-        if (p != p0) memset(out, 0, rank * cols * sizeof(Acc));
         // Rows of the panel: slots, or pairs of slots interleaved; coefficients to match.
         const In** rows = scratch<const In*>(Scratch::pointers, steps);
         const In* w = coef + p * ldc;
@@ -178,14 +214,19 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
           cm = 2;
           ck = 2 * ldc;
         }
+        Ahead none(x, 0);
         for (int64_t j = 0; j < rank; j += V::kAxpyM) {
-          Acc* c[V::kAxpyM];
+          const Acc* from[V::kAxpyM];
+          Acc* to[V::kAxpyM];
           const int m = static_cast<int>(min64(V::kAxpyM, rank - j));
-          for (int i = 0; i < m; ++i) c[i] = out + (j + i) * cols;
-          axpy_block<V>(m, c, w + j * cm, cm, ck, rows, steps, cols);
+          for (int i = 0; i < m; ++i) {
+            from[i] = zeros;
+            to[i] = p == p0 ? total(e, j + i) : run_tile + (j + i) * cols;
+          }
+          axpy_block<V>(m, from, to, w + j * cm, cm, ck, rows, steps, cols, &none);
         }
         if (p != p0)
-          for (int64_t i = 0; i < rank * cols; ++i) tile[i] += run_tile[i];
+          for (int64_t j = 0; j < rank; ++j) add_row(run_tile + j * cols, total(e, j), cols);
       }
       store(e, c0, cols, tile);
     }

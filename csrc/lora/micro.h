@@ -1,7 +1,7 @@
 // The two register tiles under every kernel, and the repacking they need.
 //
 //   dot_tile    out[m][n]  = sum_k x_m[k] a_n[k]              both operands contiguous along k: shrink, router logits
-//   axpy_tile   c_m[:]    += sum_k coef[m][k] panel_k[:]      one operand broadcast: expand-combine, gram
+//   axpy_tile   to_m[:]    = from_m[:] + sum_k coef[m][k] panel_k[:]   one operand broadcast: expand-combine, gram
 //
 // Each output is summed in the same order whatever tile it falls into, so neither blocking nor threads change a bit.
 #pragma once
@@ -17,17 +17,12 @@ namespace MOA_ISA {
 struct Ahead {
   const char* at;
   const char* end;
-  int64_t pace = 256;  // bytes per step of a dot_tile: one to four lines
+  int64_t pace = 256;  // bytes per step of a tile: one to four lines, in an axpy_tile one or two
   Ahead(const void* p, int64_t bytes) : at(static_cast<const char*>(p)), end(at + bytes) {}
-  // Spreads what is wanted over so many steps.
-  void spread(int64_t steps) {
+  // Spreads what is wanted over so many steps of a tile that asks for `most` lines a step.
+  void spread(int64_t steps, int64_t most) {
     const int64_t lines = (end - at) / 64 / (steps > 0 ? steps : 1) + 1;
-    pace = 64 * (lines < 4 ? lines : 4);
-  }
-  // The next `bytes` of it, all at once.
-  void take(int64_t bytes) {
-    const char* stop = end - at < bytes ? end : at + bytes;
-    for (; at < stop; at += 64) __builtin_prefetch(at, 0, 2);
+    pace = 64 * (lines < most ? lines : most);
   }
 };
 
@@ -106,7 +101,7 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   static constexpr Tile kTiles[6][4] = {MOA_ROW(1), MOA_ROW(2), MOA_ROW(3), MOA_ROW(4), MOA_ROW(5), MOA_ROW(6)};
 #undef MOA_ROW
   const int64_t tiles = ((m_size + M - 1) / M) * ((n_size + N - 1) / N);
-  ahead.spread(tiles * (k_size / V::kIn));
+  ahead.spread(tiles * (k_size / V::kIn), 4);
   // The rows of the next tile of x are fetched two at a time, while the groups of a pass over this one.
   auto tile = [&](int64_t m, int64_t n, int64_t pass) {
     const int64_t rows = m_size - m < M ? m_size - m : M, cols = n_size - n < N ? n_size - n : N;
@@ -125,27 +120,30 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
 }
 
 // ---- axpy ------------------------------------------------------------------------------------------------------------
-// c: M row pointers, each N * kAcc wide from c_col on (the last vector `last` lanes). panel: k_size row pointers, read
-// from column c_col on. coef: the pack of In for (m, k) stands at coef + m * cm + k * ck.
+// to_m[:] = from_m[:] + sum_k coef[m][k] panel_k[:], each N * kAcc wide from column col on (the last vector `last`
+// lanes). panel: k_size row pointers. coef: the pack of In for (m, k) stands at coef + m * cm + k * ck.
 template <class V, int M, int N, bool Tail>
-static void axpy_tile(typename V::Acc* const* c, int64_t c_col, const typename V::In* coef, int64_t cm, int64_t ck,
-                      const typename V::In* const* panel, int64_t k_size, int last) {
+static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const* to, int64_t col,
+                      const typename V::In* coef, int64_t cm, int64_t ck, const typename V::In* const* panel,
+                      int64_t k_size, int last, Ahead* ahead) {
   typename V::AccVec acc[M][N];
-  typename V::Acc* cp[M];
-  MOA_UNROLL
-  for (int m = 0; m < M; ++m) cp[m] = c[m] + c_col;
   MOA_UNROLL
   for (int m = 0; m < M; ++m) {
+    const typename V::Acc* c = from[m] + col;
     MOA_UNROLL
     for (int n = 0; n < N; ++n)
-      acc[m][n] = Tail && n == N - 1 ? V::load_acc_n(cp[m] + n * V::kAcc, last) : V::load_acc(cp[m] + n * V::kAcc);
+      acc[m][n] = Tail && n == N - 1 ? V::load_acc_n(c + n * V::kAcc, last) : V::load_acc(c + n * V::kAcc);
   }
-  for (int64_t k = 0; k < k_size; ++k) {
-    const typename V::In* p = panel[k] + c_col * V::kPack;
+  const int64_t step = ahead->end - ahead->at >= ahead->pace * k_size ? ahead->pace : 0;
+  const char* soon = ahead->at;
+  for (int64_t k = 0; k < k_size; ++k, soon += step) {
+    const typename V::In* p = panel[k] + col * V::kPack;
     typename V::InVec pv[N];
     MOA_UNROLL
     for (int n = 0; n < N; ++n)
       pv[n] = Tail && n == N - 1 ? V::load_n(p + n * V::kIn, last * V::kPack) : V::load(p + n * V::kIn);
+    MOA_UNROLL
+    for (int n = 0; n < 2; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
     const typename V::In* w = coef + k * ck;
     MOA_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -154,42 +152,46 @@ static void axpy_tile(typename V::Acc* const* c, int64_t c_col, const typename V
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(wv, pv[n], acc[m][n]);
     }
   }
+  ahead->at = soon;
   MOA_UNROLL
   for (int m = 0; m < M; ++m) {
+    typename V::Acc* c = to[m] + col;
     MOA_UNROLL
     for (int n = 0; n < N; ++n) {
       if (Tail && n == N - 1) {
-        V::store_acc_n(cp[m] + n * V::kAcc, acc[m][n], last);
+        V::store_acc_n(c + n * V::kAcc, acc[m][n], last);
       } else {
-        V::store_acc(cp[m] + n * V::kAcc, acc[m][n]);
+        V::store_acc(c + n * V::kAcc, acc[m][n]);
       }
     }
   }
 }
 
 template <class V, int M>
-static void axpy_rows(typename V::Acc* const* c, const typename V::In* coef, int64_t cm, int64_t ck,
-                      const typename V::In* const* panel, int64_t k_size, int64_t width) {
+static void axpy_rows(const typename V::Acc* const* from, typename V::Acc* const* to, const typename V::In* coef,
+                      int64_t cm, int64_t ck, const typename V::In* const* panel, int64_t k_size, int64_t width,
+                      Ahead* ahead) {
   constexpr int N = V::kAxpyN;
   int64_t col = 0;
   for (; col + N * V::kAcc <= width; col += N * V::kAcc)
-    axpy_tile<V, M, N, false>(c, col, coef, cm, ck, panel, k_size, 0);
+    axpy_tile<V, M, N, false>(from, to, col, coef, cm, ck, panel, k_size, 0, ahead);
   for (; col < width; col += V::kAcc)
-    axpy_tile<V, M, 1, true>(c, col, coef, cm, ck, panel, k_size,
-                             static_cast<int>(width - col < V::kAcc ? width - col : V::kAcc));
+    axpy_tile<V, M, 1, true>(from, to, col, coef, cm, ck, panel, k_size,
+                             static_cast<int>(width - col < V::kAcc ? width - col : V::kAcc), ahead);
 }
 
-// m <= kAxpyM rows of c, `width` columns, k_size rows of the panel.
+// m <= kAxpyM rows of `width` columns, k_size rows of the panel. A row of `to` may be that of `from`.
 template <class V>
-static inline void axpy_block(int m, typename V::Acc* const* c, const typename V::In* coef, int64_t cm, int64_t ck,
-                              const typename V::In* const* panel, int64_t k_size, int64_t width) {
+static inline void axpy_block(int m, const typename V::Acc* const* from, typename V::Acc* const* to,
+                              const typename V::In* coef, int64_t cm, int64_t ck, const typename V::In* const* panel,
+                              int64_t k_size, int64_t width, Ahead* ahead) {
   switch (m) {
-    case 1: return axpy_rows<V, 1>(c, coef, cm, ck, panel, k_size, width);
-    case 2: return axpy_rows<V, 2>(c, coef, cm, ck, panel, k_size, width);
-    case 3: return axpy_rows<V, 3>(c, coef, cm, ck, panel, k_size, width);
-    case 4: return axpy_rows<V, (V::kAxpyM > 3 ? 4 : 1)>(c, coef, cm, ck, panel, k_size, width);
-    case 5: return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(c, coef, cm, ck, panel, k_size, width);
-    default: return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(c, coef, cm, ck, panel, k_size, width);
+    case 1: return axpy_rows<V, 1>(from, to, coef, cm, ck, panel, k_size, width, ahead);
+    case 2: return axpy_rows<V, 2>(from, to, coef, cm, ck, panel, k_size, width, ahead);
+    case 3: return axpy_rows<V, 3>(from, to, coef, cm, ck, panel, k_size, width, ahead);
+    case 4: return axpy_rows<V, (V::kAxpyM > 3 ? 4 : 1)>(from, to, coef, cm, ck, panel, k_size, width, ahead);
+    case 5: return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(from, to, coef, cm, ck, panel, k_size, width, ahead);
+    default: return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(from, to, coef, cm, ck, panel, k_size, width, ahead);
   }
 }
 

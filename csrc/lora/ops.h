@@ -38,16 +38,18 @@ struct Lora {
       return row_as<V, TA>(a, (j1 - j0) * p.in, scratch<In>(Scratch::panel, (j1 - j0) * p.in));
     }
   }
-  // Columns [j0, j1) of B_e as rows along out.
+  // Columns [j0, j1) of B_e as rows along out, b_ld() apart: an odd number of lines, so that what is written at once
+  // does not share a cache set.
+  int64_t b_ld() const { return round_up(p.out, 128 / sizeof(In)) + 64 / sizeof(In); }
   const In* b_columns(int64_t e, int64_t j0, int64_t j1) const {
     const TA* b = B + e * p.out * p.rank + j0;
-    In* dst = scratch<In>(Scratch::panel, (j1 - j0) * p.out);
+    In* dst = scratch<In>(Scratch::panel, (j1 - j0) * b_ld());
     if constexpr (kDirect) {
-      transpose(b, p.rank, p.out, j1 - j0, dst, p.out);
+      transpose(b, p.rank, p.out, j1 - j0, dst, b_ld());
     } else {
       TA* turned = scratch<TA>(Scratch::convert, (j1 - j0) * p.out);
       transpose(b, p.rank, p.out, j1 - j0, turned, p.out);
-      convert_row(turned, dst, (j1 - j0) * p.out);
+      for (int64_t j = 0; j < j1 - j0; ++j) convert_row(turned + j * p.out, dst + j * b_ld(), p.out);
     }
     return dst;
   }
@@ -111,10 +113,10 @@ struct Lora {
   }
 
   // ---- shrink over all slots: out[pos][j] = <row of pos, panel row j>; unused ranks are zero ----
-  // panel(e, j0, j1): rows j0 to j1 of the expert, k_size apart; fetch(e): the memory it will read.
+  // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; fetch(e): the memory it will read.
   template <class PanelRows, class Fetch>
-  void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan, const PanelRows& panel,
-              const Fetch& fetch) const {
+  void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan, int64_t ld_panel,
+              const PanelRows& panel, const Fetch& fetch) const {
     constexpr bool direct = Same<TX, In>::value;
     const Segments& s = p.seg;
     const int64_t n = s.slots(), chunks = plan::ceil_div(n, plan.slots);
@@ -136,7 +138,7 @@ struct Lora {
         const int64_t stop = min64(s.offsets[e + 1], end), used = min64(rank_of(e), j1);
         if (stop <= pos) continue;
         if (used > j0)
-          dot_block<V>(rows + (pos - begin), stop - pos, known - stop, panel(e, j0, used), k_size, used - j0, k_size,
+          dot_block<V>(rows + (pos - begin), stop - pos, known - stop, panel(e, j0, used), ld_panel, used - j0, k_size,
                        out + pos * p.rank + j0, p.rank, x_outer, fetch(min64(e + 1, s.experts - 1)));
         for (int64_t q = pos; q < stop; ++q)
           for (int64_t j = used > j0 ? used : j0; j < j1; ++j) out[q * p.rank + j] = Acc(0);
@@ -172,7 +174,7 @@ struct Lora {
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
     shrink(
-        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank),
+        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank), p.in,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
         [&](int64_t e) { return Ahead(A + e * p.rank * p.in, p.rank * p.in * static_cast<int64_t>(sizeof(TA))); });
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
@@ -195,7 +197,7 @@ struct Lora {
     plan::Shrink plan = plan::shrink(n, p.rank);
     if (plan.slots == 48) plan.slots = 128;  // repacking B costs a tenth of 48 rows
     shrink(
-        static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan,
+        static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(),
         [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
         [&](int64_t e) { return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA))); });
     if (b.dw == nullptr) return;
@@ -235,20 +237,23 @@ struct Lora {
         gram<V, TX>(
             s, coef, ldc, static_cast<const TX*>(p.x), p.ldx, p.in,
             [&](int64_t e) { return router ? router_at + kRouterTerms : rank_of(e); },
+            [&](int64_t e, int64_t j, int64_t c0) -> Acc* {
+              if constexpr (Same<TA, Acc>::value)
+                if (dA != nullptr && j < rank_of(e)) return dA + (e * p.rank + j) * p.in + c0;
+              return d_router != nullptr && j == router_at ? d_router + e * p.in + c0 : nullptr;
+            },
             [&](int64_t e, int64_t c0, int64_t cols, const Acc* tile) {
               const int64_t used = rank_of(e);
               for (int64_t j = 0; dA != nullptr && j < p.rank; ++j) {
                 TA* row = dA + (e * p.rank + j) * p.in + c0;
-                if (j < used) {
-                  convert_row(tile + j * cols, row, cols);
-                } else {
+                if (j >= used) {
                   memset(row, 0, cols * sizeof(TA));
+                } else if constexpr (!Same<TA, Acc>::value) {
+                  convert_row(tile + j * cols, row, cols);
                 }
               }
-              if (d_router == nullptr) return;
-              Acc* row = d_router + e * p.in + c0;
-              memcpy(row, tile + router_at * cols, cols * sizeof(Acc));
-              for (int64_t i = 1; i < kRouterTerms; ++i) add_row(tile + (router_at + i) * cols, row, cols);
+              for (int64_t i = 1; d_router != nullptr && i < kRouterTerms; ++i)
+                add_row(tile + (router_at + i) * cols, d_router + e * p.in + c0, cols);
             });
       }
     }
@@ -258,6 +263,7 @@ struct Lora {
     TA* dB = static_cast<TA*>(b.dB);
     gram<V, TX>(
         s, coef, coef_ld(false), static_cast<const TX*>(b.dy), b.lddy, p.out, [&](int64_t e) { return rank_of(e); },
+        [](int64_t, int64_t, int64_t) -> Acc* { return nullptr; },  // stored across
         [&](int64_t e, int64_t c0, int64_t cols, Acc* tile) {
           TA* out = dB + (e * p.out + c0) * p.rank;
           for (int64_t i = rank_of(e) * cols; i < p.rank * cols; ++i) tile[i] = Acc(0);

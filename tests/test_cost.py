@@ -120,7 +120,7 @@ def calls_in_python(function: Callable[[], object]) -> list[str]:
 
 
 def test_a_call_without_gradients_is_few_calls_in_python() -> None:
-    """At one token Python costs as much as the kernels; the number does not depend on the machine."""
+    """What Python adds to a decode step, without a clock: the number does not depend on the machine."""
     layer, x = MoALinear(32, 24), torch.randn(1, 32)
     _, routing = layer.route(x)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from benchmarks.inputs import CACHE, DTYPES, Problem, Shape, check
 from benchmarks.options import Functions, Trial
 from benchmarks.record import BASE, OURS, Case
 
-HOPELESS, WORTH = 8.0, 0.1  # left out: a first call beyond so many times the best one's, and so many seconds
+HOPELESS, WORTH = 4.0, 0.1  # left out: a call beyond so many times the best one's, and so many seconds
 NAMES = (BASE, OURS, *(kind.name for kind in ALTERNATIVES), COMPILED)
 
 
@@ -78,7 +78,7 @@ def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
     ours = point.call(layer, [layer.lora_A, layer.lora_B, layer.router.weight])
     functions: Functions = {BASE: point.call(problem.linear, []), OURS: ours}
     case.variants[OURS] = {"error": point.check(OURS, ours())}
-    seconds: dict[type[Alternative], float] = {}
+    seconds: dict[type[Alternative], float] = {}  # of a second call
     for kind in ALTERNATIVES:
         if absent := kind.why_not(problem, train):
             case.variants[kind.name] = {"absent": absent}
@@ -90,13 +90,13 @@ def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
         result = function()
         took = time.perf_counter() - start
         case.variants[kind.name] = {"error": point.check(kind.name, result)} if kind.same_result else {}
-        best = min(seconds.values(), default=took)
-        if took > max(HOPELESS * best, WORTH):
-            case.variants[kind.name]["absent"] = f"a call took {took / best:.0f} times the best one's"
-            continue
         functions[kind.name] = function
         if kind.same_result:
             seconds[kind] = took
+    least = min(seconds.values())
+    for kind in [kind for kind, took in seconds.items() if took > max(HOPELESS * least, WORTH)]:
+        case.variants[kind.name]["absent"] = f"a call took {seconds.pop(kind) / least:.0f} × the best one's"
+        del functions[kind.name]
     if compile:
         _add_compiled(case, point, functions, sorted(seconds, key=seconds.get))
     return functions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,9 +128,11 @@ class Problem:
     def layer(self) -> MoALinear:
         """Ours over the same weight, by its public constructor."""
         shape = self.shape
-        layer = MoALinear.from_linear(
-            self.linear, num_experts=shape.experts, r=shape.r, lora_alpha=LORA_ALPHA, top_k=shape.top_k
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # top-1 renormalised: its router learns nothing
+            layer = MoALinear.from_linear(
+                self.linear, num_experts=shape.experts, r=shape.r, lora_alpha=LORA_ALPHA, top_k=shape.top_k
+            )
         with torch.no_grad():
             layer.lora_A.copy_(self.lora_A)
             layer.lora_B.copy_(self.lora_B)

@@ -23,7 +23,8 @@ AIMS = {  # the layer / nn.Linear that two AVX-512 cores should reach
 
 
 def trials(options: Options) -> Iterator[Trial]:
-    """MoALinear, one plain LoRA and the PyTorch forms, all over one weight; compiled where time allows."""
+    """MoALinear, one plain LoRA and the PyTorch forms, all over one weight; in float32 the best compiled."""
     for dtype in options.dtypes:
         for shape in POINTS:
-            yield trial("layer", shape, dtype, aim=AIMS[dtype].get(shape), compile=not options.quick)
+            compile = dtype == "float32" and not options.quick
+            yield trial("layer", shape, dtype, aim=AIMS[dtype].get(shape), compile=compile)

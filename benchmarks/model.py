@@ -47,7 +47,7 @@ POINTS = (
     Point("decode by id E=8", 1.2, kind="decode", by_id=True),
 )
 
-QUICK = (POINTS[0].label, POINTS[4].label, POINTS[5].label)
+QUICK = (POINTS[0].label, POINTS[5].label)
 
 
 def trials(options: Options) -> Iterator[Trial]:

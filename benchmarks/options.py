@@ -94,11 +94,10 @@ class Options:
                 case.variants, others = again.variants, calmer
         case.facts["others_percent"] = others
 
-    @staticmethod
-    def _once(case: Case, functions: Functions, budget: float) -> float:
+    def _once(self, case: Case, functions: Functions, budget: float) -> float:
         """Times the case; the per cent of the cores that others took meanwhile."""
         company = Company()
-        case.time(functions, budget)
+        case.time(functions, budget, min_rounds=5 if self.quick else 7)
         return company.percent()["others_percent"] or 0.0
 
     def _say(self, case: Case) -> None:

@@ -139,7 +139,7 @@ def backends(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
     dtypes = list(dict.fromkeys(case.dtype for case in chosen))
     if not dtypes:
         return None
-    figure, axes = plt.subplots(len(dtypes), 1, figsize=(12.4, 1.0 + 2.9 * len(dtypes)), squeeze=False)
+    figure, axes = plt.subplots(len(dtypes), 1, figsize=(12.4, 1.0 + 3.0 * len(dtypes)), squeeze=False)
     for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
         _bars(axis, [case for case in chosen if case.dtype == dtype], dtype)
     by_name = {
@@ -157,9 +157,10 @@ def backends(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
 def _bars(axis: Any, cases: list[Case], dtype: str) -> None:
     names = [name for name in SERIES if any(case.ratio(name) for case in cases)]
     width = 0.86 / len(names)
-    for number, name in enumerate(names):
+    present = [[name for name in names if case.ratio(name)] for case in cases]
+    for name in names:
         bars = [(i, 100 * (case.ratio(name) - 1)) for i, case in enumerate(cases) if case.ratio(name)]
-        xs = [i + (number - (len(names) - 1) / 2) * width for i, _ in bars]
+        xs = [i + (present[i].index(name) - (len(present[i]) - 1) / 2) * width for i, _ in bars]
         heights = [min(max(percent, 0), CAP) for _, percent in bars]
         axis.bar(xs, heights, width * 0.9, color=SERIES[name][0], label=NAMES.get(name, name), zorder=2)
         for x, height, (_, percent) in zip(xs, heights, bars, strict=True):
@@ -167,8 +168,11 @@ def _bars(axis: Any, cases: list[Case], dtype: str) -> None:
             axis.text(x, height + 4, f"{percent:.0f}", ha="center", va="bottom", size=6.8, weight=weight)
     axis.set_xlim(-0.5, len(cases) - 0.5)
     axis.set_ylim(0, CAP * 1.1)
-    labels = [("training step\n" if c.section == "training" else "forward\n") + c.label for c in cases]
-    axis.set_xticks(range(len(cases)), labels, size=8)
+    kinds = ["training step" if case.section == "training" else "forward" for case in cases]
+    labels = [
+        f"{kind}\n{_shape(case)}\n{case.label.split()[1]}" for kind, case in zip(kinds, cases, strict=True)
+    ]
+    axis.set_xticks(range(len(cases)), labels, size=8.5)
     axis.set_yticks([0, 50, 100, 150, 200, 250], ["0", "+50 %", "+100 %", "+150 %", "+200 %", "+250 %"])
     axis.tick_params(length=0)
     axis.spines["left"].set_visible(False)
@@ -212,7 +216,7 @@ def roofline(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
     axes[0][0].set_ylabel("GF/s")
     _roofline_legend(figure, [kernel for kernel, _ in chosen], shapes)
     title(figure, "The kernels under the roofs measured in the same run")
-    figure.tight_layout(rect=(0, 0.03, 1, 0.84), w_pad=2)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.87), w_pad=2)
     return figure
 
 
@@ -236,13 +240,13 @@ def _roofs(axis: Any, ceilings: dict[str, float], dtype: str) -> None:
     axis.plot(xs, roof, color=INK, lw=1.6, zorder=2)
     axis.fill_between(xs, roof, 1e4, color="#f3f5f7", zorder=1)
     axis.text(190, peak * 1.06, f"GEMM {peak:.0f} GF/s", ha="right", va="bottom", size=8.5)
-    axis.text(0.56, 0.56 * copy * 1.25, f"copy {copy:.0f} GB/s", rotation=0, ha="left", va="bottom", size=8.5)
+    axis.text(0.9, 1.15 * copy, f"copy {copy:.0f} GB/s", ha="right", va="bottom", size=8.5)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(0.5, 200)
-    axis.set_ylim(10, 1000)
+    axis.set_ylim(20, 1000)
     axis.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
-    axis.set_yticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1000"])
+    axis.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
     axis.minorticks_off()
     axis.tick_params(length=0)
     axis.grid(color=FAINT, lw=0.7, zorder=1.5)

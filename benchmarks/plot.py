@@ -49,14 +49,16 @@ def overview(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
     if not dtypes:
         return None
     shown = {d: [c for c in cases if _shown(c) and c.dtype == d] for d in dtypes}
-    height = 1.9 + 0.46 * max(map(len, shown.values()))
+    rows = list(dict.fromkeys(_row(case) for chosen in shown.values() for case in chosen))
+    height = 1.9 + 0.46 * len(rows)
     figure, axes = plt.subplots(
         1, len(dtypes), figsize=(5.6 * len(dtypes), height), sharey=False, squeeze=False
     )
     bests = [c.best_alternative() for chosen in shown.values() for c in chosen]
     right = max((_percent(best[1]) for best in bests if best), default=0)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        _panel(axis, shown[dtype], dtype, labels=dtype == dtypes[0], right=max(right, 100) * 1.4)
+        _panel(axis, shown[dtype], rows, dtype, right=max(right, 100) * 1.4)
+        axis.set_yticks(range(len(rows)), rows if dtype == dtypes[0] else [])
     by_name = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
     names = [name for name in LEGEND if name in by_name]
     figure.legend(
@@ -76,13 +78,18 @@ def _percent(ratio: float) -> float:
     return max(LEAST, 100 * (ratio - 1))
 
 
-def _panel(axis: Any, cases: list[Case], dtype: str, labels: bool, right: float) -> None:
+def _row(case: Case) -> str:
+    return ("training  " if case.section == "training" else "") + case.label
+
+
+def _panel(axis: Any, cases: list[Case], rows: list[str], dtype: str, right: float) -> None:
     axis.set_xscale("log")
     axis.set_xlim(LEAST * 0.9, right)
-    axis.set_ylim(len(cases) - 0.5, -0.5)
-    for row, case in enumerate(cases):
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    for case in cases:
+        row = rows.index(_row(case))
         ours, best, one = case.ratio(OURS), case.best_alternative(), case.ratio(PlainLora.name)
-        first = row == 0
+        first = case is cases[0]
         if best:
             span = [_percent(ours), _percent(best[1])]
             axis.plot(span, [row, row], color=FAINT, lw=2, zorder=1)
@@ -102,8 +109,6 @@ def _panel(axis: Any, cases: list[Case], dtype: str, labels: bool, right: float)
         axis.scatter(
             _percent(ours), row, s=78, color=OURS_COLOUR, zorder=4, label=LEGEND[0] if first else None
         )
-    names = [("training  " if c.section == "training" else "") + c.label for c in cases]
-    axis.set_yticks(range(len(cases)), names if labels else [])
     ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000) if t < right]
     axis.set_xticks(ticks, [f"{'≤' if t == LEAST else '+'}{t} %" for t in ticks])
     axis.minorticks_off()

@@ -45,10 +45,11 @@ class Case:
     def timed(self) -> dict[str, dict[str, Any]]:
         return {name: values for name, values in self.variants.items() if "ratio" in values}
 
-    def time(self, functions: dict[str, Callable[[], object]], budget: float) -> None:
+    def time(self, functions: dict[str, Callable[[], object]], budget: float, min_rounds: int = 7) -> None:
         """Measures ``functions`` and files the result."""
         beside = OURS if OURS in functions else None
-        timings = measure(functions, self.baseline, budget=budget, beside=beside, cold=self.cache == "cold")
+        settings = {"budget": budget, "min_rounds": min_rounds, "cold": self.cache == "cold"}
+        timings = measure(functions, self.baseline, beside=beside, **settings)
         for name, timing in timings.items():
             self.variants.setdefault(name, {}).update(timing.to_dict())
 

@@ -16,7 +16,7 @@ AXES = {
     "top_k": (1, 2, 4),
     "width": (256, 1024, 4096),
 }
-QUICK_AXES = {"tokens": (1, 64, 512), "experts": (16, 256), "r": (16, 64)}
+QUICK_AXES = {"tokens": (1, 64, 512), "experts": (16, 64), "r": (16, 64)}
 
 
 def along(axis: str, value: int) -> Shape:

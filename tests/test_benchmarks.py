@@ -201,7 +201,7 @@ def test_what_seems_lost_is_measured_again(monkeypatch):
     """For longer, and beside what came near alone."""
     asked: list[tuple[set[str], float]] = []
 
-    def time(case: Case, functions, budget):
+    def time(case: Case, functions, budget, min_rounds):
         asked.append((set(functions), budget))
         lead = 0.9 if len(asked) == 1 else 1.1
         case.variants.update(

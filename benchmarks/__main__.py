@@ -22,6 +22,7 @@ from benchmarks import (
     machine,
     memory,
     model,
+    noise,
     overhead,
     peft_layer,
     plot,
@@ -173,7 +174,7 @@ def compare(words: list[str]) -> None:
     for key in ("cpu", "threads", "isa"):
         if old["machine"][key] != new["machine"][key]:
             print(f"note: {key} differs: {old['machine'][key]} and {new['machine'][key]}")
-    print(report.comparison(*record.changes(before, after)))
+    print(report.comparison(list(noise.pairs(before, after))))
 
 
 def readme(words: list[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.noise import between_runs, stated
 from benchmarks.timer import measure
 
 SCHEMA = 1
@@ -66,7 +67,14 @@ class Case:
     def lead(self) -> dict[str, float] | None:
         """Best alternative ÷ ours, median and 95 % interval of the pairs: below 1 where we lose."""
         best = self.best_alternative()
-        return self.variants[best[0]].get("beside") if best and self.ratio(OURS) else None
+        return self.beside(best[0]) if best and self.ratio(OURS) else None
+
+    def beside(self, variant: str) -> dict[str, float] | None:
+        """The variant's time ÷ ours: median, and the 95 % interval in which another run has it."""
+        pairs = self.variants[variant].get("beside")
+        if pairs is None:
+            return None
+        return stated(pairs, math.hypot(*(between_runs(self.ratio(name)) for name in (OURS, variant))))
 
     def floor(self, ceilings: dict[str, float]) -> float | None:
         """The least ratio to the baseline: by arithmetic, or by bytes at the rate of the measured copy."""
@@ -142,37 +150,11 @@ class Loss:
 def losses(cases: Iterable[Case], to: str | None = None) -> Iterator[Loss]:
     """Where an alternative beats ours; with ``to``, where the variant of that name does, yardstick or not."""
     for case in cases:
-        for name, theirs in case.timed().items():
+        for name in case.timed():
             other = name == to if to else name not in (*NOT_OPPONENTS, *case.yardsticks)
-            pairs = theirs.get("beside")
+            pairs = case.beside(name)
             if other and pairs and pairs["median"] < 1:
-                interval = pairs.get("low", 0.0), pairs.get("high", math.inf)
-                yield Loss(case, name, pairs["median"], interval)
-
-
-@dataclass(frozen=True)
-class Change:
-    """Our ratio to the baseline in two runs, where their intervals do not touch."""
-
-    key: tuple[str, str, str, str]
-    before: float
-    after: float
-
-
-def changes(before: list[Case], after: list[Case], least: float = 0.01) -> tuple[list[Change], int]:
-    """What changed beyond the noise and by more than ``least``, and how many points were compared."""
-    old = {case.key: case for case in before}
-    found, compared = [], 0
-    for case in after:
-        pair = [c.timed().get(OURS) for c in (old.get(case.key), case) if c is not None]
-        if len(pair) < 2 or None in pair:
-            continue
-        compared += 1
-        a, b = (values["ratio"] for values in pair)
-        apart = a["high"] < b["low"] or b["high"] < a["low"]
-        if apart and abs(b["median"] / a["median"] - 1) > least:
-            found.append(Change(case.key, a["median"], b["median"]))
-    return found, compared
+                yield Loss(case, name, pairs["median"], (pairs["low"], pairs["high"]))
 
 
 def _rounded(value: Any) -> Any:

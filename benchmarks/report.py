@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.alternatives import PlainLora
 from benchmarks.machine import DISTURBED
-from benchmarks.record import BASE, GEMMS, OURS, PEFT, PLAIN, Case, Change
+from benchmarks.noise import Change
+from benchmarks.record import BASE, GEMMS, OURS, PEFT, PLAIN, Case
 
 LAYER_NOTE = (
     "Times relative to nn.Linear: medians of paired ratios, for ours with the quartiles. floor: 1 + extra "
@@ -114,15 +115,21 @@ def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
     return f"{table}\n\n{caption}"
 
 
-def comparison(found: list[Change], compared: int) -> str:
-    """What ``python -m benchmarks compare`` prints."""
-    if not compared:
+def comparison(pairs: list[Change], least: float = 0.01) -> str:
+    """What ``python -m benchmarks compare`` prints: what of ours changed, and whether the others stayed."""
+    ours = [pair for pair in pairs if pair.variant == OURS]
+    if not ours:
         return "The records have no point in common."
-    lines = [f"{len(found)} of {compared} points changed beyond their noise (and by more than 1 %)."]
-    for change in sorted(found, key=lambda c: c.after / c.before):
-        percent = 100 * (change.after / change.before - 1)
-        where = " ".join(part for part in change.key if part != "warm")
-        lines.append(f"{percent:+6.1f} %  {change.before:.3f} -> {change.after:.3f}  {where}")
+    found = [pair for pair in ours if pair.certain and abs(pair.factor - 1) > least]
+    lines = [f"{len(found)} of {len(ours)} points changed beyond their noise and by more than {least:.0%}."]
+    for pair in sorted(found, key=lambda pair: pair.factor):
+        where = " ".join(part for part in pair.key if part != "warm")
+        before, after = pair.before["median"], pair.after["median"]
+        lines.append(f"{100 * (pair.factor - 1):+6.1f} %  {before:.3f} -> {after:.3f}  {where}")
+    for what, chosen in (("ours", ours), ("the others'", [p for p in pairs if p.variant != OURS])):
+        if chosen:
+            agree = sum(pair.expected for pair in chosen) / len(chosen)
+            lines.append(f"{agree:.0%} of {len(chosen)} figures, {what}, agree; of one code, 95 % do.")
     return "\n".join(lines)
 
 

@@ -121,6 +121,10 @@ class GroupedMM(Alternative):
     def why_not(problem: Problem, train: bool) -> str | None:
         if not hasattr(F, "grouped_mm"):
             return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+        row = 16 // problem.x.element_size()
+        shape = problem.shape
+        if any(size % row for size in (shape.r, shape.in_features, shape.out_features)):
+            return f"takes multiples of {row} only"
         return None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -169,9 +169,7 @@ def _bars(axis: Any, cases: list[Case], dtype: str) -> None:
     axis.set_xlim(-0.5, len(cases) - 0.5)
     axis.set_ylim(0, CAP * 1.1)
     kinds = ["training step" if case.section == "training" else "forward" for case in cases]
-    labels = [
-        f"{kind}\n{_shape(case)}\n{case.label.split()[1]}" for kind, case in zip(kinds, cases, strict=True)
-    ]
+    labels = [f"{kind}\n{_shape(case)}\n{_widths(case)}" for kind, case in zip(kinds, cases, strict=True)]
     axis.set_xticks(range(len(cases)), labels, size=8.5)
     axis.set_yticks([0, 50, 100, 150, 200, 250], ["0", "+50 %", "+100 %", "+150 %", "+200 %", "+250 %"])
     axis.tick_params(length=0)
@@ -231,6 +229,10 @@ def _kernel(case: Case) -> tuple[str, str] | None:
 
 def _shape(case: Case) -> str:
     return " ".join(word for word in case.label.split() if "=" in word)
+
+
+def _widths(case: Case) -> str:
+    return " ".join(word for word in case.label.split() if "→" in word)
 
 
 def _roofs(axis: Any, ceilings: dict[str, float], dtype: str) -> None:

@@ -81,7 +81,8 @@ def test_labels_are_keys():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("shape", [SMALL, replace(SMALL, top_k=1), replace(SMALL, tokens=1, top_k=6)])
-def test_every_form_is_checked_against_float64(shape: Shape, train: bool, dtype: str):
+def test_every_form_is_checked_against_float64(shape: Shape, train: bool, dtype: str, monkeypatch):
+    monkeypatch.setattr(beside, "WORTH", 1e9)  # however busy the machine is
     trial = beside.trial("grid", shape, dtype, train=train)
     functions = prepare(trial)
     assert {BASE, OURS, "loop", "dense-masked", "grouped_mm", "gather+bmm"} <= set(functions)
@@ -95,6 +96,15 @@ def test_a_wrong_form_is_not_timed(train: bool, monkeypatch):
     monkeypatch.setattr(alternatives.Loop, "__call__", lambda self, x: call(self, x * 1.001))
     with pytest.raises(ArithmeticError, match="loop, "):
         prepare(beside.trial("grid", SMALL, "float32", train=train))
+
+
+def test_what_is_hopeless_is_not_timed(monkeypatch):
+    monkeypatch.setattr(beside, "WORTH", 0)
+    call = alternatives.Loop.__call__
+    monkeypatch.setattr(alternatives.Loop, "__call__", lambda self, x: [call(self, x) for _ in range(99)][0])
+    trial = beside.trial("grid", SMALL, "float32")
+    assert "loop" not in prepare(trial)
+    assert trial.case.variants["loop"]["absent"].endswith("× the best one's")
 
 
 def test_expected_gradients_are_those_of_autograd():

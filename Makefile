@@ -29,8 +29,8 @@ help:  ## this list
 demo: build  ## train a mixture of LoRAs on real text and compare it (FAST=1: in under a minute)
 	$(BIN)/python examples/demo.py $(if $(FAST),--fast) $(ARGS)
 
-test: build  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: build $(VENV)/torchao  ## the whole test suite
+	PYTHONPATH="$(abspath $(VENV)/torchao)" $(BIN)/python -m pytest $(ARGS)
 
 bench: build  ## micro-benchmarks against the alternatives
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
@@ -96,6 +96,11 @@ $(VENV)/.tools: $(BIN)/python Makefile
 
 $(VENV)/.cuobjdump: $(VENV)/.tools
 	$(PIP) install nvidia-cuda-cuobjdump
+	touch $@
+
+# Aside, for the tests alone: transformers imports it wherever it is there, and it complains of what it cannot load.
+$(VENV)/torchao: $(VENV)/.tools
+	$(PIP) install --no-deps --target $@ torchao
 	touch $@
 
 # Once per change of the metadata, pip; for a change of the C++ alone, only the compiler.

@@ -32,6 +32,7 @@ from benchmarks import (
     routing,
     scaling,
     shrink,
+    startup,
     training,
     verdict,
 )
@@ -52,6 +53,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Trial]]] = {
     "peft": peft_layer.trials,
     "memory": memory.trials,
     "overhead": overhead.trials,
+    "startup": startup.trials,
     "model": model.trials,
     "grid": grid.trials,
 }
@@ -101,6 +103,7 @@ def run(words: list[str]) -> None:
         action="store_true",
         help="keep what the file to be written already holds, measure the rest",
     )
+    parser.add_argument("--build", action="store_true", help="startup: also a build from nothing, a minute")
     parser.add_argument("--out", type=Path, help="folder for the results (default: build/bench)")
     parser.add_argument(
         "--record", action="store_true", help="into benchmarks/results/<machine>, to be committed"
@@ -127,7 +130,7 @@ def run(words: list[str]) -> None:
     if args.record:
         folder = args.out or machine.ROOT / "benchmarks" / "results" / document["machine"]["name"]
     path = folder / f"{document['date']}{'' if only == DEFAULT else '-' + '-'.join(only)}.json"
-    options = Options(args.quick, budget, dtypes, points, args.threads, args.limit)
+    options = Options(args.quick, budget, dtypes, points, args.threads, args.limit, build=args.build)
     if args.resume:
         options.done = record.resume(path, document)
     document["ceilings"] = record.highest(document.get("ceilings"), machine.ceilings(min(budget, 4)))

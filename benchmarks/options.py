@@ -39,7 +39,7 @@ class Options:
     budget: seconds of timing per case. dtypes: names. points: labels, parts of them, or "2/8": the second of
     eight parts of every section; empty selects all. limit: seconds after which no further case is begun.
     done: what is measured, by key; a case that is there already is taken as it is. keep: called after every
-    case that was measured.
+    case that was measured. build: time the build too.
     """
 
     quick: bool = False
@@ -50,6 +50,7 @@ class Options:
     limit: float = float("inf")
     done: dict[tuple[str, ...], Case] = field(default_factory=dict)
     keep: Callable[[], None] = lambda: None
+    build: bool = False
     left: int = 0  # cases that the limit cut off
     started: float = field(default_factory=time.perf_counter)
 

@@ -1,10 +1,7 @@
-"""What does it cost to call the layer at all? One token through tiny matrices, and the time of the import."""
+"""What does it cost to call the layer at all? One token through tiny matrices."""
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,25 +9,18 @@ import torch
 from benchmarks.alternatives import GatherBmm, PlainLora
 from benchmarks.beside import step
 from benchmarks.inputs import Problem, Shape
-from benchmarks.machine import ROOT
 from benchmarks.options import Functions, Options, Trial
 from benchmarks.record import BASE, OURS, Case
 from moa_ops import ops, reference
 
 TINY = Shape(1, 32, 32, 8, r=4)
 OPERATORS = "operators by hand"
-IMPORT = """
-from time import perf_counter as now
-a = now(); import torch; b = now(); import moa_ops; print(b - a, now() - b)
-"""
 
 
 def trials(options: Options) -> Iterator[Trial]:
-    """A call without gradients, a training step, and the import."""
+    """A call without gradients and a training step."""
     yield _trial("a call, no gradients", _call, [OPERATORS, PlainLora.name], grad=False)
     yield _trial("a training step", _training, [PlainLora.name], grad=True)
-    imported = Case("import", "import", "", "")
-    yield Trial(imported, lambda: imported.facts.update(_import(3 if options.quick else 7).facts) or {})
 
 
 def _trial(label: str, make: Callable[[], Functions], yardsticks: list[str], grad: bool) -> Trial:
@@ -73,14 +63,3 @@ def _training() -> Functions:
         PlainLora.name: lambda: step(plain, x, plain.parameters(), grad_y),
         GatherBmm.name: lambda: step(gather, x, gather.parameters(), grad_y),
     }
-
-
-def _import(times: int) -> Case:
-    """Medians over fresh interpreters; moa_ops after torch, so what it adds."""
-    rows = []
-    for _ in range(times):
-        command = [sys.executable, "-c", IMPORT]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        rows.append([float(value) for value in done.stdout.split()])
-    torch_s, moa_ops_s = (statistics.median(column) for column in zip(*rows, strict=True))
-    return Case("import", "import", "", "", facts={"torch": torch_s, "moa_ops": moa_ops_s})

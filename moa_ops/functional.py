@@ -115,7 +115,7 @@ def _check_mixture(
         )
     if isinstance(scaling, Tensor):
         _check_shape("scaling", scaling, (num_experts,), "a float or [E]")
-        if scaling.requires_grad:
+        if needs_grad(scaling):
             raise ValueError("scaling has no gradient; detach it, or fold what is to be learned into lora_B")
     if ranks is not None:
         _check_shape("ranks", ranks, (num_experts,), "[E]")
@@ -220,7 +220,7 @@ def segment_lora(
     x: ``[..., in]``, T tokens in all.
     lora_A: ``[E, r, in]``; lora_B: ``[E, out, r]``; both in x's dtype, or in float32 under a narrower x.
     routing: a :class:`Routing` of the same T tokens and E experts.
-    scaling: a float or ``[E]``; a constant, without gradient.
+    scaling: a float or ``[E]``; a constant: one that requires a gradient is refused unless gradients are off.
     ranks: ``[E]`` int32 or int64: only the first ranks[e] rows of lora_A[e] and columns of lora_B[e] are
         used; the others are not read and their gradient is zero.
     base: ``[..., out]`` in x's dtype, added and never changed in place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from benchmarks.alternatives import ALTERNATIVES, COMPILED, YARDSTICKS, Alternative, compiled
+from benchmarks.alternatives import ALTERNATIVES, COMPILED, YARDSTICKS, Alternative, Loop, compiled
 from benchmarks.inputs import CACHE, DTYPES, Problem, Shape, check
 from benchmarks.options import Functions, Trial
 from benchmarks.record import BASE, OURS, Case
@@ -112,9 +113,12 @@ def _timed(function: Callable[[], object]) -> tuple[float, object]:
 
 
 def _add_compiled(case: Case, point: _Point, functions: Functions, kinds: list[type[Alternative]]) -> None:
-    """``torch.compile`` of the fastest one that it can compile."""
+    """``torch.compile`` of the fastest one that it can compile; not the loop, unrolled anew for every batch."""
     failed = []
-    for kind in kinds:
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
+        logging.CRITICAL
+    )  # what fails is reported here
+    for kind in (kind for kind in kinds if kind is not Loop):
         alternative = kind(point.problem, point.train)
         function = point.call(compiled(alternative), alternative.parameters())
         try:

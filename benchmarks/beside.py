@@ -113,7 +113,7 @@ def _timed(function: Callable[[], object]) -> tuple[float, object]:
 
 
 def _add_compiled(case: Case, point: _Point, functions: Functions, kinds: list[type[Alternative]]) -> None:
-    """``torch.compile`` of the fastest one that it can compile; not the loop, unrolled anew for every batch."""
+    """``torch.compile`` of the fastest one it can compile; not the loop, unrolled anew for every batch."""
     failed = []
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(
         logging.CRITICAL

@@ -208,7 +208,7 @@ def test_every_picture_is_drawn(tmp_path: Path):
     assert sorted(path.stem for path in drawn.values()) == [
         "a",
         "a-backends",
-        "a-grid",
+        "a-leads",
         "a-roofline",
         "a-scaling",
     ]

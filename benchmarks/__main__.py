@@ -92,7 +92,7 @@ def run(words: list[str]) -> None:
     parser.add_argument(
         "--points",
         default="",
-        help="labels or parts of them, by comma (T=16,E=64), or 2/8: the second eighth",
+        help="parts of labels, by comma (T=16,E=64+step), or 2/8: the second eighth",
     )
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="by comma (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")

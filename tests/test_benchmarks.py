@@ -168,6 +168,7 @@ def trials_of(labels: list[str], done: list[str]) -> list[options.Trial]:
         (("T=1",), [0, 2]),  # not T=16
         (("forward",), [0, 1]),
         (("T=16", "step"), [1, 2, 3]),
+        (("T=16+step",), [3]),
         (("2/3",), [1]),
         (("1/3", "3/3"), [0, 2, 3]),
     ],

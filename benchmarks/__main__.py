@@ -57,6 +57,8 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Trial]]] = {
     "model": model.trials,
     "grid": grid.trials,
 }
+MARKERS = ("<!-- python -m benchmarks readme: begin -->", "<!-- python -m benchmarks readme: end -->")
+README_PICTURES = {"": "extra time over the plain layer", "-scaling": "how the cost grows with T, E and r"}
 DEFAULT = tuple(name for name in SECTIONS if name != "grid")  # the grid alone takes half an hour
 FULL, QUICK = 5.0, 0.7  # seconds of timing per case
 
@@ -90,7 +92,7 @@ def run(words: list[str]) -> None:
     parser.add_argument(
         "--points",
         default="",
-        help="labels or parts of them, by comma (T=16,E=64), or 2/8: the second eighth",
+        help="parts of labels, by comma (T=16,E=64+step), or 2/8: the second eighth",
     )
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="by comma (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -181,13 +183,30 @@ def compare(words: list[str]) -> None:
 
 
 def readme(words: list[str]) -> None:
-    """Prints the Markdown table for the project's README."""
+    """Prints the figures of the project's README, or writes them between its two markers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=readme.__doc__)
-    parser.add_argument("file", type=Path)
-    path = parser.parse_args(words).file
-    resolved = path.resolve()
-    source = resolved.relative_to(machine.ROOT) if resolved.is_relative_to(machine.ROOT) else Path(path.name)
-    print(report.readme(*record.load(path), source.as_posix()))
+    parser.add_argument("files", nargs="+", type=Path, metavar="file")
+    parser.add_argument("--into", type=Path, help="a file with the markers, to be changed in place")
+    args = parser.parse_args(words)
+    parts = []
+    for path in (path.resolve() for path in args.files):
+        inside = path.is_relative_to(machine.ROOT)
+        source = path.relative_to(machine.ROOT) if inside else Path(path.name)
+        document, cases = record.load(path)
+        parts += [build(document, cases, source.as_posix()) for build in (report.readme, report.readme_grid)]
+        for suffix, title in README_PICTURES.items():
+            picture = f"{path.stem}{suffix}.png"
+            if path.with_name(picture).exists():
+                parts.append(f"![{title}]({source.with_name(picture).as_posix()})")
+    text = "\n\n".join(filter(None, parts))
+    if args.into is None:
+        print(text)
+        return
+    before, begin, rest = args.into.read_text().partition(f"{MARKERS[0]}\n")
+    _, end, after = rest.partition(MARKERS[1])
+    if not end:
+        raise SystemExit(f"{args.into} lacks the lines {' and '.join(MARKERS)}")
+    args.into.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 
 def _list(text: str) -> str:

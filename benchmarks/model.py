@@ -61,7 +61,7 @@ def trials(options: Options) -> Iterator[Trial]:
         case = Case("model", point.label, "float32", PLAIN, facts={"aim": point.aim})
         names = (PLAIN, OURS, PEFT_ONE, PEFT_MIXED, PEFT_ARROW)
         prepare = lambda point=point, case=case: _prepare(point, case)  # noqa: E731
-        yield Trial(case, prepare, names, share=1.2, grad=point.kind == "training")
+        yield Trial(case, prepare, names, share=1.0, grad=point.kind == "training")
 
 
 @functools.cache

@@ -36,8 +36,8 @@ class Trial:
 class Options:
     """Settings shared by all sections.
 
-    budget: seconds of timing per case. dtypes: names. points: labels, parts of them, or "2/8": the second of
-    eight parts of every section; empty selects all. limit: seconds after which no further case is begun.
+    budget: seconds of timing per case. dtypes: names. points: parts of labels, "T=1+step" for one with both,
+    or "2/8": the second of eight parts of every section; empty selects all. limit: seconds after which no further case is begun.
     done: what is measured, by key; a case that is there already is taken as it is. keep: called after every
     case that was measured. build: time the build too.
     """
@@ -113,8 +113,9 @@ class Options:
 
 
 def _asked(trial: Trial, number: int, point: str) -> bool:
-    """Whether ``point`` is a word of the label, without "=" a part of it, or the part of all it is in."""
+    """Whether every part of ``point`` is a word of the label, without "=" a part of it; or as a fraction."""
     part, _, parts = point.partition("/")
     if part.isdigit() and parts.isdigit():
         return number % max(1, int(parts)) == int(part) - 1
-    return point in trial.case.label.split() or ("=" not in point and point in trial.case.label)
+    label = trial.case.label
+    return all(word in label.split() or ("=" not in word and word in label) for word in point.split("+"))

@@ -125,5 +125,5 @@ PICTURES: dict[str, tuple[str, Callable[[Any, dict[str, Any], list[Case]], Any]]
     "scaling": ("how the cost grows with T, E and r", pictures.scaling),
     "backends": ("every way to write it", pictures.backends),
     "roofline": ("kernels under the roofs", pictures.roofline),
-    "grid": ("best alternative over ours on the grid", pictures.grid),
+    "leads": ("best alternative over ours on the grid", pictures.grid),
 }

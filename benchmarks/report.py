@@ -10,6 +10,7 @@ from benchmarks.alternatives import PlainLora
 from benchmarks.machine import DISTURBED
 from benchmarks.noise import Change
 from benchmarks.record import BASE, GEMMS, OURS, PEFT, PLAIN, Case
+from benchmarks.verdict import BAR, mean_lead
 
 LAYER_NOTE = (
     "Times relative to nn.Linear: medians of paired ratios, for ours with the quartiles. floor: 1 + extra "
@@ -84,7 +85,7 @@ def header(record: dict[str, Any]) -> str:
 
 
 def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
-    """The Markdown that the project's README shows: generated, never typed."""
+    """The table that the project's README shows: generated, never typed."""
     rows = []
     for section, what in (("layer", "forward"), ("training", "training step")):
         for case in cases:
@@ -99,7 +100,7 @@ def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
                     f"**{case.ratio(OURS):.2f}**",
                     f"{case.facts['floor']:.2f}",
                     f"{plain:.2f}" if plain else "–",
-                    f"{best[1]:.2f} ({best[0]})" if best else "–",
+                    f"{best[1]:.2f} ({_called(case, best[0])})" if best else "–",
                 ]
             )
     columns = ["r=16, top-2", "dtype", "MoALinear", "floor", PlainLora.name, "best in plain PyTorch"]
@@ -112,7 +113,28 @@ def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
         f"{record['versions']['torch']}; commit {record['commit']}, {record['date']}. From `{source}` by "
         f"`python -m benchmarks readme`."
     )
-    return f"{table}\n\n{caption}"
+    return f"{table}\n\n{caption}" if rows else ""
+
+
+def readme_grid(record: dict[str, Any], cases: list[Case], source: str) -> str:
+    """A paragraph on the grid, if there is one."""
+    chosen = [case for case in cases if case.section == "grid" and case.lead()]
+    if not chosen:
+        return ""
+    leads = sorted(case.lead()["median"] for case in chosen)
+    under = sum(lead < BAR for lead in leads)
+    return (
+        f"On a grid of {len(chosen)} cases (T 1–8192, E 2–256, r 4–128, k 1–4, widths 256–4096, forward and "
+        f"training step, float32 and bfloat16) the fastest form in plain PyTorch takes "
+        f"{mean_lead(chosen):.2f} times as long as ours in the geometric mean, {leads[0]:.2f} at the least; "
+        f"{under or 'none'} of the cases {'is' if under == 1 else 'are'} under {BAR}. "
+        f"Commit {record['commit']}, {record['date']}; every case is in `{source}`."
+    )
+
+
+def _called(case: Case, name: str) -> str:
+    of = case.variants[name].get("of")
+    return f"{of}, compiled" if of else name
 
 
 def comparison(pairs: list[Change], least: float = 0.01) -> str:

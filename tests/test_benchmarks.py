@@ -168,6 +168,7 @@ def trials_of(labels: list[str], done: list[str]) -> list[options.Trial]:
         (("T=1",), [0, 2]),  # not T=16
         (("forward",), [0, 1]),
         (("T=16", "step"), [1, 2, 3]),
+        (("T=16+step",), [3]),
         (("2/3",), [1]),
         (("1/3", "3/3"), [0, 2, 3]),
     ],
@@ -219,3 +220,30 @@ def test_what_seems_lost_is_measured_again(monkeypatch):
     (found,) = options.Options(budget=1).run([options.Trial(case, lambda: functions, sure=True)])
     assert asked == [({BASE, OURS, "loop", "slow"}, 1), ({BASE, OURS, "loop"}, 4)]
     assert found.lead()["median"] == 1.1
+
+
+def test_figures_are_written_between_the_markers(tmp_path):
+    """Twice gives the same file; the grid adds its paragraph, and pictures that are there are shown."""
+    grid = layer_case(1.2, 1.8)
+    grid.section = "grid"
+    for name, cases in (("a", [layer_case(1.08, 1.5)]), ("b", [grid])):
+        record.save(tmp_path / f"{name}.json", DOCUMENT, cases)
+    (tmp_path / "a.png").touch()
+    page, begin, end = tmp_path / "README.md", *command.MARKERS
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    words = ["readme", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--into", str(page)]
+    command.main(words)
+    text = page.read_text()
+    command.main(words)
+    assert page.read_text() == text
+    assert text.startswith(f"before\n{begin}\n\n| r=16") and text.endswith(f"\n\n{end}\nafter\n")
+    assert "**1.08**" in text and "![extra time over the plain layer](a.png)" in text and "old" not in text
+    assert "takes 1.50 times as long as ours" in text and "none of the cases are under 0.97" in text
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        command.main(words)
+
+
+def test_the_readme_has_the_markers():
+    text = (command.machine.ROOT / "README.md").read_text()
+    assert [text.count(marker) for marker in command.MARKERS] == [1, 1]

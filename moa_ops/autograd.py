@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from moa_ops.ops import (
     linear_routing,
-    segment_lora,
+    mixture,
     segment_lora_backward,
     topk_routing,
     topk_routing_backward,
@@ -142,29 +142,6 @@ class LinearRouting(Function):
         grad_x = (grad_logits @ router_weight).to(x.dtype) if need_x else None
         grad_router = grad_logits.t() @ x.to(logits.dtype) if need_router else None
         return [grad_x, grad_router, *[None] * 5]
-
-
-def mixture(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    expert_offsets: Tensor,
-    order: Tensor,
-    expert_scaling: Tensor | None,
-    scaling: float,
-    ranks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y and h. The mixture is written first, bias or base folded in, then W x added: one pass less over y."""
-    y, h = segment_lora(
-        x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, scaling, ranks, base, bias
-    )
-    if weight is not None:
-        y.addmm_(x, weight.t())
-    return y, h
 
 
 def _base_grads(

@@ -37,9 +37,9 @@ class Options:
     """Settings shared by all sections.
 
     budget: seconds of timing per case. dtypes: names. points: parts of labels, "T=1+step" for one with both,
-    or "2/8": the second of eight parts of every section; empty selects all. limit: seconds after which no further case is begun.
-    done: what is measured, by key; a case that is there already is taken as it is. keep: called after every
-    case that was measured. build: time the build too.
+    or "2/8": the second of eight parts of every section; empty selects all. limit: seconds after which no
+    further case is begun. done: what is measured, by key; a case that is there already is taken as it is.
+    keep: called after every case that was measured. build: time the build too.
     """
 
     quick: bool = False

@@ -84,7 +84,8 @@ def measure(
 
     Every round has its own order, so that no function always follows the same one. The garbage collector is
     off meanwhile. With ``beside``, ratios to the function of that name are given too, and functions that are
-    far slower than it are sampled in a few of the rounds only.
+    far slower than it are sampled in a few of the rounds only. What takes longer than foreseen ends after
+    ``min_rounds`` or twice the budget.
     """
     once = {name: _calibrate(function) for name, function in functions.items()}
     calls = {name: 1 if cold else math.ceil(MIN_SAMPLE / once[name]) for name in functions}
@@ -93,17 +94,21 @@ def measure(
     sweep = _calibrate(flush) if flush else 0.0
     cost = {name: once[name] * (before[name] + calls[name]) + sweep for name in functions}
     slow = {n for n in functions if beside and n != baseline and once[n] > OUTSIDER * once[beside]}
+    deadline = 2 * budget
     budget -= OUTSIDER_ROUNDS * sum(cost[name] for name in slow)
     rounds = round(budget / sum(cost[name] for name in functions if name not in slow))
     rounds = min(max_rounds, max(min_rounds, rounds))
     every = {name: max(1, rounds // OUTSIDER_ROUNDS) if name in slow else 1 for name in functions}
 
+    deadline += time.perf_counter()
     samples: dict[str, dict[int, float]] = {name: {} for name in functions}
     names, shuffle = list(functions), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for number in range(rounds):
+            if number >= min_rounds and time.perf_counter() > deadline:
+                break  # it was calibrated in a better moment
             shuffle.shuffle(names)
             for name in names:
                 if number % every[name]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 
 import pytest
 
@@ -70,6 +71,12 @@ def test_measure_samples_what_is_far_slower_in_few_rounds(monkeypatch):
     assert timings["ours"].rounds == 100 and timings["slow"].rounds == timer.OUTSIDER_ROUNDS
     assert timings["slow"].beside.median > 0
     assert calls["slow"] == 2 * timer.OUTSIDER_ROUNDS  # a warm-up before each
+
+
+def test_measure_ends_though_all_is_slower_than_foreseen(monkeypatch):
+    monkeypatch.setattr(timer, "_calibrate", lambda function: 1e-6)
+    timings = measure({"a": lambda: time.sleep(2e-6)}, "a", budget=0.02, min_rounds=3, max_rounds=300)
+    assert 3 <= timings["a"].rounds < 300
 
 
 def test_losses_name_what_is_faster():

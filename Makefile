@@ -6,7 +6,7 @@
 #   FAST=1              make demo: the short form            ARGS=...     passed on to pytest, the demo, the benchmarks
 #   QUICK=1             make bench: the short form
 #   CUDA=1              make wheel, wheel-check: with CUDA kernels, and +cuXYZ in the version
-#   UPDATE=1            make cuda-check: writes the budget (tests/cuda_budget.txt)
+#   UPDATE=1            make cuda-check, instruction-check: writes the budget (tests/*_budget.txt)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,7 @@ SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench wheel lint format clean build cuda-check wheel-check gpu-check
+.PHONY: help demo test bench wheel lint format clean build cuda-check instruction-check wheel-check gpu-check
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,8 +29,8 @@ help:  ## this list
 demo: build  ## train a mixture of LoRAs on real text and compare it (FAST=1: in under a minute)
 	$(BIN)/python examples/demo.py $(if $(FAST),--fast) $(ARGS)
 
-test: build  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: build $(VENV)/torchao  ## the whole test suite
+	PYTHONPATH="$(abspath $(VENV)/torchao)" $(BIN)/python -m pytest $(ARGS)
 
 bench: build  ## micro-benchmarks against the alternatives
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
@@ -63,6 +63,10 @@ cuda-check: $(VENV)/.cuobjdump  ## every CUDA kernel for every architecture: reg
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda-check --target cuda-check
 	$(if $(NVCC),find build/cuda-check -name '*.cu.o' -exec $(BIN)/python tests/cuda_binary.py $(if $(UPDATE),--update) {} +)
 
+instruction-check: build  ## what the CPU kernels execute, counted by valgrind, by the budget
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target moa_instructions
+	$(BIN)/python tests/instructions.py $(if $(UPDATE),--update) build/cmake/moa_instructions
+
 # No network: on the machine's own Python (PYTHON=...), with the torch it has. NO_BUILD=1: with the library as it is.
 gpu-check:  ## on a GPU machine: tests, sanitizer, benchmarks, and a dated record; eight minutes
 	$(if $(NO_BUILD),,MOA_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace)
@@ -92,6 +96,11 @@ $(VENV)/.tools: $(BIN)/python Makefile
 
 $(VENV)/.cuobjdump: $(VENV)/.tools
 	$(PIP) install nvidia-cuda-cuobjdump
+	touch $@
+
+# Aside, for the tests alone: transformers imports it wherever it is there, and it complains of what it cannot load.
+$(VENV)/torchao: $(VENV)/.tools
+	$(PIP) install --no-deps --target $@ torchao
 	touch $@
 
 # Once per change of the metadata, pip; for a change of the C++ alone, only the compiler.

@@ -4,28 +4,63 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import kernels, layer, machine, memory, model, overhead, plot, record, report, training
+from benchmarks import (
+    decode,
+    expand_combine,
+    gram,
+    grid,
+    layer,
+    machine,
+    memory,
+    model,
+    noise,
+    overhead,
+    peft_layer,
+    plot,
+    popularity,
+    record,
+    report,
+    routing,
+    scaling,
+    shrink,
+    startup,
+    training,
+    verdict,
+)
 from benchmarks.inputs import DTYPES
-from benchmarks.options import Options
+from benchmarks.options import Options, Trial
 from benchmarks.record import Case
 
-SECTIONS: dict[str, Callable[[Options], list[Case]]] = {
-    "layer": layer.run,
-    "training": training.run,
-    "kernels": kernels.run,
-    "memory": memory.run,
-    "overhead": overhead.run,
-    "model": model.run,
+SECTIONS: dict[str, Callable[[Options], Iterator[Trial]]] = {
+    "layer": layer.trials,
+    "training": training.trials,
+    "decode": decode.trials,
+    "scaling": scaling.trials,
+    "routing": routing.trials,
+    "shrink": shrink.trials,
+    "expand": expand_combine.trials,
+    "gram": gram.trials,
+    "popularity": popularity.trials,
+    "peft": peft_layer.trials,
+    "memory": memory.trials,
+    "overhead": overhead.trials,
+    "startup": startup.trials,
+    "model": model.trials,
+    "grid": grid.trials,
 }
-FULL, QUICK = 12.0, 2.0  # seconds of timing per case
+MARKERS = ("<!-- python -m benchmarks readme: begin -->", "<!-- python -m benchmarks readme: end -->")
+README_PICTURES = {"": "extra time over the plain layer", "-scaling": "how the cost grows with T, E and r"}
+DEFAULT = tuple(name for name in SECTIONS if name != "grid")  # the grid alone takes half an hour
+FULL, QUICK = 5.0, 0.7  # seconds of timing per case
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,17 +82,30 @@ def run(words: list[str]) -> None:
         epilog="Also: python -m benchmarks compare OLD.json NEW.json; python -m benchmarks readme FILE.json",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="under two minutes instead of ten; wider spreads"
+        "--quick", action="store_true", help="under two minutes instead of ten: fewer points, wider spreads"
     )
     parser.add_argument(
-        "--only", default=",".join(SECTIONS), help="sections, by comma (default: %(default)s)"
+        "--only",
+        default=",".join(DEFAULT),
+        help=f"sections of {', '.join(SECTIONS)}, by comma (default: all but grid, half an hour)",
     )
-    parser.add_argument("--points", default="", help="parts of labels, by comma: T=16,E=64 (default: all)")
+    parser.add_argument(
+        "--points",
+        default="",
+        help="parts of labels, by comma (T=16,E=64+step), or 2/8: the second eighth",
+    )
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="by comma (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
         "--budget", type=float, help=f"seconds of timing per case ({FULL:g}; quick {QUICK:g})"
     )
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no case after so many seconds")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what the file to be written already holds, measure the rest",
+    )
+    parser.add_argument("--build", action="store_true", help="startup: also a build from nothing, a minute")
     parser.add_argument("--out", type=Path, help="folder for the results (default: build/bench)")
     parser.add_argument(
         "--record", action="store_true", help="into benchmarks/results/<machine>, to be committed"
@@ -73,44 +121,52 @@ def run(words: list[str]) -> None:
     torch.set_num_threads(args.threads)
     company = machine.Company()
     budget = args.budget or (QUICK if args.quick else FULL)
-    options = Options(args.quick, budget, dtypes, points, args.threads)
     document: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         **machine.commit(),
         "machine": machine.describe(args.threads),
         "versions": machine.versions(),
         "settings": {"quick": args.quick, "seconds_per_case": budget},
-        "ceilings": machine.ceilings(min(budget, 4)),
     }
-    print(report.header(document), flush=True)
-    cases: list[Case] = []
-    for section in only:
-        found = SECTIONS[section](options)
-        for table in report.tables(document, found):
-            print(f"\n{table.text()}", flush=True)
-        cases += found
-    document["company"] = company.percent()
-    print(f"\n{report.verdict(cases)}\n\n{report.header(document)}")
-    document["settings"]["wall_seconds"] = round(time.perf_counter() - options.started)
-
     folder = args.out or machine.ROOT / "build" / "bench"
     if args.record:
         folder = args.out or machine.ROOT / "benchmarks" / "results" / document["machine"]["name"]
-    for path in write(folder, document, cases):
-        print(f"wrote {path}")
+    path = folder / f"{document['date']}{'' if only == DEFAULT else '-' + '-'.join(only)}.json"
+    options = Options(args.quick, budget, dtypes, points, args.threads, args.limit, build=args.build)
+    if args.resume:
+        options.done = record.resume(path, document)
+    document["ceilings"] = record.highest(document.get("ceilings"), machine.ceilings(min(budget, 4)))
+    print(report.header(document), flush=True)
+
+    options.keep = lambda: record.save(path, document, options.done.values())
+    order: dict[tuple[str, ...], int] = {}
+    for section in only:
+        trials = list(SECTIONS[section](options))
+        order.update({trial.case.key: len(order) + number for number, trial in enumerate(trials)})
+        for table in report.tables(document, options.run(trials)):
+            print(f"\n{table.text()}", flush=True)
+    cases = sorted(options.done.values(), key=lambda case: order.get(case.key, len(order)))
+    document["company"] = company.percent()
+    seconds = time.perf_counter() - options.started
+    document["settings"]["wall_seconds"] = round(seconds + document["settings"].get("wall_seconds", 0))
+    print(f"\n{verdict.verdict(cases, document)}\n\n{report.header(document)}")
+    for written in write(path, document, cases):
+        print(f"wrote {written}")
+    if options.left:
+        print(f"{options.left} cases were not begun within {args.limit:g} s; --resume goes on with them")
 
 
-def write(folder: Path, document: dict[str, Any], cases: list[Case]) -> list[Path]:
-    """``<date>.json``, ``.md``, ``.png`` and ``.svg`` in ``folder``."""
-    path = folder / f"{document['date']}.json"
+def write(path: Path, document: dict[str, Any], cases: list[Case]) -> list[Path]:
+    """``path``, and beside it the same as Markdown, and as pictures."""
     record.save(path, document, cases)
     pictures = plot.draw(document, cases, path)
-    picture = f"![extra time over the plain layer]({pictures[-1].name})\n\n" if pictures else ""
+    shown = "".join(f"![{title}]({picture.name})\n\n" for title, picture in pictures.items())
     body = "\n\n".join(table.markdown() for table in report.tables(document, cases))
     header = report.header(document).replace("\n", "  \n")
-    text = f"# {document['machine']['name']}, {document['date']}\n\n{header}\n\n{picture}{body}"
-    path.with_suffix(".md").write_text(f"{text}\n\n## Verdict\n\n{_list(report.verdict(cases))}\n")
-    return [path, path.with_suffix(".md"), *pictures]
+    text = f"# {document['machine']['name']}, {document['date']}\n\n{header}\n\n{shown}{body}"
+    judged = _list(verdict.verdict(cases, document))
+    path.with_suffix(".md").write_text(f"{text}\n\n## Verdict\n\n{judged}\n")
+    return [path, path.with_suffix(".md"), *pictures.values()]
 
 
 def compare(words: list[str]) -> None:
@@ -123,17 +179,34 @@ def compare(words: list[str]) -> None:
     for key in ("cpu", "threads", "isa"):
         if old["machine"][key] != new["machine"][key]:
             print(f"note: {key} differs: {old['machine'][key]} and {new['machine'][key]}")
-    print(report.comparison(*record.changes(before, after)))
+    print(report.comparison(list(noise.pairs(before, after))))
 
 
 def readme(words: list[str]) -> None:
-    """Prints the Markdown table for the project's README."""
+    """Prints the figures of the project's README, or writes them between its two markers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=readme.__doc__)
-    parser.add_argument("file", type=Path)
-    path = parser.parse_args(words).file
-    resolved = path.resolve()
-    source = resolved.relative_to(machine.ROOT) if resolved.is_relative_to(machine.ROOT) else Path(path.name)
-    print(report.readme(*record.load(path), source.as_posix()))
+    parser.add_argument("files", nargs="+", type=Path, metavar="file")
+    parser.add_argument("--into", type=Path, help="a file with the markers, to be changed in place")
+    args = parser.parse_args(words)
+    parts = []
+    for path in (path.resolve() for path in args.files):
+        inside = path.is_relative_to(machine.ROOT)
+        source = path.relative_to(machine.ROOT) if inside else Path(path.name)
+        document, cases = record.load(path)
+        parts += [build(document, cases, source.as_posix()) for build in (report.readme, report.readme_grid)]
+        for suffix, title in README_PICTURES.items():
+            picture = f"{path.stem}{suffix}.png"
+            if path.with_name(picture).exists():
+                parts.append(f"![{title}]({source.with_name(picture).as_posix()})")
+    text = "\n\n".join(filter(None, parts))
+    if args.into is None:
+        print(text)
+        return
+    before, begin, rest = args.into.read_text().partition(f"{MARKERS[0]}\n")
+    _, end, after = rest.partition(MARKERS[1])
+    if not end:
+        raise SystemExit(f"{args.into} lacks the lines {' and '.join(MARKERS)}")
+    args.into.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 
 def _list(text: str) -> str:

@@ -1,11 +1,13 @@
 """What people write in plain PyTorch for the same layer, each in the fastest form found; and one plain LoRA.
 
-All get B as ``[E, r, out]``, the layout that suits them, outside the timing, and route in float32 by a
+All get B as ``[E, r, out]``, the layout that suits them, made outside the timing, and route in float32 by a
 softmax over the chosen k logits, which equals what ``MoALinear`` computes. They update the base's output in
 place. The same code runs with and without gradients.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from benchmarks.inputs import Problem
 
-GATHER_LIMIT = 64 << 20  # values of gathered A and B beyond which nobody would gather them
+GATHER_LIMIT = 16 << 20  # values of gathered A and B beyond which nobody would gather them
+MEMORY_LIMIT = 3 << 30  # bytes that a form may make of temporaries
+COMPILED = "best, compiled"
 
 
 class Alternative:
@@ -24,9 +28,9 @@ class Alternative:
 
     def __init__(self, problem: Problem, train: bool = False) -> None:
         self.shape, self.weight, self.scaling = problem.shape, problem.weight, problem.scaling
-        self.lora_A = problem.lora_A.clone().requires_grad_(train)
-        self.lora_B = problem.lora_B.transpose(1, 2).contiguous().requires_grad_(train)
-        self.router = problem.router_weight.clone().requires_grad_(train)
+        self.lora_A, self.lora_B, self.router = (
+            t.detach().requires_grad_(train) for t in (problem.lora_A, problem.lora_Bt, problem.router_weight)
+        )
 
     @staticmethod
     def why_not(problem: Problem, train: bool) -> str | None:
@@ -93,10 +97,17 @@ class DenseMasked(Alternative):
 
     name = "dense-masked"
 
+    @staticmethod
+    def why_not(problem: Problem, train: bool) -> str | None:
+        shape = problem.shape
+        hidden = shape.tokens * shape.experts * shape.r * problem.x.element_size()
+        needed = hidden * (5 if train else 2)
+        return f"needs {needed / 2**30:.1f} GB for h" if needed > MEMORY_LIMIT else None
+
     def __call__(self, x: Tensor) -> Tensor:
         gates, indices = self.gates(x)
         E, r = self.shape.experts, self.shape.r
-        mask = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, indices, gates)
+        mask = x.new_zeros(x.shape[0], E).scatter(1, indices, gates)
         h = F.linear(x, self.lora_A.view(E * r, -1)).view(-1, E, r) * mask[..., None]
         return F.linear(x, self.weight).addmm_(h.view(-1, E * r), self.lora_B.view(E * r, -1))
 
@@ -110,6 +121,10 @@ class GroupedMM(Alternative):
     def why_not(problem: Problem, train: bool) -> str | None:
         if not hasattr(F, "grouped_mm"):
             return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+        row = 16 // problem.x.element_size()
+        shape = problem.shape
+        if any(size % row for size in (shape.r, shape.in_features, shape.out_features)):
+            return f"takes multiples of {row} only"
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -128,7 +143,7 @@ class GatherBmm(Alternative):
     def why_not(problem: Problem, train: bool) -> str | None:
         shape = problem.shape
         values = shape.tokens * shape.top_k * shape.r * (shape.in_features + shape.out_features)
-        return "gathers too much" if values > GATHER_LIMIT or shape.tokens > 64 else None
+        return "gathers too much" if values > GATHER_LIMIT else None
 
     def __call__(self, x: Tensor) -> Tensor:
         gates, indices = self.gates(x)
@@ -141,3 +156,9 @@ class GatherBmm(Alternative):
 
 ALTERNATIVES: tuple[type[Alternative], ...] = (PlainLora, Loop, DenseMasked, GroupedMM, GatherBmm)
 YARDSTICKS = tuple(kind.name for kind in ALTERNATIVES if not kind.same_result)
+
+
+def compiled(alternative: Alternative) -> Callable[[Tensor], Tensor]:
+    """``torch.compile`` of one of them for its one shape; what was compiled before is forgotten."""
+    torch.compiler.reset()
+    return torch.compile(alternative, dynamic=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from moa_ops import MoALinear, Routing
 
 LORA_ALPHA = 32
+CACHE = 32 << 20  # bytes that a run of calls may keep in the last cache: less is not counted as traffic
+POPULARITIES = ("uniform", "zipf", "one hot", "all distinct")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # error / norm of what may be timed
 
@@ -29,8 +33,10 @@ class Shape:
 
     @property
     def label(self) -> str:
-        widths = f"{self.in_features}→{self.out_features}"
-        return f"T={self.tokens} {widths} E={self.experts}"
+        words = [f"T={self.tokens}", f"{self.in_features}→{self.out_features}", f"E={self.experts}"]
+        words += [f"r={self.r}"] if self.r != 16 else []
+        words += [f"k={self.top_k}"] if self.top_k != 2 else []
+        return " ".join(words)
 
     @property
     def extra(self) -> float:
@@ -47,6 +53,20 @@ class Shape:
     def training_floor(self) -> float:
         """The base does its forward and dX; the mixture its forward and about twice that in the backward."""
         return (2 + 3 * self.extra) / 2
+
+    def extra_bytes(self, size: int, train: bool = False) -> int:
+        """What router and mixture must move beyond the base's x and y: adapters that are chosen, the router.
+
+        size: bytes of a value. Training reads them twice and writes gradients of all of them.
+        """
+        router = 4 * self.experts * self.in_features
+        used = size * self.adapter_values * min(self.experts, self.tokens * self.top_k) // self.experts
+        return 3 * router + 2 * used + size * self.adapter_values if train else router + used
+
+    @property
+    def base_flop(self) -> int:
+        """Of the plain layer, forward."""
+        return 2 * self.tokens * self.in_features * self.out_features
 
     @property
     def mixture_flop(self) -> int:
@@ -79,6 +99,22 @@ class Problem:
         self.router_weight = randn(E, i, scale=1 / math.sqrt(i), dtype=torch.float32)
         self.grad_y = randn(shape.tokens, o, scale=1)
         self.scaling = LORA_ALPHA / r
+        self._avoid_ties(randn)
+
+    def _avoid_ties(self, randn: Callable[..., Tensor]) -> None:
+        """Draws tokens anew until rounding cannot change which experts they choose, nor their order."""
+        count = min(self.shape.top_k + 1, self.shape.experts)
+        while True:
+            top = (self.x.float() @ self.router_weight.t()).topk(count).values
+            close = (top.diff(dim=1).abs() < 1e-4).any(1)
+            if not close.any():
+                return
+            self.x[close] = randn(int(close.sum()), self.shape.in_features, scale=1)
+
+    @cached_property
+    def lora_Bt(self) -> Tensor:
+        """B as ``[E, r, out]``."""
+        return self.lora_B.transpose(1, 2).contiguous()
 
     @cached_property
     def linear(self) -> nn.Linear:
@@ -92,9 +128,11 @@ class Problem:
     def layer(self) -> MoALinear:
         """Ours over the same weight, by its public constructor."""
         shape = self.shape
-        layer = MoALinear.from_linear(
-            self.linear, num_experts=shape.experts, r=shape.r, lora_alpha=LORA_ALPHA, top_k=shape.top_k
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # top-1 renormalised: its router learns nothing
+            layer = MoALinear.from_linear(
+                self.linear, num_experts=shape.experts, r=shape.r, lora_alpha=LORA_ALPHA, top_k=shape.top_k
+            )
         with torch.no_grad():
             layer.lora_A.copy_(self.lora_A)
             layer.lora_B.copy_(self.lora_B)
@@ -103,35 +141,67 @@ class Problem:
 
     def expected(self) -> Tensor:
         """The layer's output in float64, from inputs as rounded as everyone's."""
-        return self._forward64(self.x.double(), self.lora_A, self.lora_B, self.router_weight)
+        return self._mixture64(train=False)["y"].addmm_(self.x.double(), self.weight.double().t())
 
     def expected_gradients(self) -> dict[str, Tensor]:
         """Gradients of ``(y * grad_y).sum()`` in float64: x, lora_A, lora_B, router."""
-        tensors = (self.x, self.lora_A, self.lora_B, self.router_weight)
-        leaves = [tensor.double().requires_grad_() for tensor in tensors]
-        y = self._forward64(*leaves)
-        grads = torch.autograd.grad(y, leaves, self.grad_y.double())
-        return dict(zip(("x", "lora_A", "lora_B", "router"), grads, strict=True))
+        found = self._mixture64(train=True)
+        found["x"].addmm_(self.grad_y.double(), self.weight.double())
+        return {name: found[name] for name in ("x", "lora_A", "lora_B", "router")}
 
-    def _forward64(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, router: Tensor) -> Tensor:
-        top, indices = (x @ router.double().t()).topk(self.shape.top_k)
-        gates = x.new_zeros(self.shape.tokens, self.shape.experts)
-        gates = gates.scatter(1, indices, top.softmax(-1)) * self.scaling
-        y = x @ self.weight.double().t()
-        for e in range(self.shape.experts):
-            rows = (indices == e).any(1).nonzero().squeeze(1)
-            h = x[rows] @ lora_A[e].double().t() * gates[rows, e, None]
-            y = y.index_add(0, rows, h @ lora_B[e].double().t())
-        return y
+    def _mixture64(self, train: bool) -> dict[str, Tensor]:
+        """The mixture's y and, for training, its gradients, by autograd expert for expert: little memory."""
+        with torch.set_grad_enabled(train):
+            x, router = (t.double().requires_grad_(train) for t in (self.x, self.router_weight))
+            top, indices = (x @ router.t()).topk(self.shape.top_k)
+            gates = top.softmax(-1) * self.scaling
+            y = x.new_zeros(self.grad_y.shape)
+            dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
+            dA, dB = ([] for _ in range(2))
+            for e in range(self.shape.experts):
+                rows, slots = (indices == e).nonzero(as_tuple=True)
+                leaves = x.detach()[rows], self.lora_A[e].double(), self.lora_B[e].double()
+                leaves += (gates.detach()[rows, slots],)
+                x_e, a, b, gate = (leaf.requires_grad_(train) for leaf in leaves)
+                y_e = (x_e @ a.t() * gate[:, None]) @ b.t()
+                y.index_add_(0, rows, y_e.detach())
+                if train:
+                    grads = torch.autograd.grad(y_e, (x_e, a, b, gate), self.grad_y[rows].double())
+                    dx.index_add_(0, rows, grads[0])
+                    dA.append(grads[1])
+                    dB.append(grads[2])
+                    dgates[rows, slots] = grads[3]
+            if not train:
+                return {"y": y}
+            by_router, drouter = torch.autograd.grad(gates, (x, router), dgates)
+        return {
+            "y": y,
+            "x": dx.add_(by_router),
+            "lora_A": torch.stack(dA),
+            "lora_B": torch.stack(dB),
+            "router": drouter,
+        }
 
     def routing(self, popularity: str = "uniform") -> Routing:
-        """Random distinct experts per token: "uniform", or "zipf": expert e with weight 1/(e+1)."""
+        """Experts by id, distinct within a token, with random gates.
+
+        popularity: "uniform"; "zipf": expert e with weight 1/(e+1); "one hot": the first k for every token;
+        "all distinct": the next k for every token, so that no two share one as long as there are enough.
+        """
         shape, generator = self.shape, torch.Generator().manual_seed(1)
-        rank = torch.arange(1, shape.experts + 1, dtype=torch.float32)
-        weights = 1 / rank if popularity == "zipf" else torch.ones_like(rank)
-        indices = torch.multinomial(weights.expand(shape.tokens, -1), shape.top_k, generator=generator)
-        gates = torch.rand(shape.tokens, shape.top_k, generator=generator).softmax(-1)
-        return Routing.from_indices(indices, gates, num_experts=shape.experts)
+        T, E, k = shape.tokens, shape.experts, shape.top_k
+        if popularity == "one hot":
+            indices = torch.arange(k).repeat(T, 1)
+        elif popularity == "all distinct":
+            indices = torch.arange(T * k).remainder(E).view(T, k)
+        elif popularity in ("uniform", "zipf"):
+            rank = torch.arange(1, E + 1, dtype=torch.float32)
+            weights = 1 / rank if popularity == "zipf" else torch.ones_like(rank)
+            indices = torch.multinomial(weights.expand(T, -1), k, generator=generator)
+        else:
+            raise ValueError(f"popularity is one of {', '.join(POPULARITIES)}; got {popularity!r}")
+        gates = torch.rand(T, k, generator=generator).softmax(-1)
+        return Routing.from_indices(indices, gates, num_experts=E)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

@@ -1,141 +1,103 @@
-"""How fast is each kernel alone? GF/s and GB/s beside PyTorch's routing and beside GEMMs of the same FLOPs.
+"""What the files of single kernels share: their points, their calls, and GEMMs of the same arithmetic.
 
-The kernels are reached through their operators. Shrink is the mixture with 16 outputs, expand-combine that
-with 16 inputs: next to nothing is left of the other half. "GEMMs, same FLOPs" are the products of one plain
-LoRA of rank k·r: nothing is routed, gathered or combined, so they are a ceiling rather than an opponent.
+The kernels are reached through their operators. "GEMMs, same FLOPs" are products of the same arithmetic with
+one plain LoRA of rank k·r: nothing is routed, gathered or combined, so they are a ceiling, not an opponent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.inputs import DTYPES, Problem, Shape, check
-from benchmarks.options import Options
+from benchmarks.options import Functions, Options, Trial
 from benchmarks.record import GEMMS, OURS, Case
-from moa_ops import ops, reference
+from moa_ops import Routing, ops, reference
 
-POINTS = (Shape(512, 2048, 2048, 8), Shape(512, 1024, 1024, 64), Shape(2048, 1024, 1024, 256))
-TINY = 16
-PYTORCH = "PyTorch"
+POINTS = (Shape(512, 1024, 1024, 64), Shape(512, 2048, 2048, 8), Shape(2048, 1024, 1024, 256))
+TINY = 16  # a width at which next to nothing is left of one half of the mixture
+SHARE = 0.12  # of the budget per case
 
-
-def run(options: Options) -> list[Case]:
-    """Routing on float32 logits; the other kernels in every dtype."""
-    shapes = options.select(POINTS[1:] if options.quick else POINTS)
-    cases = []
-    with torch.no_grad():
-        for shape in shapes:
-            cases.append(_topk_routing(shape, options))
-        for dtype in options.dtypes:
-            for shape in shapes:
-                cases.append(_linear_routing(shape, dtype, options))
-                cases.append(_mixture("shrink", replace(shape, out_features=TINY), dtype, options))
-                cases.append(_mixture("expand-combine", replace(shape, in_features=TINY), dtype, options))
-                cases.append(_mixture("segment_lora", shape, dtype, options))
-                if not options.quick:
-                    cases.append(_mixture("segment_lora, Zipf", shape, dtype, options, "zipf"))
-                cases.append(_backward(shape, dtype, options))
-    return cases
+Call = Callable[[], tuple[Tensor, ...]]
 
 
-def pytorch_routing(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax over the chosen, and the sort by expert: weights, indices, expert_offsets, order."""
-    top, indices = logits.topk(top_k)
-    flat = indices.view(-1)
-    order = flat.argsort(stable=True)
-    offsets = F.pad(torch.bincount(flat, minlength=logits.shape[1]).cumsum(0, dtype=torch.int32), (1, 0))
-    return torch.softmax(top, -1), indices, offsets, order
+def points(options: Options) -> Iterator[tuple[str, Shape]]:
+    """Types and shapes; one shape in a quick run."""
+    for dtype in options.dtypes:
+        for shape in POINTS[:1] if options.quick else POINTS:
+            yield dtype, shape
 
 
-def _topk_routing(shape: Shape, options: Options) -> Case:
-    logits = torch.randn(shape.tokens, shape.experts, generator=torch.Generator().manual_seed(0))
-    case = Case("kernels", f"topk_routing T={shape.tokens} E={shape.experts}", "float32", PYTORCH)
-    case.facts = {"tokens": shape.tokens, "bytes": logits.nbytes + shape.tokens * shape.top_k * 16}
-    ours = ops.topk_routing(logits, shape.top_k, reference.SOFTMAX, True, None, None)
-    theirs = pytorch_routing(logits, shape.top_k)
-    if not all(torch.equal(a, b.to(a.dtype)) for a, b in zip(ours[1:], theirs[1:], strict=True)):
-        raise ArithmeticError(f"{case.label}: the routing differs from PyTorch's")
-    functions = {
-        PYTORCH: lambda: pytorch_routing(logits, shape.top_k),
-        OURS: lambda: ops.topk_routing(logits, shape.top_k, reference.SOFTMAX, True, None, None),
-    }
-    options.timed(case, functions, share=0.1)
-    return case
+def beside_gemms(
+    section: str,
+    label: str,
+    problem: Callable[[], Problem],
+    flop: int,
+    moved: int,
+    dtype: str,
+    make: Callable[[Problem], tuple[Call, Callable[[], object], dict[int, Tensor]]],
+) -> Trial:
+    """Ours beside GEMMs. ``make`` gives our call, theirs, and what ours must return, by place, in float64."""
+    case = Case(section, label, dtype, GEMMS, facts={"flop": flop, "bytes": moved})
+
+    def prepare() -> Functions:
+        ours, gemms, expected = make(problem())
+        found = ours()
+        errors = [check(label, found[i], want, DTYPES[dtype]) for i, want in expected.items()]
+        case.variants[OURS] = {"error": max(errors)}
+        return {GEMMS: gemms, OURS: ours}
+
+    return Trial(case, prepare, (GEMMS, OURS), SHARE)
 
 
-def _linear_routing(shape: Shape, dtype: str, options: Options) -> Case:
-    problem = Problem(shape, DTYPES[dtype])
-    x, router = problem.x, problem.router_weight
-    case = Case("kernels", f"linear_routing {shape.label}", dtype, PYTORCH)
-    case.facts = {
-        "tokens": shape.tokens,
-        "flop": 2 * shape.tokens * shape.in_features * shape.experts,
-        "bytes": x.nbytes + router.nbytes,
-    }
-    functions = {
-        PYTORCH: lambda: pytorch_routing(F.linear(x.float(), router), shape.top_k),
-        OURS: lambda: ops.linear_routing(x, router, shape.top_k, reference.SOFTMAX, True, None, None),
-    }
-    check(case.label, functions[OURS]()[0], x.double() @ router.double().t(), torch.float32)
-    options.timed(case, functions, share=0.2)
-    return case
+def mixture(section: str, label: str, shape: Shape, dtype: str, popularity: str = "uniform") -> Trial:
+    """``segment_lora`` with a given routing: shrink, then expand-combine."""
+
+    def make(problem: Problem) -> tuple[Call, Callable[[], object], dict[int, Tensor]]:
+        routing = problem.routing(popularity)
+        x, (a, b) = problem.x, plain(problem)
+        return segment_lora(problem, routing), lambda: (x @ a) @ b, {0: expected(problem, routing)[0]}
+
+    moved = mixture_bytes(shape, dtype, popularity)
+    problem = lambda: Problem(shape, DTYPES[dtype])  # noqa: E731
+    return beside_gemms(section, label, problem, shape.mixture_flop, moved, dtype, make)
 
 
-def _mixture(name: str, shape: Shape, dtype: str, options: Options, popularity: str = "uniform") -> Case:
-    problem = Problem(shape, DTYPES[dtype])
-    call = _segment_lora(problem, popularity)
-    x, (a, b) = problem.x, _plain(problem)
-    case = Case("kernels", f"{name} {shape.label}", dtype, GEMMS)
-    case.facts = {"tokens": shape.tokens, "flop": shape.mixture_flop, "bytes": _bytes(problem)}
-    functions: dict[str, Callable[[], object]] = {GEMMS: lambda: (x @ a) @ b, OURS: call}
-    options.timed(case, functions, share=0.2)
-    return case
-
-
-def _backward(shape: Shape, dtype: str, options: Options) -> Case:
-    """Gradients of x, A, B and of the gate weights, from the mixture alone."""
-    problem = Problem(shape, DTYPES[dtype])
-    x, grad_y, routing = problem.x, problem.grad_y, problem.routing()
-    _, h = _segment_lora(problem)()
-    gates = (routing.weights, routing.indices, routing.expert_offsets, routing.order)
-    tail = (None, problem.scaling, None, None, None, reference.SOFTMAX, True, True, True, True, True, False)
-    a, b = _plain(problem)
-    plain_h = x @ a
-
-    def gemms() -> object:
-        u = grad_y @ b.t()
-        return u @ a.t(), u.t() @ x, plain_h.t() @ grad_y
-
-    case = Case("kernels", f"backward {shape.label}", dtype, GEMMS)
-    case.facts = {"tokens": shape.tokens, "flop": 2 * shape.mixture_flop, "bytes": 2 * _bytes(problem)}
-    functions: dict[str, Callable[[], object]] = {
-        GEMMS: gemms,
-        OURS: lambda: ops.segment_lora_backward(grad_y, x, problem.lora_A, problem.lora_B, *gates, h, *tail),
-    }
-    options.timed(case, functions, share=0.3)
-    return case
-
-
-def _segment_lora(problem: Problem, popularity: str = "uniform") -> Callable[[], tuple[Tensor, Tensor]]:
-    routing = problem.routing(popularity)
+def segment_lora(problem: Problem, routing: Routing) -> Call:
+    """The operator: y and h."""
     gates = (routing.weights, routing.expert_offsets, routing.order)
     tail = (None, problem.scaling, None, None, None)
     return lambda: ops.segment_lora(problem.x, problem.lora_A, problem.lora_B, *gates, *tail)
 
 
-def _plain(problem: Problem) -> tuple[Tensor, Tensor]:
+def segment_lora_backward(problem: Problem, routing: Routing, h: Tensor, needed: str) -> Call:
+    """The operator: gradients of what ``needed`` names, letters of "x", "A", "B", "w" (the gate weights)."""
+    gates = (routing.weights, routing.indices, routing.expert_offsets, routing.order)
+    want = tuple(letter in needed for letter in "xABw")
+    tail = (None, problem.scaling, None, None, None, reference.SOFTMAX, True, *want, False)
+    tensors = (problem.grad_y, problem.x, problem.lora_A, problem.lora_B)
+    return lambda: ops.segment_lora_backward(*tensors, *gates, h, *tail)
+
+
+def expected(problem: Problem, routing: Routing) -> tuple[Tensor, Tensor]:
+    """y and h in float64."""
+    tensors = (problem.x, problem.lora_A, problem.lora_B, routing.weights)
+    wide = [tensor.double() for tensor in tensors]
+    return reference.segment_lora(*wide, routing.expert_offsets, routing.order, scaling=problem.scaling)
+
+
+def plain(problem: Problem) -> tuple[Tensor, Tensor]:
     """``[in, k·r]`` and ``[k·r, out]``: the adapters of the first k experts, side by side."""
     k = problem.shape.top_k
     a = problem.lora_A[:k].flatten(0, 1).t()
     return a, problem.lora_B[:k].transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _bytes(problem: Problem) -> int:
-    """Read once: x and the adapters; written once: y."""
-    size = problem.x.element_size()
-    return problem.x.nbytes + (problem.shape.adapter_values + problem.grad_y.numel()) * size
+def mixture_bytes(shape: Shape, dtype: str, popularity: str = "uniform") -> int:
+    """Read once: x and the adapters that are used; written once: y."""
+    used = min(shape.experts, shape.tokens * shape.top_k) if popularity != "one hot" else shape.top_k
+    values = shape.tokens * (shape.in_features + shape.out_features)
+    values += used * shape.r * (shape.in_features + shape.out_features)
+    return values * torch.empty(0, dtype=DTYPES[dtype]).element_size()

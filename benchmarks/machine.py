@@ -110,6 +110,7 @@ class Company:
         if self.before is None or (now := self._read()) is None:
             return {"others_percent": None, "steal_percent": None}
         total, busy, steal, own = (b - a for a, b in zip(self.before, now, strict=True))
+        total = max(total, 1e-9)  # less than a tick of the clock has passed
         return {"others_percent": 100 * max(0.0, busy - own) / total, "steal_percent": 100 * steal / total}
 
     @staticmethod

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.options import Options
+from benchmarks.options import Functions, Options, Trial
 from benchmarks.record import OURS, PLAIN, Case
 from moa_ops import MoAConfig, MoAModel, get_moa_model
 
@@ -46,17 +47,24 @@ POINTS = (
     Point("decode by id E=8", 1.2, kind="decode", by_id=True),
 )
 
+QUICK = (POINTS[0].label, POINTS[5].label)
 
-def run(options: Options) -> list[Case]:
+
+def trials(options: Options) -> Iterator[Trial]:
     """float32: the model and, where installed, PEFT's ways, all over the same weights."""
     if importlib.util.find_spec("transformers") is None:
         print("model: skipped, transformers is not installed")
-        return []
-    points = options.select(POINTS)
-    base = _base()
-    return [_point(point, base, options) for point in points]
+        return
+    for point in POINTS:
+        if options.quick and point.label not in QUICK:
+            continue
+        case = Case("model", point.label, "float32", PLAIN, facts={"aim": point.aim})
+        names = (PLAIN, OURS, PEFT_ONE, PEFT_MIXED, PEFT_ARROW)
+        prepare = lambda point=point, case=case: _prepare(point, case)  # noqa: E731
+        yield Trial(case, prepare, names, share=1.0, grad=point.kind == "training")
 
 
+@functools.cache
 def _base() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,18 +93,20 @@ def mixture(base: nn.Module, experts: int, **routing: Any) -> MoAModel:
     return model.eval()
 
 
-def _point(point: Point, base: nn.Module, options: Options) -> Case:
+def _prepare(point: Point, case: Case) -> Functions:
+    base = _base()
     model = mixture(base, point.experts, **dict(point.routing))
     others = _peft(model, base, point) if importlib.util.find_spec("peft") else {}
-    case = Case("model", point.label, "float32", PLAIN, facts={"aim": point.aim}, yardsticks=list(others))
+    if not others:
+        case.variants[PEFT_ONE] = {"absent": "peft is not installed"}
+    case.yardsticks = list(others)
     names = [f"expert_{2 * row + 1}" for row in range(ROWS)]
     ours = {"adapter_names": names[: 1 if point.kind == "decode" else ROWS]} if point.by_id else {}
     runs = {PLAIN: (base, {}), OURS: (model, ours), **others}
     if point.kind == "training":
         model.set_trainable(experts=True, router=True)
     step = {"forward": _forward, "training": _training, "decode": _decode}[point.kind]
-    options.timed(case, {name: step(*what) for name, what in runs.items()})
-    return case
+    return {name: step(*what) for name, what in runs.items()}
 
 
 def _forward(model: nn.Module, arguments: dict[str, Any]) -> Callable[[], object]:

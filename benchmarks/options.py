@@ -1,4 +1,4 @@
-"""What a run was asked to do."""
+"""What a run was asked to do, and the running of it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,40 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
-from benchmarks.inputs import Shape
+import torch
+
 from benchmarks.machine import DISTURBED, Company
 from benchmarks.record import OURS, Case
 
-T = TypeVar("T", bound=Shape)
+Functions = dict[str, Callable[[], object]]
+
+
+@dataclass
+class Trial:
+    """A case, and how to make what it times.
+
+    prepare: makes the tensors, checks the results, files what it finds out in ``case`` and returns what is
+        to be timed by name; nothing, if there is nothing to time. names: what it may return.
+    share: of the budget per case. grad: with gradients. sure: what seems to be lost is measured again.
+    """
+
+    case: Case
+    prepare: Callable[[], Functions]
+    names: tuple[str, ...] = ()
+    share: float = 1.0
+    grad: bool = False
+    sure: bool = False
 
 
 @dataclass
 class Options:
     """Settings shared by all sections.
 
-    budget: seconds of timing per case. points: parts of labels; empty selects all. dtypes: names.
+    budget: seconds of timing per case. dtypes: names. points: parts of labels, "T=1+step" for one with both,
+    or "2/8": the second of eight parts of every section; empty selects all. limit: seconds after which no
+    further case is begun. done: what is measured, by key; a case that is there already is taken as it is.
+    keep: called after every case that was measured. build: time the build too.
     """
 
     quick: bool = False
@@ -27,30 +47,75 @@ class Options:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     points: tuple[str, ...] = ()
     threads: int = 2
+    limit: float = float("inf")
+    done: dict[tuple[str, ...], Case] = field(default_factory=dict)
+    keep: Callable[[], None] = lambda: None
+    build: bool = False
+    left: int = 0  # cases that the limit cut off
     started: float = field(default_factory=time.perf_counter)
 
-    def select(self, shapes: Iterable[T]) -> list[T]:
-        """The shapes whose label contains one of ``points``."""
-        return [s for s in shapes if not self.points or any(part in s.label for part in self.points)]
+    def select(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Those whose label is asked for by ``points``."""
+        numbered = enumerate(trials)
+        return [t for i, t in numbered if not self.points or any(_asked(t, i, p) for p in self.points)]
 
-    def timed(self, case: Case, functions: dict[str, Callable[[], object]], share: float = 1.0) -> None:
-        """Times the case with ``share`` of the budget, once more if it was disturbed; says so on stderr."""
-        others = self._once(case, functions, self.budget * share)
+    def run(self, trials: Iterable[Trial]) -> list[Case]:
+        """The cases of the trials that are asked for, measured as far as the time limit allows."""
+        cases = []
+        for trial in self.select(trials):
+            key = trial.case.key
+            if key not in self.done:
+                if time.perf_counter() - self.started > self.limit:
+                    self.left += 1
+                    continue
+                self.done[key] = self._run(trial)
+                self.keep()
+            cases.append(self.done[key])
+        return cases
+
+    def _run(self, trial: Trial) -> Case:
+        case, budget = trial.case, self.budget * trial.share
+        with torch.set_grad_enabled(trial.grad):
+            functions = trial.prepare()
+            if functions:
+                self._timed(case, functions, budget)
+            if trial.sure and (lead := case.lead()) and lead["median"] < 1:
+                near = [n for n, values in case.timed().items() if values["beside"]["median"] < 1.1]
+                near = {case.baseline, OURS, *near}.difference(case.yardsticks)
+                self._timed(case, {name: functions[name] for name in functions if name in near}, 4 * budget)
+        self._say(case)
+        return case
+
+    def _timed(self, case: Case, functions: Functions, budget: float) -> None:
+        """Times the case, once more if others were at work meanwhile."""
+        others = self._once(case, functions, budget)
         if others > DISTURBED:
             again = replace(case, variants={name: dict(values) for name, values in case.variants.items()})
-            if (calmer := self._once(again, functions, self.budget * share)) < others:
+            if (calmer := self._once(again, functions, budget)) < others:
                 case.variants, others = again.variants, calmer
         case.facts["others_percent"] = others
-        ratio = case.ratio(OURS)
+
+    def _once(self, case: Case, functions: Functions, budget: float) -> float:
+        """Times the case; the per cent of the cores that others took meanwhile."""
+        company = Company()
+        case.time(functions, budget, min_rounds=5 if self.quick else 7)
+        return company.percent()["others_percent"] or 0.0
+
+    def _say(self, case: Case) -> None:
+        """One line on stderr."""
+        ratio, lead = case.ratio(OURS), case.lead()
         text = f"{ratio:.3f} × {case.baseline}" if ratio else ""
-        if others > DISTURBED:
-            text += f" (others took {others:.0f} % of the cores)"
+        text += f", best alternative {lead['median']:.2f} × ours" if lead else ""
+        if case.facts.get("others_percent", 0) > DISTURBED:
+            text += f" (others took {case.facts['others_percent']:.0f} % of the cores)"
         what = f"{case.section:<9} {case.label:<38} {case.dtype:<9} {case.cache}"
         print(f"{time.perf_counter() - self.started:5.0f} s  {what}  {text}", file=sys.stderr, flush=True)
 
-    @staticmethod
-    def _once(case: Case, functions: dict[str, Callable[[], object]], budget: float) -> float:
-        """Times the case; the per cent of the cores that others took meanwhile."""
-        company = Company()
-        case.time(functions, budget)
-        return company.percent()["others_percent"] or 0.0
+
+def _asked(trial: Trial, number: int, point: str) -> bool:
+    """Whether every part of ``point`` is a word of the label, without "=" a part of it; or as a fraction."""
+    part, _, parts = point.partition("/")
+    if part.isdigit() and parts.isdigit():
+        return number % max(1, int(parts)) == int(part) - 1
+    label = trial.case.label
+    return all(word in label.split() or ("=" not in word and word in label) for word in point.split("+"))

@@ -1,80 +1,73 @@
-"""The picture of a record: what a mixture costs over the plain layer, beside the others and the floor."""
+"""The first picture of a record, what a mixture costs over the plain layer; and the drawing of all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pictures
 from benchmarks.alternatives import PlainLora
+from benchmarks.pictures import FAINT, INK, OURS_COLOUR, STYLE, caption
 from benchmarks.record import OURS, Case
 
-INK, FAINT, OUR_COLOUR, OTHER, ONE = "#22313f", "#d9dee4", "#28536b", "#e0a458", "#7fb7be"
+OTHER, ONE = "#E69F00", "#56B4E9"
 LEGEND = ("MoALinear", "one plain LoRA, no routing", "best in plain PyTorch", "floor: arithmetic alone")
 LEAST = 1.0  # per cent: the left end of a logarithmic axis
 
 
-def draw(record: dict[str, Any], cases: list[Case], path: Path) -> list[Path]:
-    """Writes ``path`` as .png and .svg, and returns both; none without matplotlib or without a layer."""
-    dtypes = list(dict.fromkeys(c.dtype for c in cases if c.section == "layer"))
-    if not dtypes:
-        return []
+def draw(record: dict[str, Any], cases: list[Case], path: Path) -> dict[str, Path]:
+    """Writes what these cases allow beside ``path``, as .png and .svg; returns the .png by title.
+
+    The first is named as ``path`` is, the others ``<stem>-<name>``. Nothing is drawn without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
-        return []
+        return {}
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings = {
-        "font.size": 10,
-        "axes.edgecolor": FAINT,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "svg.hashsalt": "moa_ops",
-        "svg.fonttype": "none",
-    }
-    with plt.rc_context(settings):
-        shown = {d: [c for c in cases if _shown(c) and c.dtype == d] for d in dtypes}
-        height = 1.9 + 0.46 * max(map(len, shown.values()))
-        figure, axes = plt.subplots(
-            1, len(dtypes), figsize=(5.6 * len(dtypes), height), sharey=False, squeeze=False
-        )
-        right = max(
-            _percent(c.best_alternative()[1]) for s in shown.values() for c in s if c.best_alternative()
-        )
-        for axis, dtype in zip(axes[0], dtypes, strict=True):
-            _panel(axis, shown[dtype], dtype, labels=dtype == dtypes[0], right=max(right, 100) * 1.4)
-        by_name = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
-        names = [name for name in LEGEND if name in by_name]
-        figure.legend(
-            [by_name[name] for name in names], names, loc="upper left", bbox_to_anchor=(0.008, 0.925),
-            ncols=4, frameon=False, handletextpad=0.1, columnspacing=1.6,
-        )  # fmt: skip
-        figure.suptitle(
-            "Extra time of a mixture of two LoRAs over the plain layer, log scale",
-            x=0.016,
-            ha="left",
-            weight="bold",
-            size=13,
-        )
-        machine = record["machine"]
-        caption = (
-            f"{machine['cpu']} {machine['microarchitecture'] or ''}, {machine['threads']} threads, "
-            f"{machine['isa']}, torch {record['versions']['torch']}, commit {record['commit']}, "
-            f"{record['date']}; r=16, own router included"
-        )
-        if record["settings"]["quick"]:
-            caption += "; quick run"
+    drawn = {}
+    with plt.rc_context(STYLE):
+        for name, (title, build) in PICTURES.items():
+            figure = build(plt, record, cases)
+            if figure is None:
+                continue
+            figure.text(0.012, 0.012, caption(record), size=7.5, color="#6b7a89", ha="left", va="bottom")
+            stem = f"{path.stem}-{name}" if name else path.stem
+            drawn[title] = path.with_name(f"{stem}.png")
+            figure.savefig(drawn[title], dpi=160)
+            figure.savefig(path.with_name(f"{stem}.svg"), metadata={"Date": None})
+            plt.close(figure)
+    return drawn
 
-        figure.text(0.016, 0.015, caption, size=8, color="#7b8794")
-        figure.tight_layout(rect=(0, 0.03, 1, 0.9))
-        paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
-        figure.savefig(paths[0], dpi=160)
-        figure.savefig(paths[1], metadata={"Date": None})
-        plt.close(figure)
-    return paths
+
+def overview(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
+    """A row per layer: ours, one plain LoRA, the best in plain PyTorch and the floor; a panel per dtype."""
+    dtypes = list(dict.fromkeys(c.dtype for c in cases if c.section == "layer"))
+    if not dtypes:
+        return None
+    shown = {d: [c for c in cases if _shown(c) and c.dtype == d] for d in dtypes}
+    rows = list(dict.fromkeys(_row(case) for chosen in shown.values() for case in chosen))
+    height = 1.9 + 0.46 * len(rows)
+    figure, axes = plt.subplots(
+        1, len(dtypes), figsize=(5.6 * len(dtypes), height), sharey=False, squeeze=False
+    )
+    bests = [c.best_alternative() for chosen in shown.values() for c in chosen]
+    right = max((_percent(best[1]) for best in bests if best), default=0)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        _panel(axis, shown[dtype], rows, dtype, right=max(right, 100) * 1.4)
+        axis.set_yticks(range(len(rows)), rows if dtype == dtypes[0] else [])
+    by_name = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    names = [name for name in LEGEND if name in by_name]
+    figure.legend(
+        [by_name[name] for name in names], names, loc="upper left", bbox_to_anchor=(0.004, 0.925),
+        ncols=4, handletextpad=0.1, columnspacing=1.6,
+    )  # fmt: skip
+    pictures.title(figure, "Extra time of a mixture of two LoRAs over the plain layer, log scale")
+    figure.tight_layout(rect=(0, 0.03, 1, 0.9))
+    return figure
 
 
 def _shown(case: Case) -> bool:
@@ -85,13 +78,18 @@ def _percent(ratio: float) -> float:
     return max(LEAST, 100 * (ratio - 1))
 
 
-def _panel(axis: Any, cases: list[Case], dtype: str, labels: bool, right: float) -> None:
+def _row(case: Case) -> str:
+    return ("training  " if case.section == "training" else "") + case.label
+
+
+def _panel(axis: Any, cases: list[Case], rows: list[str], dtype: str, right: float) -> None:
     axis.set_xscale("log")
     axis.set_xlim(LEAST * 0.9, right)
-    axis.set_ylim(len(cases) - 0.5, -0.5)
-    for row, case in enumerate(cases):
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    for case in cases:
+        row = rows.index(_row(case))
         ours, best, one = case.ratio(OURS), case.best_alternative(), case.ratio(PlainLora.name)
-        first = row == 0
+        first = case is cases[0]
         if best:
             span = [_percent(ours), _percent(best[1])]
             axis.plot(span, [row, row], color=FAINT, lw=2, zorder=1)
@@ -109,10 +107,8 @@ def _panel(axis: Any, cases: list[Case], dtype: str, labels: bool, right: float)
                 label=LEGEND[1] if first else None,
             )  # fmt: skip
         axis.scatter(
-            _percent(ours), row, s=78, color=OUR_COLOUR, zorder=4, label=LEGEND[0] if first else None
+            _percent(ours), row, s=78, color=OURS_COLOUR, zorder=4, label=LEGEND[0] if first else None
         )
-    names = [("training  " if c.section == "training" else "") + c.label for c in cases]
-    axis.set_yticks(range(len(cases)), names if labels else [])
     ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000) if t < right]
     axis.set_xticks(ticks, [f"{'≤' if t == LEAST else '+'}{t} %" for t in ticks])
     axis.minorticks_off()
@@ -122,3 +118,12 @@ def _panel(axis: Any, cases: list[Case], dtype: str, labels: bool, right: float)
     axis.set_title(dtype, loc="left", size=10, weight="bold")
     for side in axis.spines.values():
         side.set_visible(False)
+
+
+PICTURES: dict[str, tuple[str, Callable[[Any, dict[str, Any], list[Case]], Any]]] = {
+    "": ("extra time over the plain layer", overview),
+    "scaling": ("how the cost grows with T, E and r", pictures.scaling),
+    "backends": ("every way to write it", pictures.backends),
+    "roofline": ("kernels under the roofs", pictures.roofline),
+    "leads": ("best alternative over ours on the grid", pictures.grid),
+}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.noise import between_runs, stated
 from benchmarks.timer import measure
 
 SCHEMA = 1
@@ -15,6 +17,7 @@ OURS = "moa_ops"  # the name of our variant in every case
 BASE = "nn.Linear"
 PLAIN = "plain model"  # the baseline of whole models
 GEMMS = "GEMMs, same FLOPs"
+PEFT = "PEFT"
 NOT_OPPONENTS = (OURS, BASE, PLAIN, GEMMS)
 
 
@@ -42,9 +45,11 @@ class Case:
     def timed(self) -> dict[str, dict[str, Any]]:
         return {name: values for name, values in self.variants.items() if "ratio" in values}
 
-    def time(self, functions: dict[str, Callable[[], object]], budget: float) -> None:
+    def time(self, functions: dict[str, Callable[[], object]], budget: float, min_rounds: int = 7) -> None:
         """Measures ``functions`` and files the result."""
-        timings = measure(functions, self.baseline, budget=budget, cold=self.cache == "cold")
+        beside = OURS if OURS in functions else None
+        settings = {"budget": budget, "min_rounds": min_rounds, "cold": self.cache == "cold"}
+        timings = measure(functions, self.baseline, beside=beside, **settings)
         for name, timing in timings.items():
             self.variants.setdefault(name, {}).update(timing.to_dict())
 
@@ -59,11 +64,47 @@ class Case:
         best = min(others, key=lambda name: self.ratio(name), default=None)
         return None if best is None else (best, self.ratio(best))
 
+    def lead(self) -> dict[str, float] | None:
+        """Best alternative ÷ ours, median and 95 % interval of the pairs: below 1 where we lose."""
+        best = self.best_alternative()
+        return self.beside(best[0]) if best and self.ratio(OURS) else None
 
-def save(path: Path, record: dict[str, Any], cases: list[Case]) -> None:
+    def beside(self, variant: str) -> dict[str, float] | None:
+        """The variant's time ÷ ours: median, and the 95 % interval in which another run has it."""
+        pairs = self.variants[variant].get("beside")
+        if pairs is None:
+            return None
+        return stated(pairs, math.hypot(*(between_runs(self.ratio(name)) for name in (OURS, variant))))
+
+    def floor(self, ceilings: dict[str, float]) -> float | None:
+        """The least ratio to the baseline: by arithmetic, or by bytes at the rate of the measured copy."""
+        arithmetic, moved = self.facts.get("floor"), self.facts.get("moved")
+        if not (arithmetic and moved and ceilings and BASE in self.timed()):
+            return arithmetic
+        seconds = 1e-9 * moved / ceilings["copy_gbytes_per_s"]
+        return max(arithmetic, 1 + seconds / self.variants[BASE]["seconds"]["median"])
+
+
+def save(path: Path, record: dict[str, Any], cases: Iterable[Case]) -> None:
+    """JSON with a case per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"schema": SCHEMA, **record, "cases": [asdict(case) for case in cases]}
-    path.write_text(json.dumps(_rounded(document), indent=1, ensure_ascii=False) + "\n")
+    head = json.dumps(_rounded({"schema": SCHEMA, **record}), indent=1, ensure_ascii=False)
+    lines = (json.dumps(_rounded(_short(case)), ensure_ascii=False) for case in cases)
+    path.write_text(head[:-2] + ',\n "cases": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def _short(case: Case) -> dict[str, Any]:
+    """The case as data; on the grid, of what is far from the best alternative the medians alone."""
+    data, best = asdict(case), case.best_alternative()
+    if case.section != "grid" or best is None:
+        return data
+    for name, values in data["variants"].items():
+        if "ratio" not in values or name in (case.baseline, OURS, best[0]):
+            continue
+        if values["ratio"]["median"] > 1.1 * best[1] or name in case.yardsticks:
+            for of in {"seconds", "ratio", "beside"} & values.keys():
+                values[of] = {"median": values[of]["median"]}
+    return data
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Case]]:
@@ -73,56 +114,47 @@ def load(path: Path) -> tuple[dict[str, Any], list[Case]]:
     return document, [Case(**case) for case in document.pop("cases")]
 
 
+def resume(path: Path, record: dict[str, Any]) -> dict[tuple[str, ...], Case]:
+    """The cases that ``path`` holds, if any; ``record`` takes over its ceilings and its time."""
+    if not path.exists():
+        return {}
+    before, cases = load(path)
+    for key in ("commit", "modified", "machine"):
+        if before[key] != record[key]:
+            raise SystemExit(f"{path} cannot be resumed, its {key} is {before[key]}, not {record[key]}")
+    record["ceilings"] = before.get("ceilings", {})
+    record["settings"]["wall_seconds"] = before["settings"].get("wall_seconds", 0)
+    return {case.key: case for case in cases}
+
+
+def highest(before: dict[str, float] | None, now: dict[str, float]) -> dict[str, float]:
+    """A ceiling is the best that was seen."""
+    return {name: max(rate, (before or {}).get(name, 0)) for name, rate in now.items()}
+
+
 @dataclass(frozen=True)
 class Loss:
     """A point where something else is faster than we are."""
 
     case: Case
     other: str
-    factor: float  # our time / theirs
-    certain: bool  # the 95 % intervals of the two medians do not touch
+    lead: float  # its time / ours, median of the pairs
+    interval: tuple[float, float]  # of that median, 95 %
+
+    @property
+    def certain(self) -> bool:
+        """Beyond the noise."""
+        return self.interval[1] < 1
 
 
-def losses(cases: list[Case], to: str | None = None) -> Iterator[Loss]:
+def losses(cases: Iterable[Case], to: str | None = None) -> Iterator[Loss]:
     """Where an alternative beats ours; with ``to``, where the variant of that name does, yardstick or not."""
     for case in cases:
-        timed = case.timed()
-        ours = timed.get(OURS)
-        for name, theirs in timed.items():
-            if (
-                ours is None
-                or name in NOT_OPPONENTS
-                or (name in case.yardsticks if to is None else name != to)
-            ):
-                continue
-            factor = ours["ratio"]["median"] / theirs["ratio"]["median"]
-            if factor > 1:
-                yield Loss(case, name, factor, ours["ratio"]["low"] > theirs["ratio"]["high"])
-
-
-@dataclass(frozen=True)
-class Change:
-    """Our ratio to the baseline in two runs, where their intervals do not touch."""
-
-    key: tuple[str, str, str, str]
-    before: float
-    after: float
-
-
-def changes(before: list[Case], after: list[Case], least: float = 0.01) -> tuple[list[Change], int]:
-    """What changed beyond the noise and by more than ``least``, and how many points were compared."""
-    old = {case.key: case for case in before}
-    found, compared = [], 0
-    for case in after:
-        pair = [c.timed().get(OURS) for c in (old.get(case.key), case) if c is not None]
-        if len(pair) < 2 or None in pair:
-            continue
-        compared += 1
-        a, b = (values["ratio"] for values in pair)
-        apart = a["high"] < b["low"] or b["high"] < a["low"]
-        if apart and abs(b["median"] / a["median"] - 1) > least:
-            found.append(Change(case.key, a["median"], b["median"]))
-    return found, compared
+        for name in case.timed():
+            other = name == to if to else name not in (*NOT_OPPONENTS, *case.yardsticks)
+            pairs = case.beside(name)
+            if other and pairs and pairs["median"] < 1:
+                yield Loss(case, name, pairs["median"], (pairs["low"], pairs["high"]))
 
 
 def _rounded(value: Any) -> Any:

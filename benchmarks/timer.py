@@ -23,6 +23,8 @@ import torch
 
 MIN_SAMPLE = 1e-3  # seconds: faster functions are called several times per sample
 WARM_UP = 2e-3  # seconds of untimed calls before a warm sample, one call at least
+LONG = 0.1  # seconds of a call beyond which it fills the caches itself: no warm-up, and one to calibrate
+OUTSIDER, OUTSIDER_ROUNDS = 2.0, 5  # who takes more than twice as long as ``beside``: sampled so often
 FLUSH_BYTES = 128 << 20  # beyond the share of the last cache that a core or two get
 
 
@@ -62,9 +64,10 @@ class Timing:
     ratio: Spread
     rounds: int
     calls: int  # per sample
+    beside: Spread | None = None  # its paired ratio to ``beside`` of :func:`measure`
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def measure(
@@ -72,6 +75,7 @@ def measure(
     baseline: str,
     *,
     budget: float,
+    beside: str | None = None,
     cold: bool = False,
     min_rounds: int = 7,
     max_rounds: int = 300,
@@ -79,42 +83,58 @@ def measure(
     """Times ``functions`` against the one named ``baseline``, for about ``budget`` seconds in all.
 
     Every round has its own order, so that no function always follows the same one. The garbage collector is
-    off meanwhile.
+    off meanwhile. With ``beside``, ratios to the function of that name are given too, and functions that are
+    far slower than it are sampled in a few of the rounds only. What takes longer than foreseen ends after
+    ``min_rounds`` or twice the budget.
     """
     once = {name: _calibrate(function) for name, function in functions.items()}
     calls = {name: 1 if cold else math.ceil(MIN_SAMPLE / once[name]) for name in functions}
-    before = {name: 0 if cold else math.ceil(WARM_UP / once[name]) for name in functions}
+    before = {n: 0 if cold or once[n] > LONG else math.ceil(WARM_UP / once[n]) for n in functions}
     flush = _flusher() if cold else None
-    per_round = sum(once[name] * (before[name] + calls[name]) for name in functions)
-    if flush:
-        per_round += len(functions) * _calibrate(flush)
-    rounds = min(max_rounds, max(min_rounds, round(budget / per_round)))
+    sweep = _calibrate(flush) if flush else 0.0
+    cost = {name: once[name] * (before[name] + calls[name]) + sweep for name in functions}
+    slow = {n for n in functions if beside and n != baseline and once[n] > OUTSIDER * once[beside]}
+    deadline = 2 * budget
+    budget -= OUTSIDER_ROUNDS * sum(cost[name] for name in slow)
+    rounds = round(budget / sum(cost[name] for name in functions if name not in slow))
+    rounds = min(max_rounds, max(min_rounds, rounds))
+    every = {name: max(1, rounds // OUTSIDER_ROUNDS) if name in slow else 1 for name in functions}
 
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    deadline += time.perf_counter()
+    samples: dict[str, dict[int, float]] = {name: {} for name in functions}
     names, shuffle = list(functions), random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
+            if number >= min_rounds and time.perf_counter() > deadline:
+                break  # it was calibrated in a better moment
             shuffle.shuffle(names)
             for name in names:
+                if number % every[name]:
+                    continue
                 if flush:
                     flush()
                 for _ in range(before[name]):
                     functions[name]()
-                samples[name].append(_sample(functions[name], calls[name]))
+                samples[name][number] = _sample(functions[name], calls[name])
     finally:
         gc.enable()
-    base = samples[baseline]
     return {
         name: Timing(
-            Spread.of(times),
-            Spread.of([mine / other for mine, other in zip(times, base, strict=True)]),
-            rounds,
+            Spread.of(list(times.values())),
+            _paired(times, samples[baseline]),
+            len(times),
             calls[name],
+            _paired(times, samples[beside]) if beside else None,
         )
         for name, times in samples.items()
     }
+
+
+def _paired(mine: dict[int, float], others: dict[int, float]) -> Spread:
+    """The ratios within rounds that have both."""
+    return Spread.of([mine[number] / others[number] for number in mine])
 
 
 def _sample(function: Callable[[], object], calls: int) -> float:
@@ -125,10 +145,10 @@ def _sample(function: Callable[[], object], calls: int) -> float:
 
 
 def _calibrate(function: Callable[[], object]) -> float:
-    """Warms the function up (at least three calls and 20 ms) and says roughly how long one call takes."""
+    """Warms the function up (three calls and 20 ms, or a long one) and says roughly how long a call takes."""
     deadline = time.perf_counter() + 0.02
     times: list[float] = []
-    while len(times) < 3 or time.perf_counter() < deadline:
+    while not times or (times[0] < LONG and (len(times) < 3 or time.perf_counter() < deadline)):
         times.append(_sample(function, 1))
     return min(times)
 

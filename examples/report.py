@@ -222,7 +222,7 @@ def _heatmap(
             axes.text(
                 j,
                 i,
-                text.format(image[i, j]),
+                text.format(image[i, j].round(2) + 0.0),  # no -0.00
                 ha="center",
                 va="center",
                 fontsize=8.5,

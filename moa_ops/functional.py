@@ -115,7 +115,7 @@ def _check_mixture(
         )
     if isinstance(scaling, Tensor):
         _check_shape("scaling", scaling, (num_experts,), "a float or [E]")
-        if scaling.requires_grad:
+        if needs_grad(scaling):
             raise ValueError("scaling has no gradient; detach it, or fold what is to be learned into lora_B")
     if ranks is not None:
         _check_shape("ranks", ranks, (num_experts,), "[E]")
@@ -220,7 +220,7 @@ def segment_lora(
     x: ``[..., in]``, T tokens in all.
     lora_A: ``[E, r, in]``; lora_B: ``[E, out, r]``; both in x's dtype, or in float32 under a narrower x.
     routing: a :class:`Routing` of the same T tokens and E experts.
-    scaling: a float or ``[E]``; a constant, without gradient.
+    scaling: a float or ``[E]``; a constant: one that requires a gradient is refused unless gradients are off.
     ranks: ``[E]`` int32 or int64: only the first ranks[e] rows of lora_A[e] and columns of lora_B[e] are
         used; the others are not read and their gradient is zero.
     base: ``[..., out]`` in x's dtype, added and never changed in place.
@@ -229,10 +229,6 @@ def segment_lora(
     lora_A, lora_B, routing.weights and base. Under autocast, x and base are cast to its dtype. Raises
     ``ValueError`` and ``TypeError`` for arguments that do not fit together.
     """
-    y = _at_once(x, None, None, base, lora_A, lora_B, routing, scaling, ranks)
-    if y is not None:
-        return y
-    x, base = _autocast(x, base)
     return _moa_linear(x, None, None, base, lora_A, lora_B, routing, scaling, ranks)
 
 
@@ -252,49 +248,7 @@ def moa_linear(
     weight: ``[out, in]``, bias: ``[out]`` or None, in x's dtype. Differentiable in them too, where they
     require it. The rest as in :func:`segment_lora`.
     """
-    y = _at_once(x, weight, bias, None, lora_A, lora_B, routing, scaling, ranks)
-    if y is not None:
-        return y
-    x, weight, bias = _autocast(x, weight, bias)
     return _moa_linear(x, weight, bias, None, lora_A, lora_B, routing, scaling, ranks)
-
-
-def _at_once(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    routing: Routing,
-    scaling: float | Tensor,
-    ranks: Tensor | None,
-) -> Tensor | None:
-    """The common call without gradients: one operator, and nothing asked here that it asks itself.
-
-    A step of decoding is some 20 µs of kernels; checks in Python would cost as much again. ``None`` where
-    :func:`_moa_linear` has to look closer: something to convert, or to complain about in better words.
-    """
-    if torch.is_grad_enabled() or type(x) is not Tensor or not ops.has_checks(x) or under_autocast(x):
-        return None
-    expert_scaling, factor = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, scaling)
-    try:
-        return ops.segment_linear(
-            x,
-            weight,
-            bias,
-            base,
-            lora_A,
-            lora_B,
-            routing.weights,
-            routing.expert_offsets,
-            routing.order,
-            expert_scaling,
-            factor,
-            ranks,
-        )
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None
 
 
 def _moa_linear(
@@ -308,6 +262,18 @@ def _moa_linear(
     scaling: float | Tensor,
     ranks: Tensor | None,
 ) -> Tensor:
+    """What both compute. Without gradients it is one operator, and nothing is asked that it asks itself: a
+    step of decoding is some 20 µs of kernels, and checks in Python would cost as much again.
+    """
+    expert_scaling, factor = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, scaling)
+    if not torch.is_grad_enabled() and type(x) is Tensor and ops.has_checks(x) and not under_autocast(x):
+        try:
+            segments = (routing.expert_offsets, routing.order, expert_scaling, factor, ranks)
+            return ops.segment_linear(x, weight, bias, base, lora_A, lora_B, routing.weights, *segments)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            pass  # something to convert, or to complain about in better words
+
+    x, weight, bias, base = _autocast(x, weight, bias, base)
     lora_A, lora_B = _adapter(lora_A, x), _adapter(lora_B, x)
     _check_mixture(x, lora_A, lora_B, routing, scaling, ranks, weight=weight, bias=bias, base=base)
     out_features, in_features = lora_B.shape[1], lora_A.shape[2]
@@ -321,9 +287,8 @@ def _moa_linear(
             _check_shape(name, tensor, shape, meaning)
             _check_dtype(name, tensor, (x.dtype,))
 
-    expert_scaling, factor = None, scaling
-    if isinstance(scaling, Tensor):
-        expert_scaling, factor = scaling.to(accumulation_dtype(x.dtype)), 1.0
+    if expert_scaling is not None:
+        expert_scaling = expert_scaling.to(accumulation_dtype(x.dtype))
     weights = routing.weights.to(accumulation_dtype(x.dtype))
     segments = (routing.expert_offsets, routing.order, expert_scaling, factor, ranks)
     if not needs_grad(x, weight, bias, base, lora_A, lora_B, weights):

@@ -37,6 +37,19 @@ segment_linear = torch.ops.moa_ops.segment_linear.default
 routed_linear = torch.ops.moa_ops.routed_linear.default
 
 
+def mixture(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, *lora: Any
+) -> tuple[Tensor, Tensor]:
+    """y = base or bias + mixture + W x, and h; ``lora`` is what ``segment_lora`` takes between x and base.
+
+    The mixture is written first, bias or base folded in, then W x added: one pass less over y.
+    """
+    y, h = segment_lora(x, *lora, base, bias)
+    if weight is not None:
+        y.addmm_(x, weight.t())
+    return y, h
+
+
 def has_kernels(device_type: str) -> bool:
     """Whether compiled kernels run on ``device_type`` ("cpu", "cuda", ...); elsewhere plain PyTorch does
     their work.
@@ -65,26 +78,11 @@ for _name in KERNELS:
 
 
 def _compose_segment_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    expert_offsets: Tensor,
-    order: Tensor,
-    expert_scaling: Tensor | None,
-    scaling: float,
-    ranks: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, *lora: Any
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
     if base is not None:
         base = base.reshape(-1, base.shape[-1])
-    lora = (lora_A, lora_B, weights, expert_offsets, order, expert_scaling, scaling, ranks)
-    y, _ = segment_lora(rows, *lora, base, bias)
-    if weight is not None:
-        y.addmm_(rows, weight.t())
+    y, _ = mixture(x.reshape(-1, x.shape[-1]), weight, bias, base, *lora)
     return y.view(*x.shape[:-1], y.shape[1])
 
 

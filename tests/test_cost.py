@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +95,38 @@ def test_inference_is_one_operator() -> None:
             layer(x, routing=routing)
             moa_ops.segment_lora(rows, layer.lora_A, layer.lora_B, routing)
         assert counter.calls == ["moa_ops.segment_linear.default"] * 2
+
+
+def calls_in_python(function: Callable[[], object]) -> list[str]:
+    """Names of the functions of moa_ops that ``function`` enters, and of whatever these call."""
+    package = str(Path(moa_ops.__file__).parent)
+    found: list[str] = []
+
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and frame.f_code.co_filename.startswith(package):
+            found.append(arg.__name__)
+        elif event == "call":
+            frames = [frame, *([frame.f_back] if frame.f_back else [])]
+            if any(f.f_code.co_filename.startswith(package) for f in frames):
+                found.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def test_a_call_without_gradients_is_few_calls_in_python() -> None:
+    """What Python adds to a decode step, without a clock: the number does not depend on the machine."""
+    layer, x = MoALinear(32, 24), torch.randn(1, 32)
+    _, routing = layer.route(x)
+    with torch.no_grad():
+        assert len(calls := calls_in_python(lambda: layer(x))) <= 6, calls
+        assert len(calls := calls_in_python(lambda: layer(x, routing=routing))) <= 12, calls
+    assert {"forward", "moa_linear"} <= set(calls)
 
 
 def test_a_function_is_entered_only_for_gradients() -> None:

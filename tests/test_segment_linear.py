@@ -53,7 +53,9 @@ def test_values(
     y = moa.segment_linear(**given)
     assert y.dtype == dtype
     assert_close(y, expected)
-    assert torch.equal(y, ops._compose_segment_linear(**given))  # what devices without this kernel run
+    assert torch.equal(
+        y, ops._compose_segment_linear(*given.values())
+    )  # what devices without this kernel run
     leading = {"x": p.x[None, :, None], "base": None if p.base is None else p.base[None, :, None]}
     assert torch.equal(moa.segment_linear(**{**given, **leading}), y[None, :, None])
 

@@ -334,6 +334,17 @@ def test_every_subset_of_gradients_of_moa_linear(wanted: tuple[str, ...]) -> Non
         assert_close(grad, want, name)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scaling_that_requires_grad_is_a_constant_without_gradients(autocast: bool) -> None:
+    """Where gradients are off nothing is lost by it; where they are on it is refused (test_bad_input.py)."""
+    p = make_mixture(24, 40, 30, 5, 2, 8, expert_scaling=True)
+    learned = p.expert_scaling.clone().requires_grad_()
+    call = (p.x, p.lora_A, p.lora_B, p.routing())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = moa_ops.segment_lora(*call, scaling=p.expert_scaling)
+        assert torch.equal(moa_ops.segment_lora(*call, scaling=learned), expected)
+
+
 def test_leading_dimensions_and_scaling_tensor() -> None:
     p = make_mixture(24, 40, 30, 5, 2, 8, expert_scaling=True)
     flat = moa_ops.segment_lora(p.x, p.lora_A, p.lora_B, p.routing(), scaling=p.expert_scaling, base=p.base)

@@ -42,9 +42,10 @@ const KernelTable* const kCompiledTables[] = {
 bool cpu_can_run(const char* name) {
   if (strcmp(name, "scalar") == 0) return true;
 #if defined(__x86_64__)
-  // These also ask the operating system whether it saves the wide registers (XGETBV).
+  // These also ask the operating system whether it saves the wide registers (XGETBV). F16C is not asked for: Clang knows
+  // the name only from 19 on, and what has AVX2 has it.
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (strcmp(name, "avx2") == 0) return avx2;

@@ -1,0 +1,137 @@
+"""A layer at one point beside ``nn.Linear`` and every form in plain PyTorch: shared by the layer files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from benchmarks.alternatives import ALTERNATIVES, COMPILED, YARDSTICKS, Alternative, Loop, compiled
+from benchmarks.inputs import CACHE, DTYPES, Problem, Shape, check
+from benchmarks.options import Functions, Trial
+from benchmarks.record import BASE, OURS, Case
+
+LONG = 1.0  # seconds
+HOPELESS, WORTH = 4.0, 0.1  # left out: a call beyond so many times the best one's, and so many seconds
+NAMES = (BASE, OURS, *(kind.name for kind in ALTERNATIVES), COMPILED)
+
+
+def step(function: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor], grad_y: Tensor):
+    """One forward and backward; the gradients as a tuple: x first."""
+    return torch.autograd.grad(function(x), [x, *parameters], grad_y)
+
+
+def trial(
+    section: str,
+    shape: Shape,
+    dtype: str,
+    *,
+    train: bool = False,
+    cache: str = "warm",
+    aim: float | None = None,
+    compile: bool = False,
+    label: str | None = None,
+    share: float = 1.0,
+    sure: bool = False,
+) -> Trial:
+    """Forward without gradients; with ``train`` a step, base frozen, gradients of x, router, adapters."""
+    case = Case(section, label or shape.label, dtype, BASE, cache, yardsticks=list(YARDSTICKS))
+    moved = shape.extra_bytes(DTYPES[dtype].itemsize, train)
+    case.facts = {
+        "floor": shape.training_floor if train else shape.floor,
+        "moved": moved if cache == "cold" or moved > CACHE else 0,
+        "aim": aim,
+        "train": train,
+        "shape": asdict(shape),
+    }
+    names = NAMES if compile else NAMES[:-1]
+    return Trial(case, lambda: _prepare(case, shape, train, compile), names, share, train, sure)
+
+
+class _Point:
+    """The tensors of a point, and what is expected of whoever is timed there."""
+
+    def __init__(self, shape: Shape, dtype: str, train: bool) -> None:
+        self.problem, self.train = Problem(shape, DTYPES[dtype]), train
+        self.x = self.problem.x.clone().requires_grad_() if train else self.problem.x
+        self.expected = self.problem.expected_gradients() if train else {"y": self.problem.expected()}
+
+    def call(self, function: Callable[[Tensor], Tensor], parameters: list[Tensor]) -> Callable[[], object]:
+        x, grad_y = self.x, self.problem.grad_y
+        return (lambda: step(function, x, parameters, grad_y)) if self.train else (lambda: function(x))
+
+    def check(self, name: str, result: object) -> float:
+        """The largest relative error; raises where one is too large."""
+        dtype = self.problem.dtype
+        found = dict(zip(self.expected, result if self.train else (result,), strict=True))
+        if "lora_B" in found and name != OURS:
+            found["lora_B"] = found["lora_B"].transpose(1, 2)
+        return max(check(f"{name}, {key}", found[key], want, dtype) for key, want in self.expected.items())
+
+
+def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
+    """Every result, and every gradient, is compared with float64 before it is timed."""
+    point = _Point(shape, case.dtype, train)
+    problem, layer = point.problem, point.problem.layer
+    ours = point.call(layer, [layer.lora_A, layer.lora_B, layer.router.weight])
+    functions: Functions = {BASE: point.call(problem.linear, []), OURS: ours}
+    case.variants[OURS] = {"error": point.check(OURS, ours())}
+    seconds: dict[type[Alternative], float] = {}
+    for kind in ALTERNATIVES:
+        if absent := kind.why_not(problem, train):
+            case.variants[kind.name] = {"absent": absent}
+            continue
+        alternative = kind(problem, train)
+        function = point.call(alternative, alternative.parameters())
+        took, result = _timed(function)
+        if took < LONG:  # or else warming up does not matter
+            took = min(took, _timed(function)[0])
+        case.variants[kind.name] = {"error": point.check(kind.name, result)} if kind.same_result else {}
+        functions[kind.name] = function
+        if kind.same_result:
+            seconds[kind] = took
+    least = min(seconds.values())
+    for kind in [kind for kind, took in seconds.items() if took > max(HOPELESS * least, WORTH)]:
+        again = 0 if seconds[kind] > LONG else 3  # calls, against chance
+        took = min([seconds[kind], *(_timed(functions[kind.name])[0] for _ in range(again))])
+        if took > max(HOPELESS * least, WORTH):
+            case.variants[kind.name]["absent"] = f"a call took {took / least:.0f} × the best one's"
+            del functions[kind.name], seconds[kind]
+    if compile:
+        _add_compiled(case, point, functions, sorted(seconds, key=seconds.get))
+    return functions
+
+
+def _timed(function: Callable[[], object]) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def _add_compiled(case: Case, point: _Point, functions: Functions, kinds: list[type[Alternative]]) -> None:
+    """``torch.compile`` of the fastest one it can compile; not the loop, unrolled anew for every batch."""
+    failed = []
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
+        logging.CRITICAL
+    )  # what fails is reported here
+    for kind in (kind for kind in kinds if kind is not Loop):
+        alternative = kind(point.problem, point.train)
+        function = point.call(compiled(alternative), alternative.parameters())
+        try:
+            error = point.check(COMPILED, function())
+        except Exception as reason:  # whatever stops the compiler is what is to be reported
+            failed.append(f"{kind.name}: {_gist(reason)}")
+            continue
+        case.variants[COMPILED] = {"error": error, "of": kind.name, "failed": failed}
+        functions[COMPILED] = function
+        return
+    case.variants[COMPILED] = {"absent": "; ".join(failed) or "nothing to compile"}
+
+
+def _gist(reason: Exception) -> str:
+    lines: Iterator[str] = (line.strip() for line in str(reason).splitlines())
+    return next((line for line in lines if line), type(reason).__name__)[:120]

@@ -6,9 +6,13 @@
 // written by rows of c (dA) or of j (dB). dz is one more row j = rank, summed in float32 also under 16-bit x.
 //
 // A block owns a piece of an expert's positions, 64 columns and some ranks, walks the positions in order and keeps its
-// sums in registers. Pieces are cut where the position is a multiple of plan.chunk, and numbered so that a block finds its
-// own by bisection (plan_cuda.h). An expert in one piece is written at once; the pieces of the others go to planes in the
-// accumulator's type, which a second launch adds in order: no atomics, bitwise reproducible.
+// sums in registers. Rows and coefficients come in stages by cp.async: those of the next two are under way while one is
+// multiplied, and a row's place is looked up three stages ahead.
+//
+// Pieces are cut where the position is a multiple of plan.chunk, and numbered so that a block finds its own by bisection
+// (plan_cuda.h). An expert in one piece is written at once; the pieces of the others go to planes in the accumulator's
+// type, which a second launch adds in order. So every sum has four levels, stage, group, piece and expert, each short:
+// float32 keeps 1e-6 of the norm up to hundreds of millions of positions. No atomics, bitwise reproducible.
 //
 // Experts without positions, and ranks not in use, come out as zeros. Limits: slots < 2^31; any rank, any width.
 #include "lora/combine.cuh"
@@ -25,15 +29,16 @@ struct GramParams {
   int64_t width;
   const void* x;  // [tokens, width], rows ldx apart
   int64_t ldx;
-  bool x_direct;   // rows are whole 16-byte chunks
-  bool exact;      // coefficients keep float32 under 16-bit x
-  const void* dz;  // [slots] or null
-  void* out;       // G, or null: element (e, j, c) at e rank width + j out_j + c out_c
+  bool x_direct, values_direct;  // rows are whole 16-byte chunks
+  bool exact;                    // coefficients keep float32 under 16-bit x
+  const void* dz;                // [slots] or null
+  void* out;                     // G, or null: element (e, j, c) at e rank width + j out_j + c out_c
   int64_t out_j, out_c;
   bool out_f32;    // float32 under 16-bit x
   void* d_router;  // [experts, width] accumulator type, or null
   void* planes;    // [2 chunks, rank + 1, width] accumulator type; row `rank` is the router's
   plan_cuda::Gram plan;
+  int shift;  // tensor cores: a row of coefficients takes 2^shift chunks
 };
 
 // ---- which positions a block takes ----
@@ -92,52 +97,210 @@ __device__ __forceinline__ void store_sum(const GramParams& p, const Piece& piec
   }
 }
 
+// ---- a piece's positions, stage by stage ----
+
+// A stage is kPositions rows of x (64 columns), the coefficients as they come (raw) and as the product takes them (C: T
+// for tensor cores, else the accumulator's type). A thread converts the raw chunks that it has copied itself, so one
+// barrier a stage is enough: three buffers of x, of which two are being filled, two of each kind of coefficients.
+template <class T, class C, int kPositions>
+struct Stream {
+  using A = Acc<T>;
+  static constexpr int kStages = plan_cuda::kGramStages, kThreads = kGramThreads;
+  static constexpr bool kTensor = std::is_same<T, C>::value && sizeof(T) == 2;
+  static constexpr int kX = 16 / sizeof(T), kChunks = kGramColumns / kX, kEach = kPositions * kChunks / kThreads;
+  static constexpr int kV = 16 / sizeof(A);
+  static_assert(kStages == 3 && kPositions <= kThreads && kEach >= 1, "numbering below");
+
+  const GramParams& p;
+  const Piece& piece;
+  int64_t c0, j0, used;
+  bool router;      // dz is wanted here
+  int ranks;        // of coefficients in a row of C
+  int shift;        // a row of raw is 2^shift chunks
+  int chunks_used;  // of which these are needed, whole fragments
+  T* xs;            // [kStages][kPositions][64 columns]
+  A* raw;           // [2][kPositions][2^shift chunks]
+  C* coef;          // [2][kPositions][ranks]
+  A *factor, *dz;   // [kStages][kPositions]
+  int* token;       // [kStages][kPositions]; -1: none
+
+  static constexpr size_t bytes(int shift, int ranks) {
+    return kPositions * (kStages * (kGramColumns * sizeof(T) + 2 * sizeof(A) + sizeof(int)) +
+                         2 * ((size_t{16} << shift) + ranks * sizeof(C)));
+  }
+  __device__ __forceinline__ Stream(const GramParams& p, const Piece& piece, void* shared, int64_t c0, int64_t j0,
+                                    int64_t used, bool router, int shift, int ranks)
+      : p(p), piece(piece), c0(c0), j0(j0), used(used), router(router), ranks(ranks), shift(shift) {
+    chunks_used = kTensor ? 2 * static_cast<int>(clamp((used - j0 + 7) / 8, 0, ranks / 8)) : 1 << shift;
+    xs = static_cast<T*>(shared);
+    raw = reinterpret_cast<A*>(xs + kStages * kPositions * kGramColumns);
+    coef = reinterpret_cast<C*>(raw + (2 * kPositions * kV << shift));
+    factor = reinterpret_cast<A*>(coef + 2 * kPositions * ranks);
+    dz = factor + kStages * kPositions;
+    token = reinterpret_cast<int*>(dz + kStages * kPositions);
+  }
+
+  static __device__ __forceinline__ int x_at(int row, int chunk) {
+    return kTensor ? chunk_at(row, chunk) : row * kGramColumns + chunk * kX;
+  }
+  // Chunk i of raw belongs to this row: those that a warp converts together then lie in different banks.
+  __device__ __forceinline__ int raw_row(int i) const { return kTensor ? spread(i >> shift) : i >> shift; }
+
+  __device__ __forceinline__ int64_t slot_of(int64_t position) const {
+    return position < piece.end ? p.c.slot_at(position) : -1;
+  }
+  __device__ __forceinline__ A factor_of(int64_t slot) const {
+    return slot < 0 ? A(0) : p.c.factor<A>(piece.expert, slot);
+  }
+  __device__ __forceinline__ A dz_of(int64_t position) const {
+    return router && position < piece.end ? static_cast<const A*>(p.dz)[position] : A(0);
+  }
+  __device__ __forceinline__ int token_of(int64_t slot) const {
+    return slot < 0 ? -1 : static_cast<int>(p.c.token_of(slot));
+  }
+
+  __device__ __forceinline__ void issue(int buffer, int parity, int64_t first) const {
+    const T* const x = static_cast<const T*>(p.x);
+    T* const to = xs + buffer * kPositions * kGramColumns;
+#pragma unroll
+    for (int q = 0; q < kEach; ++q) {
+      const int i = q * kThreads + static_cast<int>(threadIdx.x), row = i / kChunks, chunk = i % kChunks;
+      const int t = token[buffer * kPositions + row];
+      const int64_t at = c0 + kX * chunk, n = t < 0 ? 0 : p.width - at;
+      stage_chunk(to + x_at(row, chunk), n > 0 ? x + t * p.ldx + at : x, n, p.x_direct);
+    }
+    const A* const values = static_cast<const A*>(p.c.values);
+    for (int i = threadIdx.x; i < kPositions << shift; i += kThreads) {
+      const int chunk = i & ((1 << shift) - 1);
+      if (chunk >= chunks_used) continue;
+      const int64_t position = first + raw_row(i), j = j0 + kV * chunk, n = position < piece.end ? used - j : 0;
+      stage_chunk(raw + (parity * (kPositions << shift) + i) * kV, n > 0 ? values + position * p.c.rank + j : values, n,
+                  p.values_direct);
+    }
+  }
+
+  // The coefficients of a stage, w s v: those of this thread's own copies.
+  __device__ __forceinline__ void convert(int buffer, int parity) const {
+    for (int i = threadIdx.x; i < kPositions << shift; i += kThreads) {
+      const int chunk = i & ((1 << shift) - 1), row = raw_row(i);
+      if (chunk >= chunks_used) continue;
+      const A f = factor[buffer * kPositions + row];
+      alignas(16) A v[kV];
+      *reinterpret_cast<uint4*>(v) = *reinterpret_cast<const uint4*>(raw + (parity * (kPositions << shift) + i) * kV);
+      C* const to = coef + parity * kPositions * ranks;
+      if constexpr (kTensor) {
+        *reinterpret_cast<uint2*>(to + chunk_at(row, chunk / 2) + chunk % 2 * 4) =
+            make_uint2(pack2<T>(f * v[0], f * v[1]), pack2<T>(f * v[2], f * v[3]));
+      } else {
+#pragma unroll
+        for (int q = 0; q < kV; ++q) {
+          const int64_t j = j0 + kV * chunk + q;
+          v[q] = j < used ? f * v[q] : router && j == p.c.rank ? dz[buffer * kPositions + row] : A(0);
+        }
+        *reinterpret_cast<uint4*>(to + row * ranks + kV * chunk) = *reinterpret_cast<const uint4*>(v);
+      }
+    }
+  }
+
+  // stage(x, coefficients, dz) for each stage, fold() whenever a group is full.
+  template <class Stage, class Fold>
+  __device__ __forceinline__ void run(const Stage& stage, const Fold& fold) const {
+    const int64_t steps = (piece.end - piece.begin + kPositions - 1) / kPositions;
+    const int row = threadIdx.x;
+    const bool looks = row < kPositions;
+    // Looked up by one thread a row: where stage s + 3 is, what s + 2 is multiplied with.
+    int64_t ahead = -1, position = piece.begin + row;
+    A next_factor = 0, next_dz = 0;
+    if (looks) {
+      const int64_t slot = slot_of(position), second = slot_of(position + kPositions);
+      token[row] = token_of(slot);
+      token[kPositions + row] = token_of(second);
+      factor[row] = factor_of(slot);
+      dz[row] = dz_of(position);
+      next_factor = factor_of(second);
+      next_dz = dz_of(position + kPositions);
+      ahead = slot_of(position + 2 * kPositions);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      if (s < steps) issue(s, s, piece.begin + s * kPositions);
+      cp_async_commit();
+    }
+    int buffer = 0, in_group = 0;
+    for (int64_t s = 0; s < steps; ++s) {
+      const int parity = static_cast<int>(s % 2), next = buffer == 2 ? 0 : buffer + 1, last = next == 2 ? 0 : next + 1;
+      cp_async_wait<1>();
+      convert(buffer, parity);
+      if (looks) {
+        factor[next * kPositions + row] = next_factor;
+        dz[next * kPositions + row] = next_dz;
+        token[last * kPositions + row] = token_of(ahead);
+        position += kPositions;
+        next_factor = factor_of(ahead);
+        next_dz = dz_of(position + kPositions);
+        ahead = slot_of(position + 2 * kPositions);
+      }
+      __syncthreads();  // the stage is there; all have left the one before
+      if (s + 2 < steps) issue(last, parity, piece.begin + (s + 2) * kPositions);
+      cp_async_commit();
+      stage(xs + buffer * kPositions * kGramColumns, coef + parity * kPositions * ranks, dz + buffer * kPositions);
+      buffer = next;
+      if (++in_group == p.plan.group) {
+        fold();
+        in_group = 0;
+      }
+    }
+    fold();
+    cp_async_wait<0>();
+  }
+};
+
+template <class T>
+using MmaStream = Stream<T, T, plan_cuda::kGramStage>;
+template <class T>
+using SimtStream = Stream<T, Acc<T>, plan_cuda::kGramSimtStage>;
+template <class A>
+constexpr int kSimtShift = sizeof(A) == 8 ? 3 : 2;  // 16 ranks
+static_assert(plan_cuda::kGramSimtRanks == 16, "kSimtShift");
+
 // ---- kernels ----
 
-// Multiply-adds: a thread owns a column and 8 ranks. Positions of a stage are summed apart, then added.
+// Multiply-adds: a thread owns a column and 8 ranks. dz is one more rank.
 template <class T>
 __global__ void __launch_bounds__(kGramThreads, 1) gram_simt(const GramParams p) {
   using A = Acc<T>;
   constexpr int kStage = plan_cuda::kGramSimtStage, kRanks = plan_cuda::kGramSimtRanks;
   constexpr int kEach = kRanks * kGramColumns / kGramThreads;
-  MOA_SHARED(A, xs, kStage * kGramColumns);
-  MOA_SHARED(A, coef, kStage * kRanks);
+  MOA_DYNAMIC_SHARED(A, shared);
   const Piece piece = piece_of(p, blockIdx.z);
   if (!piece.there) return;
   const int64_t j0 = blockIdx.y * static_cast<int64_t>(kRanks), used = p.c.used(piece.expert);
   const int64_t c0 = blockIdx.x * static_cast<int64_t>(kGramColumns);
   const int column = threadIdx.x % kGramColumns, part = threadIdx.x / kGramColumns * kEach;
   const bool router = p.dz != nullptr && p.c.rank < j0 + kRanks;
-  const T* const x = static_cast<const T*>(p.x);
-  A total[kEach] = {};
-  for (int64_t first = piece.begin; first < piece.end && (j0 < used || router); first += kStage) {
-    const int count = static_cast<int>(clamp(piece.end - first, 0, kStage));
-    __syncthreads();  // all have left the stage of before
-    for (int i = threadIdx.x; i < kStage * kGramColumns; i += kGramThreads) {
-      const int row = i / kGramColumns;
-      const int64_t from = c0 + i % kGramColumns;
-      xs[i] = A(0);
-      if (row < count && from < p.width) xs[i] = to_acc(x[p.c.token_of(p.c.slot_at(first + row)) * p.ldx + from]);
-    }
-    for (int i = threadIdx.x; i < kStage * kRanks; i += kGramThreads) {
-      const int64_t at = first + i / kRanks, j = j0 + i % kRanks;
-      coef[i] = A(0);
-      if (i / kRanks >= count) continue;
-      if (j < used) {
-        coef[i] = p.c.factor<A>(piece.expert, p.c.slot_at(at)) * p.c.value<A>(at, j);
-      } else if (j == p.c.rank && p.dz != nullptr) {
-        coef[i] = static_cast<const A*>(p.dz)[at];
-      }
-    }
-    __syncthreads();
-    A sum[kEach] = {};
-    for (int row = 0; row < count; ++row) {
-      const A v = xs[row * kGramColumns + column];
+  A group[kEach] = {}, total[kEach] = {};
+  if (j0 < used || router) {
+    const SimtStream<T> stream(p, piece, shared, c0, j0, used, router, kSimtShift<A>, kRanks);
+    stream.run(
+        [&](const T* x, const A* coef, const A*) {
+          A sum[kEach] = {};
+#pragma unroll 4
+          for (int row = 0; row < kStage; ++row) {
+            const A v = to_acc(x[row * kGramColumns + column]);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) sum[i] += coef[row * kRanks + part + i] * v;
-    }
+            for (int i = 0; i < kEach; ++i) sum[i] += coef[row * kRanks + part + i] * v;
+          }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) total[i] += sum[i];
+          for (int i = 0; i < kEach; ++i) group[i] += sum[i];
+        },
+        [&] {
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) {
+            total[i] += group[i];
+            group[i] = A(0);
+          }
+        });
   }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) store_sum<T>(p, piece, j0 + part + i, c0 + column, total[i]);
@@ -147,76 +310,57 @@ __global__ void __launch_bounds__(kGramThreads, 1) gram_simt(const GramParams p)
 // and all ranks of the block. Both operands lie by positions and are turned by ldmatrix_trans. dz keeps float32: ordinary
 // multiply-adds, in the first block of ranks only, two threads a column.
 template <class T>
-__global__ void __launch_bounds__(kGramThreads, 4) gram_mma(const GramParams p) {
+__global__ void __launch_bounds__(kGramThreads, 3) gram_mma(const GramParams p) {
   constexpr int kStage = plan_cuda::kGramStage, kFrags = plan_cuda::kGramRanks / 8;
   static_assert(kStage == 64 && kFrags == 8 && kGramColumns == 64 && kGramThreads == 128, "rows of 8 chunks");
-  MOA_SHARED(T, xs, kStage * 64);    // [positions][columns], chunks exchanged
-  MOA_SHARED(T, coef, kStage * 64);  // [positions][ranks], the same
-  MOA_SHARED(const T*, row, kStage);
-  MOA_SHARED(float, factor, kStage);
-  MOA_SHARED(float, dz, kStage);
+  MOA_DYNAMIC_SHARED(T, shared);
   const Piece piece = piece_of(p, blockIdx.z);
   if (!piece.there) return;
   const int64_t j0 = blockIdx.y * static_cast<int64_t>(8 * kFrags),
                 used = p.out == nullptr ? 0 : p.c.used(piece.expert);
   const int64_t c0 = blockIdx.x * static_cast<int64_t>(kGramColumns);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int frags = static_cast<int>(clamp((used - j0 + 7) / 8, 0, kFrags)), pairs = 4 * frags;
+  const int frags = static_cast<int>(clamp((used - j0 + 7) / 8, 0, kFrags));
   const int column = threadIdx.x % kGramColumns, part = threadIdx.x / kGramColumns * (kStage / 2);
   const bool router = p.dz != nullptr && blockIdx.y == 0;
-  const T* const x = static_cast<const T*>(p.x);
-  float total[kFrags][4] = {}, share = 0.0f;
-
-  for (int64_t first = piece.begin; first < piece.end && (frags > 0 || router); first += kStage) {
-    __syncthreads();  // all have left the stage of before
-    if (threadIdx.x < kStage) {
-      const int64_t at = first + threadIdx.x;
-      const bool here = at < piece.end;
-      const int64_t slot = here ? p.c.slot_at(at) : 0;
-      row[threadIdx.x] = here ? x + p.c.token_of(slot) * p.ldx : nullptr;
-      factor[threadIdx.x] = here ? p.c.factor<float>(piece.expert, slot) : 0.0f;
-      dz[threadIdx.x] = here && router ? static_cast<const float*>(p.dz)[at] : 0.0f;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kStage * 8; i += kGramThreads) {
-      const int at = i / 8, chunk = i % 8;
-      const int64_t n = row[at] == nullptr ? 0 : p.width - (c0 + 8 * chunk);
-      stage_chunk(xs + chunk_at(at, chunk), n > 0 ? row[at] + c0 + 8 * chunk : x, n, p.x_direct);
-    }
-    cp_async_commit();
-    for (int i = threadIdx.x; i < kStage * pairs; i += kGramThreads) {
-      const int at = spread(i / pairs), pair = i % pairs;
-      const int64_t j = j0 + 2 * pair;
-      const auto value = [&](int64_t j) {
-        return row[at] == nullptr || j >= used ? 0.0f : factor[at] * p.c.value<float>(first + at, j);
-      };
-      *reinterpret_cast<uint32_t*>(coef + chunk_at(at, pair / 4) + pair % 4 * 2) = pack2<T>(value(j), value(j + 1));
-    }
-    cp_async_wait<0>();
-    __syncthreads();
-
-    uint32_t a[kStage / 16][4];
+  float group[kFrags][4] = {}, total[kFrags][4] = {}, group_share = 0.0f, share = 0.0f;
+  if (frags > 0 || router) {
+    const MmaStream<T> stream(p, piece, shared, c0, j0, used, router, p.shift, 8 * kFrags);
+    stream.run(
+        [&](const T* x, const T* coef, const float* dz) {
+          uint32_t a[kStage / 16][4];
 #pragma unroll
-    for (int step = 0; step < kStage / 16; ++step)
-      ldmatrix_x4_trans(a[step], xs + chunk_at(16 * step + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+          for (int step = 0; step < kStage / 16; ++step)
+            ldmatrix_x4_trans(a[step], x + chunk_at(16 * step + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
 #pragma unroll
-    for (int f = 0; f < kFrags; ++f) {
-      if (f >= frags) continue;
-      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          for (int f = 0; f < kFrags; ++f) {
+            if (f >= frags) continue;
+            float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-      for (int step = 0; step < kStage / 16; ++step) {
-        uint32_t b[2];
-        ldmatrix_x2_trans(b, coef + chunk_at(16 * step + lane % 16, f));
-        mma_m16n8k16<T>(sum, a[step], b);
-      }
+            for (int step = 0; step < kStage / 16; ++step) {
+              uint32_t b[2];
+              ldmatrix_x2_trans(b, coef + chunk_at(16 * step + lane % 16, f));
+              mma_m16n8k16<T>(sum, a[step], b);
+            }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) total[f][i] += sum[i];
-    }
-    if (router) {
-      float sum = 0.0f;
-      for (int i = part; i < part + kStage / 2; ++i) sum += dz[i] * to_acc(xs[chunk_at(i, column / 8) + column % 8]);
-      share += sum;
-    }
+            for (int i = 0; i < 4; ++i) group[f][i] += sum[i];
+          }
+          if (!router) return;
+          float sum = 0.0f;
+          for (int i = part; i < part + kStage / 2; ++i) sum += dz[i] * to_acc(x[chunk_at(i, column / 8) + column % 8]);
+          group_share += sum;
+        },
+        [&] {
+#pragma unroll
+          for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              total[f][i] += group[f][i];
+              group[f][i] = 0.0f;
+            }
+          share += group_share;
+          group_share = 0.0f;
+        });
   }
 #pragma unroll
   for (int f = 0; f < kFrags; ++f)
@@ -226,7 +370,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_mma(const GramParams p) 
       if (j < p.c.rank) store_sum<T>(p, piece, j, c0 + 16 * warp + lane / 4 + i / 2 * 8, total[f][i]);
     }
   if (!router) return;
-  float* const shares = reinterpret_cast<float*>(coef);
+  float* const shares = reinterpret_cast<float*>(shared);
   __syncthreads();
   if (part > 0) shares[column] = share;
   __syncthreads();
@@ -270,15 +414,17 @@ cudaError_t launch_simt(const GramParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.width, kGramColumns)),
                   static_cast<unsigned>(ceil_div(p.c.rank + (p.dz == nullptr ? 0 : 1), kGramSimtRanks)),
                   static_cast<unsigned>(p.plan.pieces));
-  return MOA_LAUNCH((gram_simt<T>), grid, kGramThreads, 0, stream, p);
+  constexpr size_t kShared = SimtStream<T>::bytes(kSimtShift<Acc<T>>, kGramSimtRanks);
+  return MOA_LAUNCH((gram_simt<T>), grid, kGramThreads, kShared, stream, p);
 }
 template <class T>
-cudaError_t launch_mma(const GramParams& p, cudaStream_t stream) {
+cudaError_t launch_mma(GramParams p, cudaStream_t stream) {
   using namespace plan_cuda;
+  while (4 << p.shift < least(p.c.rank, kGramRanks)) ++p.shift;
   const dim3 grid(static_cast<unsigned>(ceil_div(p.width, kGramColumns)),
                   static_cast<unsigned>(p.out == nullptr ? 1 : most(1, ceil_div(p.c.rank, kGramRanks))),
                   static_cast<unsigned>(p.plan.pieces));
-  return MOA_LAUNCH((gram_mma<T>), grid, kGramThreads, 0, stream, p);
+  return MOA_LAUNCH((gram_mma<T>), grid, kGramThreads, MmaStream<T>::bytes(p.shift, kGramRanks), stream, p);
 }
 template <class T>
 cudaError_t launch_finish(const GramParams& p, cudaStream_t stream) {
@@ -316,10 +462,14 @@ GramParams params_of(DType type, const Coefficients& c, const void* x, int64_t l
   p.width = width;
   p.x = x;
   p.ldx = ldx;
-  p.x_direct = is_half(type) && chunks(x, ldx, 2);
+  const int64_t element = type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
+  p.x_direct = chunks(x, ldx, element);
+  p.values_direct = chunks(c.values, c.rank, type == DType::f64 ? 8 : 4);
+  p.shift = 1;
   p.out_j = width;
   p.out_c = 1;
-  p.plan = plan_cuda::gram(c.slots, c.experts);
+  const bool tensor = is_half(type);
+  p.plan = plan_cuda::gram(c.slots, c.experts, tensor ? plan_cuda::kGramStage : plan_cuda::kGramSimtStage);
   return p;
 }
 

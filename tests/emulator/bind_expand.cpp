@@ -97,8 +97,8 @@ MOA_BIND(m) {
     p.d_weight = device.out(d_weight);
     device.finish(moa::router_backward_cuda(p, device.work(moa::router_backward_work(p)), nullptr));
   });
-  m.def("gram_plan", [](int64_t slots, int64_t experts) {
-    const auto p = moa::plan_cuda::gram(slots, experts);
-    return py::make_tuple(p.chunk, p.chunks, p.pieces);
+  m.def("gram_plan", [](int64_t slots, int64_t experts) {  // for multiply-adds
+    const auto p = moa::plan_cuda::gram(slots, experts, moa::plan_cuda::kGramSimtStage);
+    return py::make_tuple(p.chunk, p.group, moa::plan_cuda::kGramSimtStage);
   });
 }

@@ -15,8 +15,10 @@ from emulator.arrays import (
     BF16,
     F16,
     F32,
+    TOLERANCE,
     assert_close,
     assert_no_conflicts,
+    error,
     exact,
     normal,
     unwritten,
@@ -136,11 +138,42 @@ def test_uneven_segments(emulator: ModuleType, rng, dtype: np.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_experts_in_pieces(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     """Segments that end before, at and behind a chunk's end, over two and three chunks, several in one."""
-    chunk, chunks, _ = emulator.gram_plan(3000, 6)
-    assert (chunk, chunks) == (1024, 3)
+    chunk, group, stage = emulator.gram_plan(3000, 6)
+    assert (chunk, group * stage) == (1024, 128)  # three chunks, of several groups each
     for rows in ([0, 3000], [1023, 1, 1977], [1024, 1024, 952], [1025, 30, 2, 1943], [5, 2100, 0, 600, 200]):
         ids = np.arange(len(rows)).repeat(rows)[:, None]
         check(emulator, rng, rng.permuted(ids, axis=0), 4, 9, dtype, experts=6)
+
+
+def in_levels(terms: np.ndarray, chunk: int, group: int, stage: int) -> np.ndarray:
+    """Sum over rows as the kernel orders it for one expert: stages of a group, groups of a piece, pieces."""
+    levels = (stage, group, -(-chunk // (stage * group)))
+    pieces = []
+    for first in range(0, len(terms), chunk):
+        piece = terms[first : first + chunk]
+        padded = np.zeros((np.prod(levels), terms.shape[1]), terms.dtype)
+        padded[: len(piece)] = piece
+        sums = padded.reshape(*levels[::-1], -1)
+        while sums.ndim > 1:
+            sums = np.cumsum(sums, axis=-2)[..., -1, :]  # one after another, each sum rounded
+        pieces.append(sums)
+    return np.cumsum(pieces, axis=0)[-1]
+
+
+def test_order_of_a_sum(emulator: ModuleType, rng) -> None:
+    """The model is the kernel, bit by bit; where no emulated run reaches, the model tells the error."""
+    for slots in (1, 100, 3000):
+        u, x, dA = normal(rng, slots, 1), normal(rng, slots, 40), unwritten(1, 1, 40)
+        offsets, order = sort(np.zeros((slots, 1), np.int64), 1)
+        emulator.gram(
+            x, x, u, u, offsets, order, np.ones((slots, 1), F32), None, 1.0, None, None, dA, None, None
+        )
+        np.testing.assert_array_equal(dA[0, 0], in_levels(u * x, *emulator.gram_plan(slots, 1)))
+    slots = 1 << 21
+    terms = normal(rng, slots, 8) * normal(rng, slots, 1)
+    exact_sum, (chunk, group, stage) = exact(terms).sum(0), emulator.gram_plan(slots, 1)
+    assert error(in_levels(terms, chunk, group, stage), exact_sum) < TOLERANCE[F32]
+    assert error(in_levels(terms, chunk, chunk // stage, stage), exact_sum) > TOLERANCE[F32]  # no groups
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -193,7 +193,7 @@ DenseParams dense_of(const DecodeParams& p, void* planes) {
   d.in = p.in;
   d.x = p.x;
   d.ldx = p.ldx;
-  d.lora_A = p.lora_A;
+  d.lora = p.lora_A;
   d.lora_rows = p.seg.experts * p.rank;
   d.router_weight = p.router_weight;
   d.experts = p.seg.experts;

@@ -197,16 +197,20 @@ def test_every_path_of_the_plan(emulator: ModuleType, rng) -> None:
 
 def test_dense_pass(emulator: ModuleType, rng) -> None:
     """Many tokens, few rows of A: every expert's product of every token, of which the selected are taken."""
-    for tokens, k, experts, rank, width, adapter in [
-        (2048, 2, 3, 4, 40, BF16),
-        (2049, 2, 5, 7, 33, BF16),
-        (2048, 3, 4, 40, 72, F32),
+    for tokens, k, experts, rank, width, dtype, adapter, pad in [
+        (2048, 2, 3, 4, 40, BF16, BF16, 0),
+        (2049, 2, 5, 7, 33, BF16, BF16, 1),
+        (2048, 3, 4, 40, 72, BF16, F32, 0),
+        (2048, 2, 15, 16, 64, F16, F16, 8),
+        (2050, 2, 2, 8, 520, F16, F16, 0),
     ]:
-        assert emulator.dense_shrink_plan(tokens, k, experts, rank, True)
+        filled = -(-rank // 8) * 8  # backward
+        assert emulator.dense_shrink_plan(tokens, k, experts, filled, True)
         ids = route(rng, tokens, k, experts, 0.1)
         ranks = rng.integers(0, rank + 1, experts).astype(np.int32)
-        options = {"experts": experts, "adapter": adapter, "backward": False}
-        check(emulator, rng, ids, rank, width, BF16, ranks=ranks, **options)
+        options = {"experts": experts, "adapter": adapter, "pad": pad}
+        check(emulator, rng, ids, rank, width, dtype, ranks=ranks, **options)
+    assert_no_conflicts(emulator)
     assert not emulator.dense_shrink_plan(2048, 2, 64, 16, True)  # 1024 rows: grouped
     assert not emulator.dense_shrink_plan(2048, 1, 8, 16, True)  # x is read once anyhow
 

@@ -15,254 +15,10 @@
 // float32 keeps 1e-6 of the norm up to hundreds of millions of positions. No atomics, bitwise reproducible.
 //
 // Experts without positions, and ranks not in use, come out as zeros. Limits: slots < 2^31; any rank, any width.
-#include "lora/combine.cuh"
+#include "lora/gram_stream.cuh"
 
 namespace moa {
 namespace {
-
-using plan_cuda::kGramColumns;
-using plan_cuda::kGramThreads;
-
-struct GramParams {
-  DType type;
-  Coefficients c;
-  int64_t width;
-  const void* x;  // [tokens, width], rows ldx apart
-  int64_t ldx;
-  bool x_direct, values_direct;  // rows are whole 16-byte chunks
-  bool exact;                    // coefficients keep float32 under 16-bit x
-  const void* dz;                // [slots] or null
-  void* out;                     // G, or null: element (e, j, c) at e rank width + j out_j + c out_c
-  int64_t out_j, out_c;
-  bool out_f32;    // float32 under 16-bit x
-  void* d_router;  // [experts, width] accumulator type, or null
-  void* planes;    // [2 chunks, rank + 1, width] accumulator type; row `rank` is the router's
-  plan_cuda::Gram plan;
-  int shift;  // tensor cores: a row of coefficients takes 2^shift chunks
-};
-
-// ---- which positions a block takes ----
-
-struct Piece {
-  int64_t expert, begin, end;
-  int64_t plane;  // -1: all of the expert, written to its place
-  bool there;
-};
-
-__device__ __forceinline__ Piece piece_of(const GramParams& p, int64_t tile) {
-  const int64_t size = p.plan.chunk;
-  int64_t lo = 0, hi = p.c.experts;
-  while (hi - lo > 1) {
-    const int64_t mid = (lo + hi) / 2;
-    if (p.c.offset_at(mid) / size + mid <= tile) {
-      lo = mid;
-    } else {
-      hi = mid;
-    }
-  }
-  const int64_t first = p.c.offset_at(lo), stop = p.c.offset_at(lo + 1);
-  const int64_t index = tile - first / size - lo, chunk = first / size + index;
-  Piece piece{lo, chunk * size, (chunk + 1) * size, -1, index >= 0};
-  if (piece.begin < first) piece.begin = first;
-  if (piece.end > stop) piece.end = stop;
-  if (index > 0 && piece.begin >= piece.end) piece.there = false;  // every expert has one tile, if it is empty too
-  // Of the experts in several pieces, one at most begins in a chunk, and one at most comes into it from before.
-  if (stop > first && (stop - 1) / size > first / size) piece.plane = 2 * chunk + (index == 0 ? 1 : 0);
-  return piece;
-}
-
-template <class T>
-__device__ __forceinline__ void store_place(const GramParams& p, int64_t e, int64_t j, int64_t column, Acc<T> v) {
-  if (j == p.c.rank) {
-    if (p.d_router != nullptr) static_cast<Acc<T>*>(p.d_router)[e * p.width + column] = v;
-    return;
-  }
-  if (p.out == nullptr) return;
-  if (j >= p.c.used(e)) v = Acc<T>(0);
-  const int64_t at = e * p.c.rank * p.width + j * p.out_j + column * p.out_c;
-  if (p.out_f32) {
-    static_cast<float*>(p.out)[at] = static_cast<float>(v);
-  } else {
-    static_cast<T*>(p.out)[at] = from_acc<T>(v);
-  }
-}
-template <class T>
-__device__ __forceinline__ void store_sum(const GramParams& p, const Piece& piece, int64_t j, int64_t column,
-                                          Acc<T> v) {
-  if (column >= p.width || j > p.c.rank || (j == p.c.rank && p.dz == nullptr)) return;
-  if (piece.plane < 0) {
-    store_place<T>(p, piece.expert, j, column, v);
-  } else {
-    static_cast<Acc<T>*>(p.planes)[(piece.plane * (p.c.rank + 1) + j) * p.width + column] = v;
-  }
-}
-
-// ---- a piece's positions, stage by stage ----
-
-// A stage is kPositions rows of x (64 columns), the coefficients as they come (raw) and as the product takes them (C: T
-// for tensor cores, else the accumulator's type). A thread converts the raw chunks that it has copied itself, so one
-// barrier a stage is enough: three buffers of x, of which two are being filled, two of each kind of coefficients.
-template <class T, class C, int kPositions>
-struct Stream {
-  using A = Acc<T>;
-  static constexpr int kStages = plan_cuda::kGramStages, kThreads = kGramThreads;
-  static constexpr bool kTensor = std::is_same<T, C>::value && sizeof(T) == 2;
-  static constexpr int kX = 16 / sizeof(T), kChunks = kGramColumns / kX, kEach = kPositions * kChunks / kThreads;
-  static constexpr int kV = 16 / sizeof(A);
-  static_assert(kStages == 3 && kPositions <= kThreads && kEach >= 1, "numbering below");
-
-  const GramParams& p;
-  const Piece& piece;
-  int64_t c0, j0, used;
-  bool router;      // dz is wanted here
-  int ranks;        // of coefficients in a row of C
-  int shift;        // a row of raw is 2^shift chunks
-  int chunks_used;  // of which these are needed, whole fragments
-  T* xs;            // [kStages][kPositions][64 columns]
-  A* raw;           // [2][kPositions][2^shift chunks]
-  C* coef;          // [2][kPositions][ranks]
-  A *factor, *dz;   // [kStages][kPositions]
-  int* token;       // [kStages][kPositions]; -1: none
-
-  static constexpr size_t bytes(int shift, int ranks) {
-    return kPositions * (kStages * (kGramColumns * sizeof(T) + 2 * sizeof(A) + sizeof(int)) +
-                         2 * ((size_t{16} << shift) + ranks * sizeof(C)));
-  }
-  __device__ __forceinline__ Stream(const GramParams& p, const Piece& piece, void* shared, int64_t c0, int64_t j0,
-                                    int64_t used, bool router, int shift, int ranks)
-      : p(p), piece(piece), c0(c0), j0(j0), used(used), router(router), ranks(ranks), shift(shift) {
-    chunks_used = kTensor ? 2 * static_cast<int>(clamp((used - j0 + 7) / 8, 0, ranks / 8)) : 1 << shift;
-    xs = static_cast<T*>(shared);
-    raw = reinterpret_cast<A*>(xs + kStages * kPositions * kGramColumns);
-    coef = reinterpret_cast<C*>(raw + (2 * kPositions * kV << shift));
-    factor = reinterpret_cast<A*>(coef + 2 * kPositions * ranks);
-    dz = factor + kStages * kPositions;
-    token = reinterpret_cast<int*>(dz + kStages * kPositions);
-  }
-
-  static __device__ __forceinline__ int x_at(int row, int chunk) {
-    return kTensor ? chunk_at(row, chunk) : row * kGramColumns + chunk * kX;
-  }
-  // Chunk i of raw belongs to this row: those that a warp converts together then lie in different banks.
-  __device__ __forceinline__ int raw_row(int i) const { return kTensor ? spread(i >> shift) : i >> shift; }
-
-  __device__ __forceinline__ int64_t slot_of(int64_t position) const {
-    return position < piece.end ? p.c.slot_at(position) : -1;
-  }
-  __device__ __forceinline__ A factor_of(int64_t slot) const {
-    return slot < 0 ? A(0) : p.c.factor<A>(piece.expert, slot);
-  }
-  __device__ __forceinline__ A dz_of(int64_t position) const {
-    return router && position < piece.end ? static_cast<const A*>(p.dz)[position] : A(0);
-  }
-  __device__ __forceinline__ int token_of(int64_t slot) const {
-    return slot < 0 ? -1 : static_cast<int>(p.c.token_of(slot));
-  }
-
-  __device__ __forceinline__ void issue(int buffer, int parity, int64_t first) const {
-    const T* const x = static_cast<const T*>(p.x);
-    T* const to = xs + buffer * kPositions * kGramColumns;
-#pragma unroll
-    for (int q = 0; q < kEach; ++q) {
-      const int i = q * kThreads + static_cast<int>(threadIdx.x), row = i / kChunks, chunk = i % kChunks;
-      const int t = token[buffer * kPositions + row];
-      const int64_t at = c0 + kX * chunk, n = t < 0 ? 0 : p.width - at;
-      stage_chunk(to + x_at(row, chunk), n > 0 ? x + t * p.ldx + at : x, n, p.x_direct);
-    }
-    const A* const values = static_cast<const A*>(p.c.values);
-    for (int i = threadIdx.x; i < kPositions << shift; i += kThreads) {
-      const int chunk = i & ((1 << shift) - 1);
-      if (chunk >= chunks_used) continue;
-      const int64_t position = first + raw_row(i), j = j0 + kV * chunk, n = position < piece.end ? used - j : 0;
-      stage_chunk(raw + (parity * (kPositions << shift) + i) * kV, n > 0 ? values + position * p.c.rank + j : values, n,
-                  p.values_direct);
-    }
-  }
-
-  // The coefficients of a stage, w s v: those of this thread's own copies.
-  __device__ __forceinline__ void convert(int buffer, int parity) const {
-    for (int i = threadIdx.x; i < kPositions << shift; i += kThreads) {
-      const int chunk = i & ((1 << shift) - 1), row = raw_row(i);
-      if (chunk >= chunks_used) continue;
-      const A f = factor[buffer * kPositions + row];
-      alignas(16) A v[kV];
-      *reinterpret_cast<uint4*>(v) = *reinterpret_cast<const uint4*>(raw + (parity * (kPositions << shift) + i) * kV);
-      C* const to = coef + parity * kPositions * ranks;
-      if constexpr (kTensor) {
-        *reinterpret_cast<uint2*>(to + chunk_at(row, chunk / 2) + chunk % 2 * 4) =
-            make_uint2(pack2<T>(f * v[0], f * v[1]), pack2<T>(f * v[2], f * v[3]));
-      } else {
-#pragma unroll
-        for (int q = 0; q < kV; ++q) {
-          const int64_t j = j0 + kV * chunk + q;
-          v[q] = j < used ? f * v[q] : router && j == p.c.rank ? dz[buffer * kPositions + row] : A(0);
-        }
-        *reinterpret_cast<uint4*>(to + row * ranks + kV * chunk) = *reinterpret_cast<const uint4*>(v);
-      }
-    }
-  }
-
-  // stage(x, coefficients, dz) for each stage, fold() whenever a group is full.
-  template <class Stage, class Fold>
-  __device__ __forceinline__ void run(const Stage& stage, const Fold& fold) const {
-    const int64_t steps = (piece.end - piece.begin + kPositions - 1) / kPositions;
-    const int row = threadIdx.x;
-    const bool looks = row < kPositions;
-    // Looked up by one thread a row: where stage s + 3 is, what s + 2 is multiplied with.
-    int64_t ahead = -1, position = piece.begin + row;
-    A next_factor = 0, next_dz = 0;
-    if (looks) {
-      const int64_t slot = slot_of(position), second = slot_of(position + kPositions);
-      token[row] = token_of(slot);
-      token[kPositions + row] = token_of(second);
-      factor[row] = factor_of(slot);
-      dz[row] = dz_of(position);
-      next_factor = factor_of(second);
-      next_dz = dz_of(position + kPositions);
-      ahead = slot_of(position + 2 * kPositions);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      if (s < steps) issue(s, s, piece.begin + s * kPositions);
-      cp_async_commit();
-    }
-    int buffer = 0, in_group = 0;
-    for (int64_t s = 0; s < steps; ++s) {
-      const int parity = static_cast<int>(s % 2), next = buffer == 2 ? 0 : buffer + 1, last = next == 2 ? 0 : next + 1;
-      cp_async_wait<1>();
-      convert(buffer, parity);
-      if (looks) {
-        factor[next * kPositions + row] = next_factor;
-        dz[next * kPositions + row] = next_dz;
-        token[last * kPositions + row] = token_of(ahead);
-        position += kPositions;
-        next_factor = factor_of(ahead);
-        next_dz = dz_of(position + kPositions);
-        ahead = slot_of(position + 2 * kPositions);
-      }
-      __syncthreads();  // the stage is there; all have left the one before
-      if (s + 2 < steps) issue(last, parity, piece.begin + (s + 2) * kPositions);
-      cp_async_commit();
-      stage(xs + buffer * kPositions * kGramColumns, coef + parity * kPositions * ranks, dz + buffer * kPositions);
-      buffer = next;
-      if (++in_group == p.plan.group) {
-        fold();
-        in_group = 0;
-      }
-    }
-    fold();
-    cp_async_wait<0>();
-  }
-};
-
-template <class T>
-using MmaStream = Stream<T, T, plan_cuda::kGramStage>;
-template <class T>
-using SimtStream = Stream<T, Acc<T>, plan_cuda::kGramSimtStage>;
-template <class A>
-constexpr int kSimtShift = sizeof(A) == 8 ? 3 : 2;  // 16 ranks
-static_assert(plan_cuda::kGramSimtRanks == 16, "kSimtShift");
 
 // ---- kernels ----
 
@@ -281,13 +37,13 @@ __global__ void __launch_bounds__(kGramThreads, 1) gram_simt(const GramParams p)
   const bool router = p.dz != nullptr && p.c.rank < j0 + kRanks;
   A group[kEach] = {}, total[kEach] = {};
   if (j0 < used || router) {
-    const SimtStream<T> stream(p, piece, shared, c0, j0, used, router, kSimtShift<A>, kRanks);
-    stream.run(
-        [&](const T* x, const A* coef, const A*) {
+    const SimtStream<T> tile(p, piece, shared, c0, j0, used, router, kRanks / 8);
+    tile.run(
+        [&](const T* x, const A* coef, const A*, const A*) {
           A sum[kEach] = {};
 #pragma unroll 4
           for (int row = 0; row < kStage; ++row) {
-            const A v = to_acc(x[row * kGramColumns + column]);
+            const A v = x[row * kGramColumns + column];
 #pragma unroll
             for (int i = 0; i < kEach; ++i) sum[i] += coef[row * kRanks + part + i] * v;
           }
@@ -307,12 +63,14 @@ __global__ void __launch_bounds__(kGramThreads, 1) gram_simt(const GramParams p)
 }
 
 // Tensor cores: 16 columns of x are the rows of a product, 8 ranks its columns, positions its depth; a warp has 16 columns
-// and all ranks of the block. Both operands lie by positions and are turned by ldmatrix_trans. dz keeps float32: ordinary
-// multiply-adds, in the first block of ranks only, two threads a column.
-template <class T>
+// and all ranks of the block. Both operands lie by positions and are turned by ldmatrix_trans. kTerms 3: coefficients keep
+// float32, as three terms of T (gram_stream.cuh). dz keeps it too: ordinary multiply-adds, in the first block of ranks
+// only, two threads a column.
+template <class T, int kTerms>
 __global__ void __launch_bounds__(kGramThreads, 3) gram_mma(const GramParams p) {
-  constexpr int kStage = plan_cuda::kGramStage, kFrags = plan_cuda::kGramRanks / 8;
-  static_assert(kStage == 64 && kFrags == 8 && kGramColumns == 64 && kGramThreads == 128, "rows of 8 chunks");
+  using Tile = MmaStream<T, kTerms>;
+  constexpr int kStage = plan_cuda::kGramStage, kFrags = plan_cuda::kGramRanks<kTerms> / 8;
+  static_assert(kStage == 64 && kGramColumns == 64 && kGramThreads == 128, "rows of 8 chunks");
   MOA_DYNAMIC_SHARED(T, shared);
   const Piece piece = piece_of(p, blockIdx.z);
   if (!piece.there) return;
@@ -325,9 +83,9 @@ __global__ void __launch_bounds__(kGramThreads, 3) gram_mma(const GramParams p) 
   const bool router = p.dz != nullptr && blockIdx.y == 0;
   float group[kFrags][4] = {}, total[kFrags][4] = {}, group_share = 0.0f, share = 0.0f;
   if (frags > 0 || router) {
-    const MmaStream<T> stream(p, piece, shared, c0, j0, used, router, p.shift, 8 * kFrags);
-    stream.run(
-        [&](const T* x, const T* coef, const float* dz) {
+    const Tile tile(p, piece, shared, c0, j0, used, router, p.units);
+    tile.run(
+        [&](const T* x, const T* coef, const float* dz, const float* unscale) {
           uint32_t a[kStage / 16][4];
 #pragma unroll
           for (int step = 0; step < kStage / 16; ++step)
@@ -338,12 +96,25 @@ __global__ void __launch_bounds__(kGramThreads, 3) gram_mma(const GramParams p) 
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
             for (int step = 0; step < kStage / 16; ++step) {
-              uint32_t b[2];
-              ldmatrix_x2_trans(b, coef + chunk_at(16 * step + lane % 16, f));
-              mma_m16n8k16<T>(sum, a[step], b);
-            }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) group[f][i] += sum[i];
+              for (int term = 0; term < kTerms; ++term) {
+                uint32_t b[2];
+                ldmatrix_x2_trans(b, coef + Tile::coef_at(kTerms * f + term, 16 * step + lane % 16));
+                mma_m16n8k16<T>(sum, a[step], b);
+              }
+              if constexpr (Tile::kScaled) {
+                const float* const undo = unscale + (f * (kStage / 16) + step) * 8 + 2 * (lane % 4);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  group[f][i] += sum[i] * undo[i % 2];
+                  sum[i] = 0.0f;
+                }
+              }
+            }
+            if constexpr (!Tile::kScaled) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) group[f][i] += sum[i];
+            }
           }
           if (!router) return;
           float sum = 0.0f;
@@ -414,17 +185,19 @@ cudaError_t launch_simt(const GramParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.width, kGramColumns)),
                   static_cast<unsigned>(ceil_div(p.c.rank + (p.dz == nullptr ? 0 : 1), kGramSimtRanks)),
                   static_cast<unsigned>(p.plan.pieces));
-  constexpr size_t kShared = SimtStream<T>::bytes(kSimtShift<Acc<T>>, kGramSimtRanks);
+  constexpr size_t kShared = SimtStream<T>::bytes(kGramSimtRanks / 8);
   return MOA_LAUNCH((gram_simt<T>), grid, kGramThreads, kShared, stream, p);
 }
-template <class T>
+template <class T, int kTerms>
 cudaError_t launch_mma(GramParams p, cudaStream_t stream) {
   using namespace plan_cuda;
-  while (4 << p.shift < least(p.c.rank, kGramRanks)) ++p.shift;
+  constexpr int64_t kRanks = kGramRanks<kTerms>;
+  const int64_t ranks = p.out == nullptr ? 0 : p.c.rank;
+  p.units = static_cast<int>(ceil_div(least(ranks, kRanks), 8));
   const dim3 grid(static_cast<unsigned>(ceil_div(p.width, kGramColumns)),
-                  static_cast<unsigned>(p.out == nullptr ? 1 : most(1, ceil_div(p.c.rank, kGramRanks))),
-                  static_cast<unsigned>(p.plan.pieces));
-  return MOA_LAUNCH((gram_mma<T>), grid, kGramThreads, MmaStream<T>::bytes(p.shift, kGramRanks), stream, p);
+                  static_cast<unsigned>(most(1, ceil_div(ranks, kRanks))), static_cast<unsigned>(p.plan.pieces));
+  const size_t shared = MmaStream<T, kTerms>::bytes(p.units);
+  return MOA_LAUNCH((gram_mma<T, kTerms>), grid, kGramThreads, shared, stream, p);
 }
 template <class T>
 cudaError_t launch_finish(const GramParams& p, cudaStream_t stream) {
@@ -436,7 +209,7 @@ template <class T>
 cudaError_t launch_type(const GramParams& p, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   if constexpr (sizeof(T) == 2) {
-    error = p.exact ? launch_simt<T>(p, stream) : launch_mma<T>(p, stream);
+    error = p.exact ? launch_mma<T, 3>(p, stream) : launch_mma<T, 1>(p, stream);
   } else {
     error = launch_simt<T>(p, stream);
   }
@@ -465,7 +238,6 @@ GramParams params_of(DType type, const Coefficients& c, const void* x, int64_t l
   const int64_t element = type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
   p.x_direct = chunks(x, ldx, element);
   p.values_direct = chunks(c.values, c.rank, type == DType::f64 ? 8 : 4);
-  p.shift = 1;
   p.out_j = width;
   p.out_c = 1;
   const bool tensor = is_half(type);
@@ -514,11 +286,9 @@ cudaError_t gram_cuda(const BackwardParams& b, void* work, cudaStream_t stream) 
   return b.dB == nullptr ? cudaSuccess : launch(params_of_b(b), work, stream);
 }
 
-size_t router_backward_work(const RouterBackwardParams& r) { return r.d_weight == nullptr ? 0 : work_of(params_of(r)); }
-cudaError_t router_backward_cuda(const RouterBackwardParams& r, void* work, cudaStream_t stream) {
-  const cudaError_t error = router_dx_cuda(r, stream);
-  if (error != cudaSuccess || r.d_weight == nullptr || r.experts == 0) return error;
-  return launch(params_of(r), work, stream);
+size_t router_gram_work(const RouterBackwardParams& r) { return work_of(params_of(r)); }
+cudaError_t router_gram_cuda(const RouterBackwardParams& r, void* work, cudaStream_t stream) {
+  return r.experts == 0 ? cudaSuccess : launch(params_of(r), work, stream);
 }
 
 }  // namespace moa

@@ -50,7 +50,7 @@ __device__ __forceinline__ void stage_terms(T* to, float* undo, int row, const f
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRouterThreads, 4) router_dx_mma(const RouterBackwardParams p, const bool direct) {
+__global__ void __launch_bounds__(kRouterThreads, 3) router_dx_mma(const RouterBackwardParams p, const bool direct) {
   constexpr int kFrags = kRouterColumns / 8;
   static_assert(kRouterRows == 64 && kFrags == 8 && kRouterExperts == 16 && kRouterThreads == 128, "numbering below");
   MOA_SHARED(T, dz, kRouterRows * 64);    // [tokens][hi 16 | mid 16 experts]
@@ -73,23 +73,28 @@ __global__ void __launch_bounds__(kRouterThreads, 4) router_dx_mma(const RouterB
   // Eight experts of a token and of a column, loaded while those of before are multiplied.
   const int64_t own_row = token + staged, own_column = c0 + column_of(staged);
   float z[8], weight[8];
+  const float* from = static_cast<const float*>(p.dz) + own_row * p.experts + threadIdx.x % 2 * 8;
+  const float* w_from = static_cast<const float*>(p.weight) + threadIdx.x % 2 * 8 * p.in + own_column;
   const auto load = [&](int64_t e) {
-    const float* const from = static_cast<const float*>(p.dz) + own_row * p.experts + e;
-    const float* const w_from = static_cast<const float*>(p.weight) + e * p.in + own_column;
+    const int left = static_cast<int>(clamp(p.experts - e - threadIdx.x % 2 * 8, 0, 8));
+    const int there = own_row < p.tokens ? left : 0, w_there = own_column < p.in ? left : 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      z[i] = own_row < p.tokens && e + i < p.experts ? from[i] : 0.0f;
-      weight[i] = own_column < p.in && e + i < p.experts ? w_from[i * p.in] : 0.0f;
+      z[i] = i < there ? from[i] : 0.0f;
+      weight[i] = i < w_there ? *w_from : 0.0f;
+      w_from += p.in;
     }
+    from += kRouterExperts;
+    w_from += (kRouterExperts - 8) * p.in;
   };
-  load(threadIdx.x % 2 * 8);
+  load(0);
   float total[kFrags][4] = {};
   for (int64_t e0 = 0; e0 < p.experts; e0 += kRouterExperts) {
     __syncthreads();  // all have left the experts of before
     stage_terms(dz, undo_row, staged, z);
     stage_terms(w, undo_column, staged, weight);
     __syncthreads();
-    if (e0 + kRouterExperts < p.experts) load(e0 + kRouterExperts + threadIdx.x % 2 * 8);
+    if (e0 + kRouterExperts < p.experts) load(e0 + kRouterExperts);
     uint32_t hi[4], mid[4];
     ldmatrix_x4(hi, dz + chunk_at(16 * warp + lane % 16, lane / 16));
     ldmatrix_x4(mid, dz + chunk_at(16 * warp + lane % 16, 2 + lane / 16));

@@ -24,7 +24,7 @@ from emulator.arrays import (
     rounded,
     unwritten,
 )
-from emulator.test_shrink import DTYPES, accumulator, route, sort
+from emulator.test_shrink import DTYPES, accumulator, not_on_the_cpu, route, sort
 
 
 def expected(
@@ -90,21 +90,24 @@ def check(
         )
         return dA, dB, d_router
 
-    dA, dB, d_router = run(True, True, True)
+    has_router = isinstance(emulator, ModuleType)  # operators make dz themselves
+    dA, dB, d_router = run(True, True, has_router)
     limit = 1e-2 if dtype == BF16 else 2e-3 if dtype == F16 else None
     assert_close(dA, expected(factors * exact(u), x, ids, experts, ranks), f"dA at {what}", limit)
     want = expected(factors * exact(h), dy, ids, experts, ranks).transpose(0, 2, 1)
     assert_close(dB, want, f"dB at {what}", limit)
-    want = expected(exact(dz)[:, None], x, ids, experts, None)[:, 0]
-    assert_close(d_router, want, f"d_router at {what}")
     for e in range(experts):
         used = rank if ranks is None else ranks[e]
         assert (dA[e, used:] == 0).all() and (dB[e, :, used:] == 0).all()
         if offsets[e] == offsets[e + 1]:
-            assert (dA[e] == 0).all() and (dB[e] == 0).all() and (d_router[e] == 0).all()
+            assert (dA[e] == 0).all() and (dB[e] == 0).all()
+            assert not has_router or (d_router[e] == 0).all()
     assert run(True, False, False)[0].tobytes() == dA.tobytes()
     assert run(False, True, False)[1].tobytes() == dB.tobytes()
-    assert run(False, False, True)[2].tobytes() == d_router.tobytes()
+    if has_router:
+        want = expected(exact(dz)[:, None], x, ids, experts, None)[:, 0]
+        assert_close(d_router, want, f"d_router at {what}")
+        assert run(False, False, True)[2].tobytes() == d_router.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -169,7 +172,9 @@ def test_order_of_a_sum(emulator: ModuleType, rng) -> None:
         emulator.gram(
             x, x, u, u, offsets, order, np.ones((slots, 1), F32), None, 1.0, None, None, dA, None, None
         )
-        np.testing.assert_array_equal(dA[0, 0], in_levels(u * x, *emulator.gram_plan(slots, 1)))
+        assert_close(dA[0, 0], exact(u).T[0] @ exact(x))
+        if isinstance(emulator, ModuleType):  # a device fuses the multiplication and the addition
+            np.testing.assert_array_equal(dA[0, 0], in_levels(u * x, *emulator.gram_plan(slots, 1)))
     slots = 1 << 21
     terms = normal(rng, slots, 8) * normal(rng, slots, 1)
     exact_sum, (chunk, group, stage) = exact(terms).sum(0), emulator.gram_plan(slots, 1)
@@ -247,6 +252,7 @@ def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
 
 def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
     """What offsets, order and ranks hold is clamped before it becomes an address."""
+    not_on_the_cpu(emulator)
     order = rng.integers(-(2**31), 2**31, 2400).astype(np.int32)
     ranks = np.array([-5, 2**30, 8], np.int32)
     for dtype in (BF16, F32):

@@ -50,7 +50,7 @@ __device__ __forceinline__ void stage_terms(T* to, float* undo, int row, const f
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRouterThreads, 3) router_dx_mma(const RouterBackwardParams p, const bool direct) {
+__global__ void __launch_bounds__(kRouterThreads, 2) router_dx_mma(const RouterBackwardParams p, const bool direct) {
   constexpr int kFrags = kRouterColumns / 8;
   static_assert(kRouterRows == 64 && kFrags == 8 && kRouterExperts == 16 && kRouterThreads == 128, "numbering below");
   MOA_SHARED(T, dz, kRouterRows * 64);    // [tokens][hi 16 | mid 16 experts]
@@ -63,13 +63,6 @@ __global__ void __launch_bounds__(kRouterThreads, 3) router_dx_mma(const RouterB
   T* const dx = static_cast<T*>(p.dx);
   // This thread's: two tokens, and in each two groups of eight columns.
   const int64_t row = token + 16 * warp + lane / 4, column = c0 + 8 * (lane % 4);
-  uint4 before[2][2];
-#pragma unroll
-  for (int i = 0; i < 4 && direct; ++i) {  // under way while the product is made
-    const int64_t t = row + i / 2 * 8, c = column + i % 2 * 32;
-    if (t < p.tokens && c < p.in) before[i / 2][i % 2] = *reinterpret_cast<const uint4*>(dx + t * p.in + c);
-  }
-
   // Eight experts of a token and of a column, loaded while those of before are multiplied.
   const int64_t own_row = token + staged, own_column = c0 + column_of(staged);
   float z[8], weight[8];
@@ -88,13 +81,22 @@ __global__ void __launch_bounds__(kRouterThreads, 3) router_dx_mma(const RouterB
     w_from += (kRouterExperts - 8) * p.in;
   };
   load(0);
+  uint4 before[2][2];
   float total[kFrags][4] = {};
   for (int64_t e0 = 0; e0 < p.experts; e0 += kRouterExperts) {
     __syncthreads();  // all have left the experts of before
     stage_terms(dz, undo_row, staged, z);
     stage_terms(w, undo_column, staged, weight);
     __syncthreads();
-    if (e0 + kRouterExperts < p.experts) load(e0 + kRouterExperts);
+    if (e0 + kRouterExperts < p.experts) {
+      load(e0 + kRouterExperts);
+    } else if (direct) {  // dx itself, under way with the last product
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t t = row + i / 2 * 8, c = column + i % 2 * 32;
+        if (t < p.tokens && c < p.in) before[i / 2][i % 2] = *reinterpret_cast<const uint4*>(dx + t * p.in + c);
+      }
+    }
     uint32_t hi[4], mid[4];
     ldmatrix_x4(hi, dz + chunk_at(16 * warp + lane % 16, lane / 16));
     ldmatrix_x4(mid, dz + chunk_at(16 * warp + lane % 16, 2 + lane / 16));

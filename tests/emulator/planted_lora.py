@@ -120,15 +120,16 @@ decode(
     "tsan:0",
     RACE,
 )
+plant("csrc/routing/select.cuh", "test_decode.py -k selection_is_that_of_topk", unit="csrc/lora/decode.cu")(
+    "decode-tie-break", "id < o.id", "id > o.id", "plain:0", WRONG
+)
+decode("decode-scale-of-a-slot", "p.scale[ids[j]]", "p.scale[j]", "plain:0", f"{WRONG}|{OUT}")
 decode(
-    "decode-missing-syncwarp",
-    "    if (lane == 0) ids[j] = id;\n  }\n  __syncwarp();",
-    "    if (lane == 0) ids[j] = id;\n  }",
+    "decode-missing-barrier-of-selection",
+    "ids, weights);\n  __syncthreads();",
+    "ids, weights);",
     "tsan:0",
     RACE,
-)
-plant("csrc/lora/decode.cu", "test_decode.py -k selection_is_that_of_topk")(
-    "decode-tie-break", "other_id < best_id", "other_id > best_id", "plain:0", WRONG
 )
 decode("decode-token-tail", "if (there && t < tokens) y", "if (there) y", "plain:0", f"{OUT}|{RACE}|{WRONG}")
 decode("decode-output-tail", "there = o < p.out", "there = o <= p.out", "asan:0", OUT)

@@ -9,8 +9,7 @@ import pytest
 
 from emulator.arrays import BF16, F16, F32, F64, assert_close, error, exact, normal, rounded
 from emulator.test_routing import FLAGS, SOFTMAX, expected_topk
-
-DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
+from emulator.test_shrink import DTYPES
 
 
 def check(

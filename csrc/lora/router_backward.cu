@@ -50,7 +50,7 @@ __device__ __forceinline__ void stage_terms(T* to, float* undo, int row, const f
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRouterThreads, 2) router_dx_mma(const RouterBackwardParams p, const bool direct) {
+__global__ void __launch_bounds__(kRouterThreads, 3) router_dx_mma(const RouterBackwardParams p, const bool direct) {
   constexpr int kFrags = kRouterColumns / 8;
   static_assert(kRouterRows == 64 && kFrags == 8 && kRouterExperts == 16 && kRouterThreads == 128, "numbering below");
   MOA_SHARED(T, dz, kRouterRows * 64);    // [tokens][hi 16 | mid 16 experts]
@@ -97,11 +97,17 @@ __global__ void __launch_bounds__(kRouterThreads, 2) router_dx_mma(const RouterB
         if (t < p.tokens && c < p.in) before[i / 2][i % 2] = *reinterpret_cast<const uint4*>(dx + t * p.in + c);
       }
     }
+    float undo[2] = {1.0f, 1.0f};
+    if constexpr (std::is_same<T, __half>::value) {
+      undo[0] = undo_row[16 * warp + lane / 4];
+      undo[1] = undo_row[16 * warp + lane / 4 + 8];
+    }
     uint32_t hi[4], mid[4];
     ldmatrix_x4(hi, dz + chunk_at(16 * warp + lane % 16, lane / 16));
     ldmatrix_x4(mid, dz + chunk_at(16 * warp + lane % 16, 2 + lane / 16));
 #pragma unroll
     for (int f = 0; f < kFrags; ++f) {
+      __syncwarp();   // later columns are not loaded ahead: their registers would not be there
       uint32_t b[4];  // hi, mid
       ldmatrix_x4(b, w + chunk_at(8 * f + lane % 8, lane / 8));
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(kRouterThreads, 2) router_dx_mma(const RouterB
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if constexpr (std::is_same<T, __half>::value)
-          sum[i] *= undo_row[16 * warp + lane / 4 + i / 2 * 8] * undo_column[8 * f + 2 * (lane % 4) + i % 2];
+          sum[i] = sum[i] * undo[i / 2] * undo_column[8 * f + 2 * (lane % 4) + i % 2];
         total[f][i] += sum[i];
       }
     }

@@ -57,5 +57,5 @@ router(
 router("router-dx-last-experts", "i < there ? from[i]", "true ? from[i]", "asan:0", OUT)
 router("router-dx-first-experts-alone", "    from += kRouterExperts;\n", "", "plain:0", WRONG)
 router("router-dx-overwritten", "pair.x + more(2 * q)", "more(2 * q)", "plain:0", WRONG)
-router("router-dx-scale-lost", "sum[i] *= undo_row", "sum[i] /= undo_row", "plain:0", WRONG)
+router("router-dx-scale-lost", "sum[i] * undo[i / 2] *", "sum[i] *", "plain:0", WRONG)
 router("router-dx-width-guard", "if (c >= p.in) continue;", "", "asan:0", OUT)

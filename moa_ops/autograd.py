@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moa_ops.ops import (
+    linear_first,
     linear_routing,
     mixture,
+    routed_lora,
     segment_lora_backward,
     topk_routing,
     topk_routing_backward,
@@ -224,13 +226,16 @@ class RoutedMoALinear(Function):
     @staticmethod
     @_bound_once
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        """Calls the operator."""
+        """Calls the operators."""
         x, weight, bias, lora_A, lora_B, *router, scaling = inputs
-        logits, *routing = linear_routing(x, *router, None, None)
-        weights, _, expert_offsets, order = routing
-        lora = (lora_A, lora_B, weights, expert_offsets, order, None, scaling, None)
-        y, h = mixture(x, weight, bias, None, *lora)
-        return y, logits, *routing, h
+        if linear_first(x):
+            logits, *routing = linear_routing(x, *router, None, None)
+            weights, _, *segments = routing
+            y, h = mixture(x, weight, bias, None, lora_A, lora_B, weights, *segments, None, scaling, None)
+            return y, logits, *routing, h
+        y, *routing_and_h = routed_lora(x, lora_A, lora_B, *router, scaling, bias)
+        y.addmm_(x, weight.t())
+        return y, *routing_and_h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,7 +2,7 @@
 
 Schemas and CPU kernels come from the C++ library. Here each operator gains its fake (shapes and dtypes only,
 for ``torch.compile``, ``torch.export`` and ``FakeTensorMode``), and :mod:`moa_ops.reference` as its kernel on
-devices for which none was compiled; the two operators of a whole layer are composed of the others there.
+devices for which none was compiled; those that do the work of several are composed of the others there.
 Gradients are attached in :mod:`moa_ops.autograd`.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moa_ops import _lib, reference  # noqa: F401  (_lib loads the C++ library)
@@ -33,8 +34,16 @@ sort_by_expert = torch.ops.moa_ops.sort_by_expert.default
 linear_routing = torch.ops.moa_ops.linear_routing.default
 segment_lora = torch.ops.moa_ops.segment_lora.default
 segment_lora_backward = torch.ops.moa_ops.segment_lora_backward.default
+routed_lora = torch.ops.moa_ops.routed_lora.default
 segment_linear = torch.ops.moa_ops.segment_linear.default
 routed_linear = torch.ops.moa_ops.routed_linear.default
+
+
+def linear_first(x: Tensor) -> bool:
+    """Whether W x comes before the mixture: in half precision on a CPU, where adding to y would slow W x down
+    and round y twice.
+    """
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def mixture(
@@ -42,8 +51,11 @@ def mixture(
 ) -> tuple[Tensor, Tensor]:
     """y = base or bias + mixture + W x, and h; ``lora`` is what ``segment_lora`` takes between x and base.
 
-    The mixture is written first, bias or base folded in, then W x added: one pass less over y.
+    The mixture is written first, bias or base folded in, then W x added: one pass less over y; or where
+    ``linear_first``, the other way round.
     """
+    if weight is not None and base is None and linear_first(x):
+        return segment_lora(x, *lora, F.linear(x, weight, bias), None)
     y, h = segment_lora(x, *lora, base, bias)
     if weight is not None:
         y.addmm_(x, weight.t())
@@ -77,6 +89,23 @@ for _name in KERNELS:
     torch.library.impl(f"moa_ops::{_name}", "default", plain(getattr(reference, _name)))
 
 
+def _compose_routed_lora(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    scaling: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, ...]:
+    logits, *routing = linear_routing(x, router_weight, top_k, score_func, norm_topk_prob, None, None)
+    weights, _, expert_offsets, order = routing
+    y, h = segment_lora(x, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, None, bias)
+    return y, logits, *routing, h
+
+
 def _compose_segment_linear(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, *lora: Any
 ) -> Tensor:
@@ -99,13 +128,12 @@ def _compose_routed_linear(
     scaling: float,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    _, weights, _, expert_offsets, order = linear_routing(
-        rows, router_weight, top_k, score_func, norm_topk_prob, None, None
-    )
-    lora = (lora_A, lora_B, weights, expert_offsets, order, None, scaling, None)
-    return _compose_segment_linear(x, weight, bias, None, *lora)
+    flags = (top_k, score_func, norm_topk_prob)
+    y, *_ = _compose_routed_lora(rows, lora_A, lora_B, router_weight, *flags, scaling, bias)
+    return y.addmm_(rows, weight.t()).view(*x.shape[:-1], y.shape[1])
 
 
+torch.library.impl("moa_ops::routed_lora", "default", plain(_compose_routed_lora))
 torch.library.impl("moa_ops::segment_linear", "default", plain(_compose_segment_linear))
 torch.library.impl("moa_ops::routed_linear", "default", plain(_compose_routed_linear))
 
@@ -197,6 +225,24 @@ def _segment_lora(
         x.new_empty(x.shape[0], lora_B.shape[1]),
         x.new_empty(order.shape[0], lora_A.shape[1], dtype=accumulation_dtype(x.dtype)),
     )
+
+
+@torch.library.register_fake("moa_ops::routed_lora")
+def _routed_lora(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    scaling: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, ...]:
+    logits, *routing = _linear_routing(x, router_weight, top_k, score_func, norm_topk_prob)
+    weights, _, expert_offsets, order = routing
+    y, h = _segment_lora(x, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, None, bias)
+    return y, logits, *routing, h
 
 
 @torch.library.register_fake("moa_ops::segment_lora_backward")

@@ -1,198 +1,33 @@
 // The tensor-core tile of expand.cu: 128 rows (tokens) by columns of y, for 16-bit types.
 //
 //   y[row][o] = base + bias + sum over steps (e, j0) of sum_i c[row, e, j0 + i] panel_e[j0 + i][o],  i in 0 .. 15
-//   c[row, e, j] = w s v[p][j] where the row's token chose e, else 0
 //
-// A step is 16 ranks of an expert that some token of the tile chose; 8 rows that share it are a fragment of
-// coefficients, 256 bytes, made once per block and there for all columns. Fragments without a choice are left out: none
-// where experts are few (then this is the dense, masked product), most where they are many.
-//
-// Nothing waits for another warp in the main loop. A warp owns strips of 32 columns: sums of 128 rows are 128 registers
-// a thread, and the strip of the panel that a step needs, 1 KB, comes to the warp's own ring of stages by asynchronous
-// copies that run kStages - 1 steps ahead, across strips too.
+// c and the steps are made once per block (expand_coefficients.cuh) and there for all columns. Nothing waits for another
+// warp after that. A warp owns strips of 32 columns: sums of 128 rows are 128 registers a thread, and the strip of the
+// panel that a step needs, 1 KB, comes to the warp's own ring of stages by asynchronous copies that run kStages - 1
+// steps ahead, across strips too.
 //
 // Weights are the 16 rows of the product, tokens its 8 columns. Which rank is which k, and which column which row, is
 // free as long as both operands agree, so that a lane has 4 ranks in a row (8 bytes) of both operands and ends with 4
 // columns in a row of a token (8 bytes of y): lane 4 g + q has ranks 4 q .. 4 q + 3 and columns 4 g .. 4 g + 3.
 #pragma once
-#include "lora/expand_order.cuh"
+#include "lora/expand_coefficients.cuh"
 
 namespace moa {
 
-struct ExpandParams {
-  DType type;
-  Coefficients c;
-  int64_t tokens, width;
-  const void* panel;  // element (e, j, o) at e rank width + j panel_j + o panel_o
-  int64_t panel_j, panel_o;
-  bool panel_f32, panel_direct;  // float under 16-bit y; rows are whole 16-byte chunks
-  const void* dz;                // [slots] or null
-  const void* router;            // [experts, width] accumulator type
-  const void* base;              // [tokens, width], rows ldbase apart, or null; may be y
-  int64_t ldbase;
-  const void* bias;  // [width] or null
-  void* y;           // [tokens, width]
-  // Tensor cores
-  bool fours;           // y, base and bias can be taken by four elements
-  const Place* places;  // [slots]
-  const int32_t* rows;  // [tokens], or null: row t is token t
-  int fragments;        // of coefficients that shared memory holds
-  int64_t units;        // of 128 columns per block
-};
-
 template <class T, bool kByRows>  // panel_o = rank, panel_j = 1; else panel_j = width, panel_o = 1
-struct ExpandTile {
-  static constexpr int kRows = plan_cuda::kExpandRows, kThreads = plan_cuda::kExpandThreads, kFrags = kRows / 8;
-  static constexpr int kStages = plan_cuda::kExpandStages, kStrip = plan_cuda::kExpandStrip;
-  static constexpr int kStage = 16 * kStrip, kFragment = 8 * 16;  // elements
-  static_assert(kFrags == 16 && kStrip == 32, "a bit of 16 per fragment; 4 columns of a strip a lane");
+struct ExpandTile : ExpandCoefficients<T> {
+  using Base = ExpandCoefficients<T>;
+  using Base::coef, Base::dz, Base::head, Base::kFrags, Base::kFragment, Base::kRows, Base::kStage, Base::kStages;
+  using Base::kStrip, Base::kThreads, Base::lane, Base::p, Base::step, Base::warp;
+  using typename Base::Step;
+  static_assert(kStrip == 32, "4 columns a lane");
 
-  struct Step {
-    int expert, rank, used;  // ranks from `rank` on, below `used`
-    uint16_t mask, first;    // fragments that take part, and where they start
-  };
-  struct alignas(16) Head {
-    T ring[kThreads / kWarp][kStages][kStage];
-    int token[kRows];  // or -1
-    int steps, fragments, next;
-  };
-  static_assert(plan_cuda::kExpandHead == sizeof(Head) && plan_cuda::kExpandStep == sizeof(Step), "as the plan counts");
-
-  const ExpandParams& p;
-  Head* const head;
-  T* const coef;           // [fragments][8][16]
-  float* const dz;         // [fragments][8], where p.dz
-  Step* const step;        // [fragments]
-  unsigned* const expert;  // [experts] mask of the fragments that chose it; above 16 bits the first one of this chunk
-  const int lane, warp, g, q;
+  const int g, q;
   float sum[kFrags][2][4];  // [.][f][2 i + u]: column 4 g + 2 f + i of row 2 q + u of the fragment
 
   __device__ __forceinline__ ExpandTile(const ExpandParams& p, unsigned char* shared)
-      : p(p),
-        head(reinterpret_cast<Head*>(shared)),
-        coef(reinterpret_cast<T*>(head + 1)),
-        dz(reinterpret_cast<float*>(coef + p.fragments * kFragment)),
-        step(reinterpret_cast<Step*>(dz + (p.dz == nullptr ? 0 : p.fragments * 8))),
-        expert(reinterpret_cast<unsigned*>(step + p.fragments)),
-        lane(threadIdx.x % kWarp),
-        warp(threadIdx.x / kWarp),
-        g(lane / 4),
-        q(lane % 4) {}
-
-  // ---- what the tile's tokens chose ----
-
-  __device__ __forceinline__ void find_experts(int64_t row0) {
-    for (int i = threadIdx.x; i < kRows; i += kThreads) {
-      const int64_t row = row0 + i;
-      head->token[i] = row >= p.tokens ? -1 : p.rows == nullptr ? static_cast<int>(row) : p.rows[row];
-    }
-    for (int i = threadIdx.x; i < p.c.experts; i += kThreads) expert[i] = 0;
-    __syncthreads();
-    const int row = threadIdx.x, token = head->token[row];
-    for (int64_t j = 0; token >= 0 && j < p.c.top_k; ++j) {
-      const int e = p.places[token * p.c.top_k + j].expert;
-      if (e >= 0 && e < p.c.experts) atomicOr(&expert[e], 1u << row / 8);
-    }
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ int scan(int v) const {  // over the lanes, the own one included
-#pragma unroll
-    for (int by = 1; by < kWarp; by *= 2) {
-      const int other = __shfl_up_sync(kFullMask, v, by);
-      if (lane >= by) v += other;
-    }
-    return v;
-  }
-
-  // The steps of experts from `from` on, as many as there is room for; one warp.
-  __device__ __forceinline__ void list_steps(int from) const {
-    const int experts = static_cast<int>(p.c.experts);
-    int steps = 0, fragments = 0, e0 = from, fitting = kWarp;
-    for (; e0 < experts && fitting == kWarp; e0 += fitting) {
-      const int e = e0 + lane;
-      const unsigned mask = e < experts ? expert[e] & 0xffffu : 0u;
-      const int used = mask == 0 ? 0 : static_cast<int>(p.c.used(e));
-      int depth = (used + 15) / 16;
-      if (mask != 0 && depth == 0 && p.dz != nullptr) depth = 1;
-      const int each = __popc(mask), size = depth * each;
-      const int fragments_to = fragments + scan(size), steps_to = steps + scan(depth);
-      const unsigned beyond = __ballot_sync(kFullMask, fragments_to > p.fragments);
-      fitting = beyond == 0 ? kWarp : __ffs(static_cast<int>(beyond)) - 1;
-      if (lane < fitting && size > 0) {
-        const int first = fragments_to - size;
-        expert[e] = mask | static_cast<unsigned>(first) << 16;
-        for (int s = 0; s < depth; ++s)
-          step[steps_to - depth + s] = {e, 16 * s, used, static_cast<uint16_t>(mask),
-                                        static_cast<uint16_t>(first + s * each)};
-      }
-      if (fitting > 0) {
-        fragments = __shfl_sync(kFullMask, fragments_to, fitting - 1);
-        steps = __shfl_sync(kFullMask, steps_to, fitting - 1);
-      }
-    }
-    if (lane == 0) {
-      head->steps = steps;
-      head->fragments = fragments;
-      head->next = e0 < experts ? e0 : experts;
-    }
-  }
-
-  // Coefficients of experts from `from` on; says where the next chunk begins. The whole block.
-  __device__ __forceinline__ int make_coefficients(int from) const {
-    __syncthreads();  // all have left the chunk of before
-    if (warp == 0) list_steps(from);
-    __syncthreads();
-    const int next = head->next;
-    for (int i = threadIdx.x; i < head->fragments * (kFragment / 8); i += kThreads)
-      *reinterpret_cast<uint4*>(coef + 8 * i) = make_uint4(0, 0, 0, 0);
-    for (int i = threadIdx.x; p.dz != nullptr && i < head->fragments * 8; i += kThreads) dz[i] = 0.0f;
-    __syncthreads();
-    const bool whole = p.c.rank % 4 == 0;  // four values are one load
-    for (int64_t j = 0; j < p.c.top_k; ++j) {
-#pragma unroll
-      for (int part = 0; part < kRows * 4 / kThreads; ++part) {
-        const int row = part * (kThreads / 4) + threadIdx.x / 4, quarter = threadIdx.x % 4, token = head->token[row];
-        if (token < 0) continue;
-        const int64_t slot = token * p.c.top_k + j;
-        const Place place = p.places[slot];
-        const int e = place.expert;
-        if (e < from || e >= next) continue;
-        const unsigned mask = expert[e] & 0xffffu;
-        const int at = static_cast<int>(expert[e] >> 16) + __popc(mask & ((1u << row / 8) - 1u));
-        const int used = static_cast<int>(p.c.used(e)), each = __popc(mask);
-        const int64_t position = clamp(place.position, 0, p.c.slots - 1 - place.twins);
-        for (int j0 = 4 * quarter; j0 < (used + 15) / 16 * 16; j0 += 16) {
-          float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          for (int twin = 0; twin <= place.twins; ++twin) {
-            const float factor = p.c.factor<float>(e, p.c.slot_at(position + twin));
-            const float* const from_j = static_cast<const float*>(p.c.values) + (position + twin) * p.c.rank + j0;
-            float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            if (whole && j0 < used) {
-              const float4 four = *reinterpret_cast<const float4*>(from_j);
-              h[0] = four.x, h[1] = four.y, h[2] = four.z, h[3] = four.w;
-            } else {
-#pragma unroll
-              for (int i = 0; i < 4; ++i)
-                if (j0 + i < used) h[i] = from_j[i];
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-              if (j0 + i < used) v[i] += factor * h[i];
-          }
-          T* const to = coef + (at + j0 / 16 * each) * kFragment + row % 8 * 16 + 4 * quarter;
-          *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
-        }
-        if (p.dz != nullptr && quarter == 0) {
-          float v = 0.0f;
-          for (int twin = 0; twin <= place.twins; ++twin) v += static_cast<const float*>(p.dz)[position + twin];
-          dz[at * 8 + row % 8] = v;
-        }
-      }
-    }
-    __syncthreads();
-    return next;
-  }
+      : Base(p, shared), g(lane / 4), q(lane % 4) {}
 
   // ---- the panel ----
 
@@ -206,14 +41,17 @@ struct ExpandTile {
   // By rows a stage is [32 columns][16 ranks], else [16 ranks][32 columns]; 64 chunks of 16 bytes, two a lane.
   template <class S>
   __device__ __forceinline__ void stage(T* to, const Step& s, int64_t o0) const {
-    const S* const base = static_cast<const S*>(p.panel) + s.expert * p.c.rank * p.width;
+    const int first_o = kByRows ? lane / 2 : lane % 4 * 8, first_j = kByRows ? lane % 2 * 8 : lane / 4;
+    const int columns = static_cast<int>(clamp(p.width - o0, 0, kStrip)), ranks = s.used - s.rank;
+    const S* const base = static_cast<const S*>(p.panel);
+    const S* const from =
+        base + s.expert * p.c.rank * p.width + (s.rank + first_j) * p.panel_j + (o0 + first_o) * p.panel_o;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int chunk = lane + i * kWarp;
-      const int64_t o = o0 + (kByRows ? chunk / 2 : chunk % 4 * 8), j = s.rank + (kByRows ? chunk % 2 * 8 : chunk / 4);
-      const int64_t n = o >= p.width || j >= s.used ? 0 : kByRows ? s.used - j : p.width - o;
-      stage_chunk(to + at(chunk / 2) + chunk % 2 * 8, n > 0 ? base + j * p.panel_j + o * p.panel_o : base, n,
-                  p.panel_direct);
+      const int o = first_o + (kByRows ? i * 16 : 0), j = first_j + (kByRows ? 0 : i * 8);
+      const int n = o >= columns || j >= ranks ? 0 : kByRows ? ranks - j : columns - o;
+      stage_chunk(to + at(lane / 2 + i * 16) + lane % 2 * 8,
+                  n > 0 ? from + i * (kByRows ? 16 * p.panel_o : 8 * p.panel_j) : base, n, p.panel_direct);
     }
   }
 
@@ -242,6 +80,16 @@ struct ExpandTile {
     }
   }
 
+  // Whether a weight's exponent is all ones: both halves of a register at once, by the carry.
+  static __device__ __forceinline__ bool not_finite(const uint32_t (&a)[2][4]) {
+    constexpr bool kBfloat = std::is_same<T, __nv_bfloat16>::value;
+    constexpr uint32_t kExponent = kBfloat ? 0x7f807f80u : 0x7c007c00u, kOne = kBfloat ? 0x00800080u : 0x04000400u;
+    uint32_t carry = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) carry |= (a[i / 4][i % 4] & kExponent) + kOne;
+    return (carry & 0x80008000u) != 0;
+  }
+
   // ---- sums ----
 
   __device__ __forceinline__ void multiply(const Step& s, const T* from) {
@@ -249,6 +97,22 @@ struct ExpandTile {
     weights(a, from);
     const T* at = coef + s.first * kFragment + g * 16 + 4 * q;
     const auto load = [&] { return *reinterpret_cast<const uint2*>(at); };
+    if (__any_sync(kFullMask, not_finite(a))) {  // 0 times what is not finite is not 0: rows that chose it, alone
+#pragma unroll
+      for (int f = 0; f < kFrags; ++f) {
+        if ((s.mask >> f & 1) == 0) continue;
+        const uint2 c = load();
+        const unsigned chose = __ballot_sync(kFullMask, ((c.x | c.y) & 0x7fff7fffu) != 0);
+        float part[2][4] = {};
+        mma_m16n8k16<T>(part[0], a[0], {c.x, c.y});
+        mma_m16n8k16<T>(part[1], a[1], {c.x, c.y});
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if ((chose >> 4 * (2 * q + i % 2) & 15) != 0) sum[f][i / 4][i % 4] += part[i / 4][i % 4];
+        at += kFragment;
+      }
+      return;
+    }
     if (s.mask == 0xffffu) {
 #pragma unroll
       for (int f = 0; f < kFrags; ++f, at += kFragment) {
@@ -396,22 +260,18 @@ __global__ void __launch_bounds__(plan_cuda::kExpandThreads, 2) expand_mma(const
   MOA_DYNAMIC_SHARED(unsigned char, shared);
   Tile tile(p, shared);
   tile.find_experts(blockIdx.x * static_cast<int64_t>(Tile::kRows));
-  const int experts = static_cast<int>(p.c.experts);
   constexpr int kUnit = plan_cuda::kExpandUnit;
   const int64_t unit = blockIdx.y * p.units, units = clamp((p.width + kUnit - 1) / kUnit - unit, 0, p.units);
   const int64_t o0 = unit * kUnit + tile.warp * Tile::kStrip;
 
   // All coefficients at once, and then strip after strip; where they do not fit, a strip at a time by chunks of experts.
-  int next = tile.make_coefficients(0);
-  const bool one = next == experts;
-  const int strips = one ? static_cast<int>(units) : 1;
-  for (int64_t done = 0; done < units; done += strips) {
-    if (done > 0) next = tile.make_coefficients(0);
-    for (bool begin = true, end = false; !end; begin = false) {
-      if (!begin) next = tile.make_coefficients(next);
-      end = next == experts;
-      tile.run(o0 + done * kUnit, strips, begin, end);
-    }
+  for (int64_t done = 0, from = 0; done < units;) {
+    const int64_t next = tile.make_coefficients(static_cast<int>(from));
+    const bool begin = from == 0, end = next == p.c.experts;
+    const int strips = begin && end ? static_cast<int>(units) : 1;
+    tile.run(o0 + done * kUnit, strips, begin, end);
+    done += end ? strips : 0;
+    from = end ? 0 : next;
   }
 }
 

@@ -174,10 +174,12 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   const int64_t units = ceil_div(width, kExpandUnit);
   p.units = ceil_div(units, most(1, least(units, ceil_div(4 * kProcessors, most(1, p.tiles)))));
   p.parts = ceil_div(units, most(1, p.units));
-  // What all tokens can need, up to the limit; one expert with all its ranks at least.
+  // What all tokens can need, up to the limit and what there is room for; one expert with all its ranks at least.
+  const int64_t each = 256 + (router ? 32 : 0) + kExpandStep, rest = kExpandHead + 4 * experts;
   const int64_t wanted = depth * least(tile * experts, kExpandRows * top_k);
-  p.fragments = most(tile * depth, least(wanted, kExpandFragments));
-  p.shared = static_cast<size_t>(kExpandHead + p.fragments * (256 + (router ? 32 : 0) + kExpandStep) + 4 * experts);
+  const int64_t room = (static_cast<int64_t>(kMostShared) - rest) / each;
+  p.fragments = most(tile * depth, least(least(wanted, kExpandFragments), room));
+  p.shared = static_cast<size_t>(rest + p.fragments * each);
   p.fits = p.shared <= kMostShared && experts <= 32767;
   return p;
 }

@@ -157,19 +157,20 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
         check(emulator, rng, route(rng, 33, 2, 4, 0.1), rank, width, dtype, experts=4, adapter=F32)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-def test_chunks_of_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "rank", "width", "mixed"),
+    [(140, 40, 7, 20, 136, False), (70, 3, 3, 256, 40, False), (130, 50, 5, 40, 33, True)],
+)
+def test_chunks_of_experts(
+    emulator: ModuleType, rng, tokens: int, experts: int, k: int, rank: int, width: int, mixed: bool
+) -> None:
     """More coefficients than shared memory holds, over several blocks of columns."""
-    for experts, k, rank, width, ranks in [
-        (40, 7, 20, 200, None),
-        (3, 3, 256, 136, None),
-        (50, 5, 40, 33, rng.integers(0, 41, 50).astype(np.int32)),
-    ]:
-        if emulator.__name__.startswith("emulated"):
-            plan = emulator.expand_plan(140, k, experts, rank, width, True)
-            assert plan["fits"] and plan["fragments"] < -(-rank // 16) * 16 * min(experts, 8 * k), plan
-        ids = route(rng, 140, k, experts, 0.1)
-        check(emulator, rng, ids, rank, width, dtype, experts=experts, ranks=ranks)
+    if emulator.__name__.startswith("emulated"):
+        plan = emulator.expand_plan(tokens, k, experts, rank, width, True)
+        assert plan["fits"] and plan["fragments"] < -(-rank // 16) * 16 * min(experts, 8 * k), plan
+    ranks = rng.integers(0, rank + 1, experts).astype(np.int32) if mixed else None
+    ids = route(rng, tokens, k, experts, 0.1)
+    check(emulator, rng, ids, rank, width, BF16, experts=experts, ranks=ranks)
 
 
 def test_strip_after_strip(emulator: ModuleType, rng) -> None:

@@ -128,7 +128,7 @@ bool on_tensor_cores(const LoraParams& l, const plan_cuda::Expand& plan) { retur
 // places, rows
 size_t work_of(const LoraParams& l, int64_t width, bool router) {
   const plan_cuda::Expand plan = plan_of(l, width, router);
-  if (!on_tensor_cores(l, plan)) return 0;
+  if (!on_tensor_cores(l, plan) || plan.inside) return 0;
   const size_t tokens = static_cast<size_t>(l.seg.tokens);
   return tokens * l.seg.top_k * sizeof(Place) + (plan.cluster ? tokens * sizeof(int32_t) : 0);
 }
@@ -137,19 +137,22 @@ cudaError_t launch(ExpandParams p, const LoraParams& l, void* work, cudaStream_t
   if (p.tokens == 0 || p.width == 0) return cudaSuccess;
   const plan_cuda::Expand plan = plan_of(l, p.width, p.dz != nullptr);
   if (!on_tensor_cores(l, plan)) return launch_simt(p, stream);
-  OrderParams o{p.c, p.tokens, static_cast<Place*>(work), nullptr};
-  const auto places = static_cast<unsigned>(plan_cuda::ceil_div(p.c.slots, plan_cuda::kPlaceThreads));
-  cudaError_t error = MOA_LAUNCH(expand_places, places, plan_cuda::kPlaceThreads, 0, stream, o);
-  if (error == cudaSuccess && plan.cluster) {
-    o.rows = reinterpret_cast<int32_t*>(o.places + p.c.slots);
-    const auto windows = static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, plan_cuda::kClusterWindow));
-    error = MOA_LAUNCH(expand_rows, windows, plan_cuda::kClusterThreads, 0, stream, o);
+  cudaError_t error = cudaSuccess;
+  if (!plan.inside) {
+    p.places = static_cast<Place*>(work);
+    const OrderParams o{p.c, p.tokens, static_cast<Place*>(work),
+                        reinterpret_cast<int32_t*>(static_cast<Place*>(work) + p.c.slots)};
+    const auto places = static_cast<unsigned>(plan_cuda::ceil_div(p.c.slots, plan_cuda::kPlaceThreads));
+    error = MOA_LAUNCH(expand_places, places, plan_cuda::kPlaceThreads, 0, stream, o);
+    if (error == cudaSuccess && plan.cluster) {
+      p.rows = o.rows;
+      const auto windows = static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, plan_cuda::kClusterWindow));
+      error = MOA_LAUNCH(expand_rows, windows, plan_cuda::kClusterThreads, 0, stream, o);
+    }
   }
   if (error != cudaSuccess) return error;
   const auto fours = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 8 == 0; };
   p.fours = p.width % 4 == 0 && p.ldbase % 4 == 0 && fours(p.y) && fours(p.base) && fours(p.bias);
-  p.places = o.places;
-  p.rows = o.rows;
   p.fragments = static_cast<int>(plan.fragments);
   p.units = plan.units;
   return p.type == DType::bf16 ? launch_mma<__nv_bfloat16>(p, plan, stream) : launch_mma<__half>(p, plan, stream);

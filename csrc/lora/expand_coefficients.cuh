@@ -28,7 +28,7 @@ struct ExpandParams {
   void* y;           // [tokens, width]
   // Tensor cores
   bool fours;           // y, base and bias can be taken by four elements
-  const Place* places;  // [slots]
+  const Place* places;  // [slots], or null: each block finds those of its tokens
   const int32_t* rows;  // [tokens], or null: row t is token t
   int fragments;        // of coefficients that shared memory holds
   int64_t units;        // of 128 columns per block
@@ -58,6 +58,9 @@ struct ExpandCoefficients {
   float* const dz;         // [fragments][8], where p.dz
   Step* const step;        // [fragments]
   unsigned* const expert;  // [experts] mask of the fragments that chose it; above 16 bits the first one of this chunk
+  Place* const own;        // [slots of the tile], where not p.places
+  const Place* places;     // of slots from first_slot on
+  int64_t first_slot;
   const int lane, warp;
 
   __device__ __forceinline__ ExpandCoefficients(const ExpandParams& p, unsigned char* shared)
@@ -67,6 +70,9 @@ struct ExpandCoefficients {
         dz(reinterpret_cast<float*>(coef + p.fragments * kFragment)),
         step(reinterpret_cast<Step*>(dz + (p.dz == nullptr ? 0 : p.fragments * 8))),
         expert(reinterpret_cast<unsigned*>(step + p.fragments)),
+        own(reinterpret_cast<Place*>(expert + (p.c.experts + 1) / 2 * 2)),
+        places(p.places),
+        first_slot(0),
         lane(threadIdx.x % kWarp),
         warp(threadIdx.x / kWarp) {}
 
@@ -76,13 +82,30 @@ struct ExpandCoefficients {
       head->token[i] = row >= p.tokens ? -1 : p.rows == nullptr ? static_cast<int>(row) : p.rows[row];
     }
     for (int i = threadIdx.x; i < p.c.experts; i += kThreads) expert[i] = 0;
+    if (places == nullptr) find_places(row0);
     __syncthreads();
     const int row = threadIdx.x, token = head->token[row];
     for (int64_t j = 0; token >= 0 && j < p.c.top_k; ++j) {
-      const int e = p.places[token * p.c.top_k + j].expert;
+      const int e = place_at(token, j).expert;
       if (e >= 0 && e < p.c.experts) atomicOr(&expert[e], 1u << row / 8);
     }
     __syncthreads();
+  }
+
+  // All positions are looked through for those of the tile's slots.
+  __device__ __forceinline__ void find_places(int64_t row0) {
+    places = own;
+    first_slot = row0 * p.c.top_k;
+    const int64_t count = clamp((p.tokens - row0) * p.c.top_k, 0, kRows * p.c.top_k);
+    for (int i = threadIdx.x; i < count; i += kThreads) own[i] = {0, -1, 0};
+    __syncthreads();
+    for (int position = threadIdx.x; position < p.c.slots; position += kThreads) {
+      const int64_t slot = p.c.order[position], i = slot - first_slot;
+      if (i >= 0 && i < count) own[i] = place_of(p.c, position, slot);
+    }
+  }
+  __device__ __forceinline__ Place place_at(int64_t token, int64_t j) const {
+    return places[token * p.c.top_k + j - first_slot];
   }
 
   __device__ __forceinline__ int scan(int v) const {  // over the lanes, the own one included
@@ -153,7 +176,7 @@ struct ExpandCoefficients {
     for (int i = 0; i < kEach; ++i) {
       const int token = head->token[row0 + i * (kThreads / 4)];
       place[i].expert = -1;
-      if (token >= 0) place[i] = p.places[token * p.c.top_k + j];
+      if (token >= 0) place[i] = place_at(token, j);
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {

@@ -1,5 +1,5 @@
-// What expand.cu's tensor-core tiles know of the routing, made by two small kernels in front of them: where each slot is
-// in the sorted order, and in which order the tiles take the tokens.
+// What expand.cu's tensor-core tiles know of the routing: where each slot is in the sorted order, and in which order the
+// tiles take the tokens. Two small kernels in front of them make it; with few slots each tile does so for itself.
 //
 //   places [slots]   expert, position and number of twins of a slot
 //   rows   [tokens]  token of each row of the tiles
@@ -29,12 +29,7 @@ struct OrderParams {
   int32_t* rows;
 };
 
-__global__ void __launch_bounds__(plan_cuda::kPlaceThreads) expand_places(const OrderParams p) {
-  const Coefficients& c = p.c;
-  const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kPlaceThreads) + threadIdx.x;
-  if (position >= c.slots) return;
-  const int64_t slot = c.order[position];
-  if (slot < 0 || slot >= c.slots) return;
+__device__ __forceinline__ Place place_of(const Coefficients& c, int64_t position, int64_t slot) {
   int64_t lo = 0, hi = c.experts;  // the last offset that is not behind the position
   while (lo < hi) {
     const int64_t mid = (lo + hi + 1) / 2;
@@ -45,16 +40,20 @@ __global__ void __launch_bounds__(plan_cuda::kPlaceThreads) expand_places(const 
     }
   }
   Place place{static_cast<int>(position), -1, 0};
-  if (lo < c.experts && c.offset_at(lo) <= position) {
-    const int64_t begin = c.offset_at(lo), end = c.offset_at(lo + 1), t = c.token_of(slot);
-    const auto same = [&](int64_t other) { return c.token_of(c.slot_at(other)) == t; };
-    if (position == begin || !same(position - 1)) {
-      place.expert = static_cast<int16_t>(lo);
-      while (position + place.twins + 1 < end && place.twins < 0xffff && same(position + place.twins + 1))
-        ++place.twins;
-    }
-  }
-  p.places[slot] = place;
+  if (lo == c.experts || c.offset_at(lo) > position) return place;
+  const int64_t begin = c.offset_at(lo), end = c.offset_at(lo + 1), t = c.token_of(slot);
+  const auto same = [&](int64_t other) { return c.token_of(c.slot_at(other)) == t; };
+  if (position > begin && same(position - 1)) return place;
+  place.expert = static_cast<int16_t>(lo);
+  while (position + place.twins + 1 < end && place.twins < 0xffff && same(position + place.twins + 1)) ++place.twins;
+  return place;
+}
+
+__global__ void __launch_bounds__(plan_cuda::kPlaceThreads) expand_places(const OrderParams p) {
+  const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kPlaceThreads) + threadIdx.x;
+  if (position >= p.c.slots) return;
+  const int64_t slot = p.c.order[position];
+  if (slot >= 0 && slot < p.c.slots) p.places[slot] = place_of(p.c, position, slot);
 }
 
 // A block orders the tokens of a window; a thread has every 1024th.

@@ -146,6 +146,9 @@ constexpr int kExpandHead = kExpandThreads / 32 * kExpandStages * 1024 + kExpand
 constexpr int kExpandFragments = 256;
 constexpr size_t kMostShared = 99 * 1024;  // of sm_86, sm_89 and sm_120
 constexpr int kPlaceThreads = 256;
+// Up to so many slots each block looks through all of them, 16 a thread, 8 KB from L2 and about 1 us, instead of a
+// launch in front, which is twice that.
+constexpr int64_t kPlaceInside = 2048;
 // Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
 constexpr int kClusterBits = 6, kClusterThreads = 1024;
 constexpr int64_t kClusterWindow = 8192;
@@ -159,7 +162,7 @@ constexpr int64_t kClusterWindow = 8192;
 // So from R = 192 on. With k = 3 and more, the experts of a pair say too little about the others; below 2048 tokens,
 // tiles hold all pairs anyway.
 struct Expand {
-  bool fits, cluster;
+  bool fits, inside, cluster;
   int64_t tiles, parts, units;  // a block has a tile of tokens and `units` of 128 columns
   int64_t fragments;
   size_t shared;
@@ -168,6 +171,7 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   Expand p{};
   const int64_t depth = ceil_div(rank, 16), tile = kExpandRows / 8;
   p.cluster = top_k <= 2 && tokens >= 2048 && experts * depth * 16 > 192;
+  p.inside = !p.cluster && tokens * top_k <= kPlaceInside;
   p.tiles = ceil_div(tokens, kExpandRows);
   // Four blocks for each place on the multiprocessors would be best for balance, but each makes the coefficients of its
   // tokens again: two.
@@ -175,7 +179,9 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   p.units = ceil_div(units, most(1, least(units, ceil_div(4 * kProcessors, most(1, p.tiles)))));
   p.parts = ceil_div(units, most(1, p.units));
   // What all tokens can need, up to the limit and what there is room for; one expert with all its ranks at least.
-  const int64_t each = 256 + (router ? 32 : 0) + kExpandStep, rest = kExpandHead + 4 * experts;
+  const int64_t each = 256 + (router ? 32 : 0) + kExpandStep;
+  const int64_t places = p.inside ? 8 * least(tokens, kExpandRows) * top_k : 0;
+  const int64_t rest = kExpandHead + ceil_div(experts, 2) * 8 + places;
   const int64_t wanted = depth * least(tile * experts, kExpandRows * top_k);
   const int64_t room = (static_cast<int64_t>(kMostShared) - rest) / each;
   p.fragments = most(tile * depth, least(least(wanted, kExpandFragments), room));

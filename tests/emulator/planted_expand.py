@@ -61,6 +61,14 @@ chunks = plant(
 chunks(
     "expand-chunk-in-use", "    __syncthreads();  // all have left the chunk of before\n", "", "tsan:0", RACE
 )
+chunks(
+    "expand-places-missing-barrier",
+    "own[i] = {0, -1, 0};\n    __syncthreads();",
+    "own[i] = {0, -1, 0};",
+    "tsan:0",
+    RACE,
+)
+chunks("expand-places-tail", "i >= 0 && i < count", "i >= 0 && i <= count", "tsan:0", f"{OUT}|{RACE}")
 chunks("expand-missing-barrier", "    __syncthreads();\n    return next;", "    return next;", "tsan:0", RACE)
 chunks(
     "expand-missing-mask", "if (e < from || e >= next) continue;", "if (e < 0) continue;", "plain:0", WRONG

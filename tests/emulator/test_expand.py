@@ -197,10 +197,11 @@ def test_rank_beyond_shared_memory(emulator: ModuleType, rng, dtype: np.dtype) -
 @pytest.mark.parametrize("experts", [20, 100])
 def test_tokens_by_pairs_of_experts(emulator: ModuleType, rng, experts: int, k: int) -> None:
     """Tiles take tokens in another order, which no token's result shows, to the bit."""
-    tokens, part, rank, width = 2100, 500, 16, 40
+    tokens, parts, rank, width = 2100, (300, 1500), 16, 40
     if emulator.__name__.startswith("emulated"):
         assert emulator.expand_plan(tokens, k, experts, rank, width, False)["cluster"]
-        assert not emulator.expand_plan(part, k, experts, rank, width, False)["cluster"]
+        plans = [emulator.expand_plan(part, k, experts, rank, width, False) for part in parts]
+        assert [(p["inside"], p["cluster"]) for p in plans] == [(True, False), (k == 1, False)]
     ids = route(rng, tokens, k, experts, 0.1)
     values, weights = normal(rng, ids.size, rank), normal(rng, tokens, k)
     panels = normal(rng, experts, rank, width, dtype=BF16)
@@ -229,9 +230,10 @@ def test_tokens_by_pairs_of_experts(emulator: ModuleType, rng, experts: int, k: 
     at = np.argsort(order)[chosen]
     np.add.at(shares, chosen // k, exact(dz)[at, None] * exact(router)[ids.ravel()[chosen]])
     assert_close(dx, want + shares)
-    few = run(part)
-    assert y[:part].tobytes() == few[0].tobytes()
-    assert dx[:part].tobytes() == few[1].tobytes()
+    for part in parts:
+        few = run(part)
+        assert y[:part].tobytes() == few[0].tobytes()
+        assert dx[:part].tobytes() == few[1].tobytes()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "f16", "f32"])
@@ -269,6 +271,7 @@ def test_plan(emulator: ModuleType) -> None:
     assert many["cluster"] and many["fragments"] == 256 and 2 * many["shared"] < 227 * 1024
     assert not plan(8192, 2, 12, 16, 4096, False)["cluster"] and plan(8192, 2, 13, 16, 4096, False)["cluster"]
     assert not plan(2047, 2, 64, 16, 4096, False)["cluster"]  # few tokens
+    assert plan(1024, 2, 64, 16, 4096, False)["inside"] and not plan(1025, 2, 64, 16, 4096, False)["inside"]
     assert not plan(8192, 3, 64, 16, 4096, False)["cluster"]  # more than a pair
     for tokens in (1, 127, 128, 129, 8192, 10**6):
         for width in (1, 127, 128, 129, 4096, 28672):

@@ -89,7 +89,11 @@ chunks("expand-plain-or", "atomicOr(&expert[e], 1u << row / 8)", "expert[e] |= 1
 
 pairs = plant("csrc/lora/expand_order.cuh", "test_expand.py -k 'test_tokens_by_pairs'", unit=EXPAND)
 pairs(
-    "expand-place-tail", "if (position >= c.slots) return;", "if (position > c.slots) return;", "asan:0", OUT
+    "expand-place-tail",
+    "if (position >= p.c.slots) return;",
+    "if (position > p.c.slots) return;",
+    "asan:0",
+    OUT,
 )
 pairs("expand-rows-scan", "sums[warp - 1]", "sums[warp]", "plain:0", f"{WRONG}|{OUT}")
 pairs(

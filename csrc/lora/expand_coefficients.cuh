@@ -99,22 +99,21 @@ struct ExpandCoefficients {
     const int64_t count = clamp((p.tokens - row0) * p.c.top_k, 0, kRows * p.c.top_k);
     for (int i = threadIdx.x; i < count; i += kThreads) own[i] = {0, -1, 0};
     __syncthreads();
-    for (int position = threadIdx.x; position < p.c.slots; position += kThreads) {
-      const int64_t slot = p.c.order[position], i = slot - first_slot;
-      if (i >= 0 && i < count) own[i] = place_of(p.c, position, slot);
+    constexpr int kEach = 4;  // loads under way together
+    for (int64_t first = threadIdx.x; first < p.c.slots; first += kEach * kThreads) {
+      int64_t i[kEach];
+#pragma unroll
+      for (int u = 0; u < kEach; ++u) {
+        const int64_t position = first + u * kThreads;
+        i[u] = position < p.c.slots ? p.c.order[position] - first_slot : -1;
+      }
+#pragma unroll
+      for (int u = 0; u < kEach; ++u)
+        if (i[u] >= 0 && i[u] < count) own[i[u]] = place_of(p.c, first + u * kThreads, first_slot + i[u]);
     }
   }
   __device__ __forceinline__ Place place_at(int64_t token, int64_t j) const {
     return places[token * p.c.top_k + j - first_slot];
-  }
-
-  __device__ __forceinline__ int scan(int v) const {  // over the lanes, the own one included
-#pragma unroll
-    for (int by = 1; by < kWarp; by *= 2) {
-      const int other = __shfl_up_sync(kFullMask, v, by);
-      if (lane >= by) v += other;
-    }
-    return v;
   }
 
   // The steps of experts from `from` on, as many as there is room for; one warp.
@@ -128,7 +127,7 @@ struct ExpandCoefficients {
       int depth = (used + 15) / 16;
       if (mask != 0 && depth == 0 && p.dz != nullptr) depth = 1;
       const int each = __popc(mask), size = depth * each;
-      const int fragments_to = fragments + scan(size), steps_to = steps + scan(depth);
+      const int fragments_to = fragments + sum_to_lane(size), steps_to = steps + sum_to_lane(depth);
       const unsigned beyond = __ballot_sync(kFullMask, fragments_to > p.fragments);
       fitting = beyond == 0 ? kWarp : __ffs(static_cast<int>(beyond)) - 1;
       if (lane < fitting && size > 0) {

@@ -5,9 +5,9 @@
 //   rows   [tokens]  token of each row of the tiles
 //
 // A tile of 128 tokens reads B of every expert that one of them chose: with 64 experts, all 64 of them. Tokens are
-// therefore grouped by the pair of experts they chose: pairs (low, high) on a Z-curve, so that a tile covers a small
-// square of pairs. At T = 8192, k = 2, E = 64 there are 4 tokens a pair; 128 rows are 32 pairs, about 6 by 6 experts,
-// and 8 rows are two pairs with three experts instead of 14.
+// therefore grouped by the pair of experts they chose: pairs (low, high) by stripes of 8 low experts, along high, and in
+// it along low. At T = 8192, k = 2, E = 64 there are 4 tokens a pair; 128 rows are then 32 pairs, which 13 experts make
+// (drawn at random; 8 and 4, and where a stripe ends more), and 8 rows take 4 experts instead of 14.
 //
 // Rows of one pair come in any order (atomics place them), which shows nowhere: a token's sum does not depend on its
 // neighbours.
@@ -28,6 +28,16 @@ struct OrderParams {
   Place* places;
   int32_t* rows;
 };
+
+// Over the lanes up to the own one, which is included.
+__device__ __forceinline__ int sum_to_lane(int v) {
+#pragma unroll
+  for (int by = 1; by < kWarp; by *= 2) {
+    const int other = __shfl_up_sync(kFullMask, v, by);
+    if (static_cast<int>(threadIdx.x % kWarp) >= by) v += other;
+  }
+  return v;
+}
 
 __device__ __forceinline__ Place place_of(const Coefficients& c, int64_t position, int64_t slot) {
   int64_t lo = 0, hi = c.experts;  // the last offset that is not behind the position
@@ -58,50 +68,40 @@ __global__ void __launch_bounds__(plan_cuda::kPlaceThreads) expand_places(const 
 
 // A block orders the tokens of a window; a thread has every 1024th.
 __global__ void __launch_bounds__(plan_cuda::kClusterThreads) expand_rows(const OrderParams p) {
-  constexpr int kBits = plan_cuda::kClusterBits, kBins = 1 << 2 * kBits, kThreads = plan_cuda::kClusterThreads;
+  constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = plan_cuda::kClusterThreads;
   constexpr int kEach = kBins / kThreads;
   static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
+  static_assert(kSide % 8 == 0 && (kSide & (kSide - 1)) == 0, "whole stripes; masks");
   MOA_SHARED(int, bins, kBins);
   MOA_SHARED(int, sums, kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t first = blockIdx.x * plan_cuda::kClusterWindow;
   const int count = static_cast<int>(clamp(p.tokens - first, 0, plan_cuda::kClusterWindow));
   int shift = 0;
-  while ((p.c.experts - 1) >> shift >= 1 << kBits) ++shift;
+  while ((p.c.experts - 1) >> shift >= kSide) ++shift;
   const auto bin = [&](int t) {
     const Place* const at = p.places + (first + t) * p.c.top_k;
     int a = at[0].expert, b = p.c.top_k > 1 ? at[1].expert : a;
     if (a < 0) a = b;
     if (b < 0) b = a;
-    const int low = (a < b ? a : b) >> shift & ((1 << kBits) - 1), high = (a < b ? b : a) >> shift & ((1 << kBits) - 1);
-    int key = 0;
-#pragma unroll
-    for (int i = 0; i < kBits; ++i) key |= (low >> i & 1) << (2 * i + 1) | (high >> i & 1) << 2 * i;
-    return key;
+    const int low = (a < b ? a : b) >> shift & (kSide - 1), high = (a < b ? b : a) >> shift & (kSide - 1);
+    return (low / 8 * kSide + high) * 8 + low % 8;
   };
   for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
   __syncthreads();
   for (int t = threadIdx.x; t < count; t += kThreads) atomicAdd(&bins[bin(t)], 1);
   __syncthreads();
 
-  const auto scan = [&](int v) {  // over the lanes, the own one included
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int other = __shfl_up_sync(kFullMask, v, step);
-      if (lane >= step) v += other;
-    }
-    return v;
-  };
   int own[kEach], total = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     own[i] = bins[threadIdx.x * kEach + i];
     total += own[i];
   }
-  const int upto = scan(total);
+  const int upto = sum_to_lane(total);
   if (lane == kWarp - 1) sums[warp] = upto;
   __syncthreads();
-  if (warp == 0) sums[lane] = scan(sums[lane]);
+  if (warp == 0) sums[lane] = sum_to_lane(sums[lane]);
   __syncthreads();
   int start = upto - total + (warp == 0 ? 0 : sums[warp - 1]);
 #pragma unroll

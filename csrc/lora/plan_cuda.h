@@ -147,20 +147,19 @@ constexpr int kExpandFragments = 256;
 constexpr size_t kMostShared = 99 * 1024;  // of sm_86, sm_89 and sm_120
 constexpr int kPlaceThreads = 256;
 // Up to so many slots each block looks through all of them, 16 a thread, 8 KB from L2 and about 1 us, instead of a
-// launch in front, which is twice that.
+// launch in front, which is about twice that.
 constexpr int64_t kPlaceInside = 2048;
 // Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
-constexpr int kClusterBits = 6, kClusterThreads = 1024;
+constexpr int kClusterSide = 64, kClusterThreads = 1024;
 constexpr int64_t kClusterWindow = 8192;
 
-// At T = 8192, k = 2, r = 16, width 4096 in 16 bits: y takes 16 us to write (31 us with base to read).
-//   tokens as they come, R = E r: 0.11 us of products per rank (2 T width flop at 610 TFLOP/s, mma.sync's share of the
-//     peak), 14 us at R = 128, 28 us at 256; panels from L2 T / 128 times, 67 MB or 12 us at R = 128; all of it beside
-//     the writing. At R = 1024: 110 us, of which a fragment's missing experts save the smaller part.
-//   grouped: one launch more, about 5 us; at E = 64 a tile has about 12 experts instead of 63, 100 MB from L2 (18 us)
-//     instead of 530, and a fragment 3.3 instead of 14, 7.5 us of products.
-// So from R = 192 on. With k = 3 and more, the experts of a pair say too little about the others; below 2048 tokens,
-// tiles hold all pairs anyway.
+// At T = 8192, k = 2, r = 16, width 4096 in 16 bits, y takes 16 us to write (31 us with base to read), beside which:
+//   tokens as they come: panels from L2 T / 128 times, 67 MB or 12 us at E = 8, 134 MB or 24 us at 16, 529 MB or 96 us at
+//     64; products, 610 TFLOP/s being mma.sync's share of the peak, 13 us at E = 8, 19 us at 16, 25 us at 64.
+//   grouped: at E = 64 a tile has 13 experts instead of 63 and a fragment 4 instead of 14 (counted for experts drawn at
+//     random): 107 MB, 20 us, and 7 us of products; at 16, 6 us and 4. The launch more is about 5 us.
+// So above E r = 192. With k = 3 and more, the experts of a pair say too little about the others (58 of 64 are left);
+// below 2048 tokens the launch is what panels cost, 12 us at 1024.
 struct Expand {
   bool fits, inside, cluster;
   int64_t tiles, parts, units;  // a block has a tile of tokens and `units` of 128 columns
@@ -173,8 +172,8 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   p.cluster = top_k <= 2 && tokens >= 2048 && experts * depth * 16 > 192;
   p.inside = !p.cluster && tokens * top_k <= kPlaceInside;
   p.tiles = ceil_div(tokens, kExpandRows);
-  // Four blocks for each place on the multiprocessors would be best for balance, but each makes the coefficients of its
-  // tokens again: two.
+  // Two rounds of two blocks a multiprocessor: the first's coefficients are made beside the other's products. More would
+  // make coefficients more often.
   const int64_t units = ceil_div(width, kExpandUnit);
   p.units = ceil_div(units, most(1, least(units, ceil_div(4 * kProcessors, most(1, p.tiles)))));
   p.parts = ceil_div(units, most(1, p.units));

@@ -29,6 +29,9 @@ from benchmarks.machine import ROOT
 from benchmarks.record import Case
 
 LIMIT = 480.0  # seconds in all
+KERNEL_TESTS = [
+    f"tests/emulator/test_{name}.py" for name in ("routing", "shrink", "router", "decode", "expand", "gram")
+]
 DEVICE_TESTS = ["tests/test_segment_lora.py", "tests/test_routing.py", "tests/test_linear.py"]
 TAIL = 2000  # characters kept of what a step said
 
@@ -67,7 +70,7 @@ def steps(python: str, results: Path, device: str, budget: float) -> list[Step]:
     return [
         Step("what is built", "tests", [python, "-m", "moa_ops.info"], 60),
         Step("on the card", "tests", [*quiet, "tests/gpu"], 150),
-        Step("the emulator's tests", "tests", [*quiet, "tests/emulator/test_routing.py"], 60, emulated),
+        Step("the emulator's tests", "tests", [*quiet, *KERNEL_TESTS], 90, emulated),
         Step("benchmarks", "bench", bench, 180),
         *(
             Step(

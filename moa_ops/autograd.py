@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from moa_ops.ops import (
     linear_routing,
+    routed_lora,
     segment_lora,
     segment_lora_backward,
     topk_routing,
@@ -236,11 +237,9 @@ class RoutedMoALinear(Function):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         """Calls the operator."""
         x, weight, bias, lora_A, lora_B, *router, scaling = inputs
-        logits, *routing = linear_routing(x, *router, None, None)
-        weights, _, expert_offsets, order = routing
-        lora = (lora_A, lora_B, weights, expert_offsets, order, None, scaling, None)
-        y, h = mixture(x, weight, bias, None, *lora)
-        return y, logits, *routing, h
+        y, *routing_and_h = routed_lora(x, lora_A, lora_B, *router, scaling, bias)
+        y.addmm_(x, weight.t())
+        return y, *routing_and_h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

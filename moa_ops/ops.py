@@ -2,7 +2,7 @@
 
 Schemas and CPU kernels come from the C++ library. Here each operator gains its fake (shapes and dtypes only,
 for ``torch.compile``, ``torch.export`` and ``FakeTensorMode``), and :mod:`moa_ops.reference` as its kernel on
-devices for which none was compiled; the two operators of a whole layer are composed of the others there.
+devices for which none was compiled; those that do the work of several are composed of the others there.
 Gradients are attached in :mod:`moa_ops.autograd`.
 """
 
@@ -33,6 +33,7 @@ sort_by_expert = torch.ops.moa_ops.sort_by_expert.default
 linear_routing = torch.ops.moa_ops.linear_routing.default
 segment_lora = torch.ops.moa_ops.segment_lora.default
 segment_lora_backward = torch.ops.moa_ops.segment_lora_backward.default
+routed_lora = torch.ops.moa_ops.routed_lora.default
 segment_linear = torch.ops.moa_ops.segment_linear.default
 routed_linear = torch.ops.moa_ops.routed_linear.default
 
@@ -62,6 +63,23 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 # "default" serves every device that has no kernel of its own, so compiled ones always take precedence.
 for _name in KERNELS:
     torch.library.impl(f"moa_ops::{_name}", "default", plain(getattr(reference, _name)))
+
+
+def _compose_routed_lora(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    scaling: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, ...]:
+    logits, *routing = linear_routing(x, router_weight, top_k, score_func, norm_topk_prob, None, None)
+    weights, _, expert_offsets, order = routing
+    y, h = segment_lora(x, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, None, bias)
+    return y, logits, *routing, h
 
 
 def _compose_segment_linear(
@@ -101,13 +119,12 @@ def _compose_routed_linear(
     scaling: float,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    _, weights, _, expert_offsets, order = linear_routing(
-        rows, router_weight, top_k, score_func, norm_topk_prob, None, None
-    )
-    lora = (lora_A, lora_B, weights, expert_offsets, order, None, scaling, None)
-    return _compose_segment_linear(x, weight, bias, None, *lora)
+    flags = (top_k, score_func, norm_topk_prob)
+    y, *_ = _compose_routed_lora(rows, lora_A, lora_B, router_weight, *flags, scaling, bias)
+    return y.addmm_(rows, weight.t()).view(*x.shape[:-1], y.shape[1])
 
 
+torch.library.impl("moa_ops::routed_lora", "default", plain(_compose_routed_lora))
 torch.library.impl("moa_ops::segment_linear", "default", plain(_compose_segment_linear))
 torch.library.impl("moa_ops::routed_linear", "default", plain(_compose_routed_linear))
 
@@ -199,6 +216,24 @@ def _segment_lora(
         x.new_empty(x.shape[0], lora_B.shape[1]),
         x.new_empty(order.shape[0], lora_A.shape[1], dtype=accumulation_dtype(x.dtype)),
     )
+
+
+@torch.library.register_fake("moa_ops::routed_lora")
+def _routed_lora(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    score_func: int,
+    norm_topk_prob: bool,
+    scaling: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, ...]:
+    logits, *routing = _linear_routing(x, router_weight, top_k, score_func, norm_topk_prob)
+    weights, _, expert_offsets, order = routing
+    y, h = _segment_lora(x, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, None, bias)
+    return y, logits, *routing, h
 
 
 @torch.library.register_fake("moa_ops::segment_lora_backward")

@@ -207,11 +207,16 @@ def test_routed_operators() -> None:
         lora = (a["A"], a["B"], a["w"], a["k"], a["score"], True, 1.0)
         return moa.routed_linear(a["x"], a["weight"], a["bias"], *lora)
 
+    def lora(**given: Any) -> Any:
+        a = {**good, **given}
+        return moa.routed_lora(a["x"], a["A"], a["B"], a["w"], a["k"], a["score"], True, 1.0, a["bias"])
+
     def linear(**given: Any) -> Any:
         a = {**good, **given}
         return moa.linear_routing(a["x"], a["w"], a["k"], a["score"], True, None, None)
 
     routed()
+    lora()
     linear()
     for message, given in (
         (r"top_k is 5", {"k": 5}),
@@ -223,6 +228,7 @@ def test_routed_operators() -> None:
     ):
         raises(message, routed, **given)
         raises(message, linear, **given)
+        raises(message, lora, **given)
     for message, given in (
         (r"router_weight", {"w": torch.randn(3, 8)}),
         (r"lora_A", {"A": torch.randn(4, 3, 7)}),
@@ -237,6 +243,8 @@ def test_routed_operators() -> None:
         (r"x", {"x": torch.randn(())}),
     ):
         raises(message, routed, **given)
+        if "weight" not in given:
+            raises(message, lora, **given)
 
 
 def test_more_slots_than_int32_counts() -> None:

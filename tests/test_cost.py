@@ -94,6 +94,17 @@ def test_inference_is_one_operator() -> None:
         assert counter.calls == ["moa_ops.segment_linear.default"] * 2
 
 
+def test_training_reads_x_in_one_operator_beside_the_base() -> None:
+    """Forward, the router and the shrink are one operator, which can read x once."""
+    layer = MoALinear(32, 24)
+    with CountCalls() as counter:
+        layer(torch.randn(40, 32))
+    assert [name for name in counter.calls if "moa_ops" in name or "mm" in name] == [
+        "moa_ops.routed_lora.default",
+        "aten.addmm_.default",
+    ]
+
+
 def test_a_function_is_entered_only_for_gradients() -> None:
     p = make_mixture()
     assert moa_ops.segment_lora(p.x, p.lora_A, p.lora_B, p.routing()).grad_fn is None

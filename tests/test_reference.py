@@ -108,7 +108,7 @@ def test_no_kernel_is_needed_off_the_cpu() -> None:
     from moa_ops import ops
 
     assert ops.has_kernels("cpu")
-    for name in (*ops.KERNELS, "segment_linear", "routed_linear"):
+    for name in (*ops.KERNELS, "routed_lora", "segment_linear", "routed_linear"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moa_ops::{name}", "CompositeExplicitAutograd")
     p = make_mixture()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach into an operator

@@ -52,6 +52,7 @@ def operator_calls(dtype: torch.dtype, tokens: int, optional: bool) -> list[tupl
             "segment_linear",
             (p.x, weight if optional else None, p.bias, p.base, *lora[1:], p.expert_offsets, p.order, *scale),
         ),
+        ("routed_lora", (p.x, *lora[1:3], router, 2, SIGMOID, True, p.scaling, p.bias)),
         ("routed_linear", (p.x, weight, p.bias, *lora[1:3], router, 2, SOFTMAX, True, p.scaling)),
     ]
 

@@ -69,7 +69,9 @@ __device__ __forceinline__ int spread(int i) { return (i & ~7) | (i & 1) << 2 | 
 
 inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
 
-// dx += dz W (expand.cu), for router_backward_cuda (gram.cu)
+// For router_backward.cu: dx += dz W by multiply-adds (expand.cu), and dW (gram.cu).
 cudaError_t router_dx_cuda(const RouterBackwardParams& p, cudaStream_t stream);
+size_t router_gram_work(const RouterBackwardParams& p);
+cudaError_t router_gram_cuda(const RouterBackwardParams& p, void* work, cudaStream_t stream);
 
 }  // namespace moa

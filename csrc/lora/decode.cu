@@ -9,13 +9,11 @@
 // neither counters, which two streams could not share, nor a wait between blocks. Planes are added in order, so the
 // result is bitwise reproducible, and the selection is the same in every block.
 //
-// Selection as in routing/topk.cu: NaN largest, ties to the lower id. Limits: plan_cuda::decode.
-#include <limits>
-
+// Limits: plan_cuda::decode.
 #include "lora/cuda.h"
 #include "lora/dense.cuh"
 #include "lora/tile.cuh"
-#include "routing/scores.cuh"
+#include "routing/select.cuh"
 
 namespace moa {
 namespace {
@@ -41,83 +39,39 @@ __device__ __forceinline__ A plane_sum(const DecodeLaunch& p, int64_t token, int
   return sum;
 }
 
-// Ids and weights (times scale) of a token with logits z [experts] in shared memory; a whole warp.
+// Ids and weights (times scale) of token t of the block, from its logits; a whole warp, of which lane j % 32 writes slot j.
 template <class A>
-__device__ __forceinline__ void select(const DecodeLaunch& p, const A* z, int* ids, A* weights) {
-  using Key = decltype(order_key(A()));
-  const int lane = threadIdx.x % kWarp, experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);
-  const bool softmax = p.score_func == ScoreFunc::softmax, biased = p.selection_bias != nullptr;
-  A top = minus_infinity<A>(), sum = A(1);
-  const auto softmax_over = [&](int count, const auto& value) {
-    top = minus_infinity<A>();
-    for (int i = lane; i < count; i += kWarp) top = value(i) > top ? value(i) : top;  // NaN shows in the sum
-    top = warp_max(top);
-    sum = A(0);
-    for (int i = lane; i < count; i += kWarp) sum += exp_acc(value(i) - top);
-    sum = warp_sum(sum);
-  };
-  if (softmax && (biased || !p.norm_topk_prob)) softmax_over(experts, [&](int e) { return z[e]; });
-  const A over_all = sum;
-
-  Key key = std::numeric_limits<Key>::max();  // in front of everything
-  int id = -1;
-  for (int j = 0; j < k; ++j) {
-    Key best = std::numeric_limits<Key>::lowest();
-    int best_id = 0x7fffffff;
-    for (int e = lane; e < experts; e += kWarp) {
-      A value = z[e];
-      if (biased)
-        value = (softmax ? exp_acc(value - top) / sum : sigmoid(value)) + static_cast<const A*>(p.selection_bias)[e];
-      const Key other = order_key(value);
-      if ((other < key || (other == key && e > id)) && other > best) {
-        best = other;
-        best_id = e;
-      }
-    }
-#pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      const Key other = __shfl_xor_sync(kFullMask, best, step);
-      const int other_id = __shfl_xor_sync(kFullMask, best_id, step);
-      if (other > best || (other == best && other_id < best_id)) {
-        best = other;
-        best_id = other_id;
-      }
-    }
-    key = best;
-    id = best_id;
-    if (lane == 0) ids[j] = id;
-  }
-  __syncwarp();
-
-  if (softmax && p.norm_topk_prob) {
-    softmax_over(k, [&](int j) { return z[ids[j]]; });
-    if (over_all != over_all) sum = over_all;  // chosen by id, and may miss the logit that is NaN
-  } else if (!softmax && p.norm_topk_prob) {
-    sum = A(0);
-    for (int j = lane; j < k; j += kWarp) sum += sigmoid(z[ids[j]]);
-    sum = warp_sum(sum);
-  }
-  for (int j = lane; j < k; j += kWarp) {
-    const A score = softmax ? exp_acc(z[ids[j]] - top) : sigmoid(z[ids[j]]);
-    const double scale = p.scaling * (p.scale == nullptr ? 1.0 : p.scale[ids[j]]);
-    weights[j] = score / sum * static_cast<A>(scale);
-  }
+__device__ __forceinline__ void select(const DecodeLaunch& p, int t, const A* logits, int64_t* ids, A* weights) {
+  TopkParams token{};
+  token.logits_type = std::is_same<A, double>::value ? DType::f64 : DType::f32;
+  token.experts = token.ldz = p.seg.experts;
+  token.top_k = p.seg.top_k;
+  token.logits = logits;
+  token.score_func = p.score_func;
+  token.norm_topk_prob = p.norm_topk_prob;
+  token.selection_bias = p.selection_bias;
+  token.weights = weights;
+  token.indices = ids;
+  route_token<A, kWarp, 0>(token, t, true, nullptr);
+  for (int64_t j = t * p.seg.top_k + threadIdx.x % kWarp; j < (t + 1) * p.seg.top_k; j += kWarp)
+    weights[j] *= static_cast<A>(p.scaling * (p.scale == nullptr ? 1.0 : p.scale[ids[j]]));
 }
 
 // sum over slots and ranks of coef [slots][rank] times rows of B at output o. Loads of several slots are under way
 // together: at one token their latency is what there is to wait for.
 template <class A, class TA>
-__device__ __forceinline__ A dot_rows(const DecodeLaunch& p, const A* coef, const int* ids, int slots, int64_t o) {
+__device__ __forceinline__ A dot_rows(const DecodeLaunch& p, const A* coef, const int64_t* ids, int slots, int64_t o) {
   constexpr int kChunk = 16 / sizeof(TA);
   const int rank = static_cast<int>(p.rank), step = p.direct ? kChunk : 1, each = rank / step;
   // Unused ranks of B may hold anything: they are not taken.
-  const auto used = [&](int e) { return p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank)); };
-  const auto row = [&](int e) { return static_cast<const TA*>(p.lora_B) + (e * p.out + o) * rank; };
+  const auto used = [&](int64_t e) { return p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank)); };
+  const auto row = [&](int64_t e) { return static_cast<const TA*>(p.lora_B) + (e * p.out + o) * rank; };
   A sum = 0;
   if (p.direct) {
 #pragma unroll 4
     for (int q = 0; q < slots * each; ++q) {
-      const int e = ids[q / each], i = q % each * kChunk, count = used(e) - i;
+      const int64_t e = ids[q / each];
+      const int i = q % each * kChunk, count = used(e) - i;
       alignas(16) TA b[kChunk];
       *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(row(e) + i);
 #pragma unroll
@@ -126,7 +80,8 @@ __device__ __forceinline__ A dot_rows(const DecodeLaunch& p, const A* coef, cons
   } else {
 #pragma unroll 1
     for (int q = 0; q < slots * each; ++q) {
-      const int e = ids[q / each], i = q % each;
+      const int64_t e = ids[q / each];
+      const int i = q % each;
       if (i < used(e)) sum += coef[q] * static_cast<A>(to_acc(row(e)[i]));
     }
   }
@@ -136,14 +91,13 @@ __device__ __forceinline__ A dot_rows(const DecodeLaunch& p, const A* coef, cons
 template <class T, class TA>
 __global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeLaunch p) {
   using A = Acc<T>;
-  MOA_DYNAMIC_SHARED(A, shared);
+  MOA_DYNAMIC_SHARED(int64_t, ids);  // [kDecodeRows][k]
   const int experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);
   const int rank = static_cast<int>(p.rank);
-  A* const sums = shared;                               // [kDecodeRows][kDecodeThreads], each thread its own
-  A* const coef = sums + kDecodeRows * kDecodeThreads;  // [kDecodeRows][round][rank]
+  A* const sums = reinterpret_cast<A*>(ids + kDecodeRows * k);  // [kDecodeRows][kDecodeThreads], each thread its own
+  A* const coef = sums + kDecodeRows * kDecodeThreads;          // [kDecodeRows][round][rank]
   A* const logits = coef + kDecodeRows * p.round * rank;
   A* const weights = logits + kDecodeRows * experts;
-  int* const ids = reinterpret_cast<int*>(weights + kDecodeRows * k);
 
   const int64_t token = blockIdx.y * static_cast<int64_t>(kDecodeRows);
   const int tokens = static_cast<int>(clamp(p.seg.tokens - token, 0, kDecodeRows));
@@ -157,17 +111,17 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeL
   for (int i = threadIdx.x; i < tokens * experts; i += kDecodeThreads)
     logits[i] = plane_sum<A>(p, token + i / experts, p.seg.experts * p.rank + i % experts);
   __syncthreads();
-  for (int t = threadIdx.x / kWarp; t < tokens; t += kDecodeThreads / kWarp)
-    select<A>(p, logits + t * experts, ids + t * k, weights + t * k);
+  for (int t = threadIdx.x / kWarp; t < tokens; t += kDecodeThreads / kWarp) select<A>(p, t, logits, ids, weights);
   __syncthreads();
 
   for (int first = 0; first < k; first += p.round) {
     const int slots = k - first < p.round ? k - first : p.round, each = slots * rank;
     for (int i = threadIdx.x; i < tokens * each; i += kDecodeThreads) {
-      const int t = i / each, j = first + i % each / rank, e = ids[t * k + j];
+      const int t = i / each, j = first + i % each / rank;
+      const int64_t e = ids[t * k + j];
       const int used = p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank));
       const int row = i % rank;
-      coef[i] = row < used ? weights[t * k + j] * plane_sum<A>(p, token + t, int64_t{e} * rank + row) : A(0);
+      coef[i] = row < used ? weights[t * k + j] * plane_sum<A>(p, token + t, e * rank + row) : A(0);
     }
     __syncthreads();
 #pragma unroll 1
@@ -193,7 +147,7 @@ DenseParams dense_of(const DecodeParams& p, void* planes) {
   d.in = p.in;
   d.x = p.x;
   d.ldx = p.ldx;
-  d.lora_A = p.lora_A;
+  d.lora = p.lora_A;
   d.lora_rows = p.seg.experts * p.rank;
   d.router_weight = p.router_weight;
   d.experts = p.seg.experts;
@@ -206,8 +160,8 @@ cudaError_t launch(const DecodeLaunch& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.out, kDecodeThreads)),
                   static_cast<unsigned>(plan_cuda::ceil_div(p.seg.tokens, kDecodeRows)));
   const size_t shared =
-      kDecodeRows *
-      ((kDecodeThreads + p.round * p.rank + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) + p.seg.top_k * sizeof(int));
+      kDecodeRows * ((kDecodeThreads + p.round * p.rank + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) +
+                     p.seg.top_k * sizeof(int64_t));
   if constexpr (sizeof(T) == 2) {
     if (p.adapter_type == DType::f32)
       return MOA_LAUNCH((decode_expand<T, float>), grid, kDecodeThreads, shared, stream, p);

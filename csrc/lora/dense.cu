@@ -1,6 +1,7 @@
 // Dense: [A_0 .. A_{E-1}; W_r] times the same rows of x; with no A, the router's logits alone.
 //
 //   h[t][e r + j] = A_e[j] x[t]      logits[t][e] = W_r[e] x[t]      x [tokens, in], A [E r, in], W_r [E, in]
+//   u[t][e r + j] = dy[t] B_e[:, j]  backward, r a multiple of 8 (or filled up to one)    B [E, out, r]
 //
 // A block owns 64 tokens, a tile of columns and a split of the depth (plan_cuda.h). W_r is float32 and its products
 // keep that accuracy under 16-bit x (mma_tile.cuh). With planes, split s writes [s][token][A's rows, then the router's]
@@ -46,11 +47,18 @@ struct DensePlace {
   __device__ __forceinline__ Panel panel() const {
     Panel panel{};
     if (lora > 0) {
-      panel.base = p.lora_f32 ? static_cast<const void*>(static_cast<const float*>(p.lora_A) + lora0 * p.in)
-                              : static_cast<const T*>(p.lora_A) + lora0 * p.in;
+      const int64_t from = p.columns > 0 ? 0 : lora0 * p.in;
+      panel.base = p.lora_f32 ? static_cast<const void*>(static_cast<const float*>(p.lora) + from)
+                              : static_cast<const T*>(p.lora) + from;
     }
     if (router > 0) panel.router = static_cast<const A*>(p.router_weight) + router0 * p.in;
     panel.ld = panel.router_ld = p.in;
+    if (p.columns > 0) {
+      panel.columns = true;
+      panel.ld = panel.each = p.columns;
+      panel.apart = p.in * p.columns;
+      panel.first = lora0 / 8;
+    }
     panel.rows = lora;
     panel.f32 = p.lora_f32;
     panel.direct = lora > 0 ? p.lora_direct : p.router_direct;
@@ -80,7 +88,7 @@ struct DensePlace {
 };
 
 template <class T, int kFrags>
-__global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_mma(const DenseLaunch p) {
+__global__ void __launch_bounds__(plan_cuda::kTileThreads, 2) dense_mma(const DenseLaunch p) {
   MOA_DYNAMIC_SHARED(T, shared);
   const DensePlace<float> place(p);
   MmaTile<T, kFrags> tile(place.panel<T>(), place.k1, p.x_direct, shared, p.units);
@@ -157,7 +165,7 @@ cudaError_t dense_cuda(const DenseParams& params, cudaStream_t stream) {
   const int64_t element = p.x_type == DType::f64 ? 8 : half ? 2 : 4;
   p.lora_f32 = half && p.adapter_type == DType::f32;
   p.x_direct = chunks(p.x, p.ldx, element);
-  p.lora_direct = chunks(p.lora_A, p.in, element) && !p.lora_f32;
+  p.lora_direct = chunks(p.lora, p.columns > 0 ? p.columns : p.in, element) && !p.lora_f32;
   p.router_direct = !half && chunks(p.router_weight, p.in, element);
   const dim3 grid(static_cast<unsigned>(p.plan.column_tiles), static_cast<unsigned>(p.plan.row_tiles),
                   static_cast<unsigned>(p.plan.splits));
@@ -221,7 +229,7 @@ static DenseParams params_of(const RoutedShrinkParams& r) {
   p.in = r.in;
   p.x = r.x;
   p.ldx = r.ldx;
-  p.lora_A = r.lora_A;
+  p.lora = r.lora_A;
   p.lora_rows = r.seg.experts * r.rank;
   p.router_weight = r.router_weight;
   p.experts = r.seg.experts;

@@ -1,4 +1,5 @@
-// The pass of dense.cu as decode.cu and shrink.cu use it: every expert's A, and the router, over the same rows of x.
+// The pass of dense.cu as decode.cu and shrink.cu use it: every expert's A, and the router, over the same rows of x; or,
+// backward, every expert's B over rows of dy, where `in` is the layer's output.
 #pragma once
 #include "common/cuda_api.h"
 #include "lora/plan_cuda.h"
@@ -10,8 +11,9 @@ struct DenseParams {
   int64_t tokens, in;
   const void* x;  // [tokens, in], rows ldx apart
   int64_t ldx;
-  const void* lora_A;  // [lora_rows, in]: E * rank rows; or none
+  const void* lora;  // A [lora_rows, in]: E * rank rows; or none
   int64_t lora_rows;
+  int64_t columns;            // backward, 16-bit x only: rank of B [E, in, rank]; lora_rows is E * 8 ceil(rank / 8)
   const void* router_weight;  // [experts, in] accumulator type; or none
   int64_t experts;
   // Either planes, [splits][tokens][lora_rows + experts] (their sum is the result), or both of the others.

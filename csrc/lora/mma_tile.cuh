@@ -31,6 +31,8 @@ struct MmaTile {
   T* shared;                // [kStages][kRows + 8 units][kDepth]
   float* unscale;           // [kStages][8 router_frags]
   int stage_size;           // elements
+  int64_t column;           // in a panel by columns: where this thread's fragment starts,
+  int column_count;         // and how many columns of it are there
   float total[kFrags][4];   // as mma_m16n8k16 lays c out; warp w has rows 16 w ..; fragments, then the router's
 
   // `units`: fragments a stage has room for, three per router fragment; the same for every block of the launch.
@@ -43,6 +45,14 @@ struct MmaTile {
         shared(shared),
         stage_size((kRows + 8 * units) * kDepth) {
     unscale = reinterpret_cast<float*>(shared + kStages * stage_size);
+    const int frag = threadIdx.x % kFrags;
+    column = 8 * frag;
+    column_count = panel.rows - 8 * frag;
+    if (panel.each == 0) return;
+    const int64_t of_expert = (panel.each + 7) / 8, expert = (panel.first + frag) / of_expert;
+    const int64_t start = 8 * (panel.first + frag - expert * of_expert);
+    column = expert * panel.apart + start;
+    column_count = static_cast<int>(panel.each - start);
   }
 
   static __device__ __forceinline__ int at(int row, int chunk) { return row * kDepth + ((chunk ^ (row & 7)) * 8); }
@@ -55,12 +65,12 @@ struct MmaTile {
   template <class S>
   __device__ __forceinline__ void stage_panel(T* to, int64_t k) const {
     const S* const base = static_cast<const S*>(panel.base);
-    if (panel.columns) {
-      for (int i = threadIdx.x; i < kDepth * kFrags; i += kThreads) {
-        const int row = i / kFrags, frag = i % kFrags;
-        if (frag >= frags) continue;
-        const int64_t n = k + row < k1 ? panel.rows - 8 * frag : 0;
-        stage_chunk(to + at_column(row, frag), n > 0 ? base + (k + row) * panel.ld + 8 * frag : base, n, panel.direct);
+    if (panel.columns) {  // a thread's fragment is always the same
+      const int frag = threadIdx.x % kFrags;
+      if (frag >= frags) return;
+      for (int row = threadIdx.x / kFrags; row < kDepth; row += kThreads / kFrags) {
+        const int64_t n = k + row < k1 ? column_count : 0;
+        stage_chunk(to + at_column(row, frag), n > 0 ? base + (k + row) * panel.ld + column : base, n, panel.direct);
       }
     } else {
       for (int i = threadIdx.x; i < frags * 64; i += kThreads) {
@@ -84,9 +94,7 @@ struct MmaTile {
         float top = 0.0f;
 #pragma unroll
         for (int j = 0; j < 8; ++j) top = fabsf(w[j]) > top ? fabsf(w[j]) : top;
-        const int exponent = static_cast<int>(__float_as_uint(warp_max<8>(top)) >> 23);
-        const int shift = exponent > 15 ? 127 + 14 - exponent : 0;  // below 2^-112 (or 0): as they are
-        const float scale = __uint_as_float(static_cast<uint32_t>(127 + (shift < 127 ? shift : 126)) << 23);
+        const float scale = half_scale(warp_max<8>(top));
 #pragma unroll
         for (int j = 0; j < 8; ++j) w[j] *= scale;
         if (chunk == 0) inverse[row] = 1.0f / scale;

@@ -112,6 +112,9 @@ inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t w
 // Dense against grouped, for the shrink of a routing that is given: grouped reads x k times (2 x 67 MB, 31 us, at T =
 // 8192, in = 4096), dense once; its planes are E r wide, 4 MB a split at 128. On tensor cores 128 k columns, all of
 // them for all tokens, take less than the bytes saved. Few tokens: the sums are split, and planes would outweigh that.
+// Backward the same with dy and B. A tile of B is [64 k][columns] as it lies, r at a time: at rank 16 a row of an expert
+// is 32 bytes, one sector, and a stage of 128 columns 16 KB beside dy's 8, from L2 for all but the first rows of blocks
+// (E r = 128: 1 MB). A rank between multiples of 8 is filled up: `rank` here is that.
 inline bool dense_shrink(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, bool half) {
   return half && top_k >= 2 && tokens >= 2048 && experts * rank <= least(128 * top_k, 256);
 }
@@ -191,25 +194,45 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
 
 // ---- Gram ----
 constexpr int kGramColumns = 64, kGramThreads = 128;
+// Two stages of rows and coefficients under way while one is multiplied: with three blocks on a multiprocessor 48 KB of
+// x, against the 23 KB that 4.3 TB/s at 700 ns need.
+constexpr int kGramStages = 3;
 // Multiply-adds: 16 positions of 64 columns and of 16 ranks, 5 KB in float32; a thread has 8 ranks of a column.
 constexpr int kGramSimtStage = 16, kGramSimtRanks = 16;
-// Tensor cores: stages of 64 positions, 64 columns and 64 ranks, 8 KB each, leave four blocks and more on a multiprocessor;
-// a thread's sums of 64 ranks are 32 registers. x is read once for ranks up to 64.
-constexpr int kGramStage = 64, kGramRanks = 64;
+// Tensor cores: 64 positions, 64 columns (8 KB), 64 ranks (16 KB as they come, 8 KB as they are multiplied): 38 KB a block
+// at rank 16, 74 KB at 64, so that five and three fit on a multiprocessor. A thread's sums of 64 ranks are 64 registers,
+// of the group and of the piece. x is read once for ranks up to 64.
+constexpr int kGramStage = 64;
+// Coefficients in three terms (the router's dW): 32, whose sums are as few and whose terms 24 KB.
+template <int kTerms>
+constexpr int kGramRanks = kTerms == 3 ? 32 : 64;
 // Pieces of an expert's positions are cut at multiples of the chunk: 16 chunks keep the planes to 32 (8.4 MB at r = 16,
 // width 4096, against 134 MB of gathered x at T = 8192, k = 2) and give all tokens to one expert 16 times 64 blocks.
 // Below 1024 positions a piece is not worth a plane: 16 ranks of it are then written and read for 64 times its bytes.
 // Tiles as in shrink: expert e's start at floor(offsets[e] / chunk) + e.
+//
+// A piece is summed in groups of stages, as many as there are stages in a group. A chain of n additions of terms that
+// are about equal in size ends at about 0.4 x 6e-8 x sqrt(n / 2) of the norm in float32: 4096 stages of a million slots
+// in one chain made 1e-6 of it; two chains of 64 make 1.9e-7, and 2^29 slots 9e-7.
 struct Gram {
   int64_t chunk, chunks, pieces;
+  int group;  // stages
 };
-inline Gram gram(int64_t slots, int64_t experts) {
+inline Gram gram(int64_t slots, int64_t experts, int64_t stage) {
   Gram p{};
   p.chunk = most(1024, ceil_div(slots, 16));
   p.chunks = ceil_div(slots, p.chunk);
   p.pieces = slots / p.chunk + experts;
+  p.group = 1;
+  while (int64_t{p.group} * p.group < ceil_div(p.chunk, stage)) ++p.group;
   return p;
 }
+
+// ---- The router's dx += dz W, 16-bit dx ----
+// 64 tokens by 64 columns, 16 experts at a time: 16 KB of shared memory, and a thread cuts 16 floats of dz and W into terms
+// for its 32 sums. dx is read and written once, 134 MB at T = 8192, in = 4096: 31 us; three products of 64 experts are
+// 13 GFLOP, 16 us of tensor cores, where multiply-adds would take 4.3 GFLOP, 65 us.
+constexpr int kRouterRows = 64, kRouterColumns = 64, kRouterExperts = 16, kRouterThreads = 128;
 
 }  // namespace plan_cuda
 }  // namespace moa

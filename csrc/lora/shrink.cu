@@ -11,8 +11,8 @@
 // Few tiles: splits write planes [split][slots][rank], and a second launch adds them in order. It also makes dw where
 // one block does not hold all ranks. No atomics; bitwise reproducible.
 //
-// Forward, k experts a token, few rows of A in all: the dense pass (dense.cu) reads x once instead of k times, and
-// shrink_pick takes what was selected.
+// k experts a token, few rows of A in all: the dense pass (dense.cu) reads x, or dy, once instead of k times, and the
+// second launch takes what was selected from its planes [split][tokens][E * each].
 //
 // What comes from outside is clamped where it becomes an address: offsets to the slots, order to the tokens, ranks.
 // What a routing that is none gives is not specified.
@@ -35,7 +35,8 @@ struct ShrinkParams {
   bool columns, panel_f32, x_direct, panel_direct;
   const int32_t* ranks;  // or null
   void* out;             // [slots, rank]
-  void* planes;          // [splits, slots, rank], or null
+  void* planes;          // [splits, slots, rank], or null; or the dense pass's
+  int64_t each;          // 0, or the dense pass's columns of an expert
   void* dw;              // [slots] or null
   const void* other;     // [slots, rank], for dw
   const double* scale;   // or null
@@ -206,45 +207,39 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_simt(const Shr
   }
 }
 
-// A warp owns a position: out = planes added in order, and dw.
+// 16 or 32 lanes own a position: out = planes added in order, and dw.
 template <class A>
 __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_finish(const ShrinkParams p) {
-  const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads / kWarp) + threadIdx.x / kWarp;
-  if (position >= p.slots) return;
-  const int lane = threadIdx.x % kWarp;
-  const A* const planes = static_cast<const A*>(p.planes) + position * p.rank;
+  const int lanes = p.rank > 16 ? 32 : 16, lane = threadIdx.x % lanes;
+  const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads / lanes) + threadIdx.x / lanes;
+  const bool there = position < p.slots, routed = there && position < offset_at(p, p.seg.experts);
+  const int64_t e = routed && (p.each > 0 || p.dw != nullptr) ? expert_at(p, position) : 0;
+  const A* from = static_cast<const A*>(p.planes) + position * p.rank;
+  int64_t plane = p.slots * p.rank, used = there ? p.rank : 0;
+  if (p.each > 0) {
+    const int64_t columns = p.seg.experts * p.each, token = routed ? slot_at(p, position) / p.seg.top_k : 0;
+    from = static_cast<const A*>(p.planes) + token * columns + e * p.each;
+    plane = p.seg.tokens * columns;
+    used = !routed ? 0 : p.ranks == nullptr ? p.rank : clamp(p.ranks[e], 0, p.rank);
+  }
   A* const out = static_cast<A*>(p.out) + position * p.rank;
   const A* const other = static_cast<const A*>(p.other) + position * p.rank;
   A dot = 0;
-  for (int64_t j = lane; j < p.rank; j += kWarp) {
+  for (int64_t j = lane; there && j < p.rank; j += lanes) {
     A sum = 0;
     if (p.planes == nullptr) {
       sum = out[j];
     } else {
-      for (int64_t s = 0; s < p.plan.splits; ++s) sum += planes[s * p.slots * p.rank + j];
+      for (int64_t s = 0; s < p.plan.splits && j < used; ++s) sum += from[s * plane + j];
       out[j] = sum;
     }
     if (p.dw != nullptr) dot += sum * other[j];
   }
   if (p.dw == nullptr) return;
-  dot = warp_sum(dot);
-  if (lane != 0) return;
-  const bool routed = position < offset_at(p, p.seg.experts);
-  static_cast<A*>(p.dw)[slot_at(p, position)] = routed ? scale_of<A>(p, expert_at(p, position)) * dot : A(0);
-}
-
-// A thread an element of h: the dense pass's planes added in order, at the position's token and expert.
-__global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_pick(const ShrinkParams p, const int64_t splits) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads) + threadIdx.x;
-  if (i >= p.slots * p.rank) return;
-  const int64_t position = i / p.rank, j = i % p.rank;
-  const int64_t e = expert_at(p, position), columns = p.seg.experts * p.rank, plane = p.seg.tokens * columns;
-  float sum = 0.0f;
-  if (position < offset_at(p, p.seg.experts) && (p.ranks == nullptr || j < p.ranks[e])) {
-    const int64_t at = slot_at(p, position) / p.seg.top_k * columns + e * p.rank + j;
-    for (int64_t s = 0; s < splits; ++s) sum += static_cast<const float*>(p.planes)[s * plane + at];
-  }
-  static_cast<float*>(p.out)[i] = sum;
+  dot = warp_sum<16>(dot);
+  const A more = __shfl_xor_sync(kFullMask, dot, 16);
+  if (lanes == 32) dot += more;
+  if (lane == 0 && there) static_cast<A*>(p.dw)[slot_at(p, position)] = routed ? scale_of<A>(p, e) * dot : A(0);
 }
 
 // ---- launchers ----
@@ -273,6 +268,9 @@ ShrinkParams params_of(const LoraParams& l, const void* x, int64_t ldx, int64_t 
   p.scale = l.scale;
   p.scaling = l.scaling;
   p.plan = plan_cuda::shrink(p.slots, l.seg.experts, l.rank, width, l.x_type, dw != nullptr);
+  const int64_t each = columns ? plan_cuda::ceil_div(l.rank, 8) * 8 : l.rank;
+  const bool dense = plan_cuda::dense_shrink(l.seg.tokens, l.seg.top_k, l.seg.experts, each, is_half(l.x_type));
+  p.each = dense ? each : 0;
   return p;
 }
 
@@ -286,6 +284,13 @@ cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {
   if (p.plan.columns == 8 * kNarrow)
     return MOA_LAUNCH((shrink_mma<T, kNarrow>), grid, kTileThreads, tile_shared(kNarrow, kNarrow), stream, p);
   return MOA_LAUNCH((shrink_mma<T, kWide>), grid, kTileThreads, tile_shared(kWide, kWide), stream, p);
+}
+
+cudaError_t launch_finish(const ShrinkParams& p, cudaStream_t stream) {
+  constexpr int kThreads = plan_cuda::kTileThreads;
+  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots, kThreads / (p.rank > 16 ? 32 : 16)));
+  if (p.type == DType::f64) return MOA_LAUNCH(shrink_finish<double>, blocks, kThreads, 0, stream, p);
+  return MOA_LAUNCH(shrink_finish<float>, blocks, kThreads, 0, stream, p);
 }
 
 cudaError_t launch(ShrinkParams p, void* work, cudaStream_t stream) {
@@ -305,10 +310,7 @@ cudaError_t launch(ShrinkParams p, void* work, cudaStream_t stream) {
                      : MOA_LAUNCH((shrink_simt<float, 8>), grid, kThreads, 0, stream, p);
       break;
   }
-  if (error != cudaSuccess || !p.plan.finish) return error;
-  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots, kThreads / kWarp));
-  if (p.type == DType::f64) return MOA_LAUNCH(shrink_finish<double>, blocks, kThreads, 0, stream, p);
-  return MOA_LAUNCH(shrink_finish<float>, blocks, kThreads, 0, stream, p);
+  return error != cudaSuccess || !p.plan.finish ? error : launch_finish(p, stream);
 }
 
 ShrinkParams params_of(const ForwardParams& f) { return params_of(f, f.x, f.ldx, f.in, f.lora_A, false, f.h, nullptr); }
@@ -318,52 +320,57 @@ ShrinkParams params_of(const BackwardParams& b) {
   return p;
 }
 
-// Every expert's product of every token, of which shrink_pick takes the selected.
-DenseParams dense_of(const ForwardParams& f, void* planes) {
+// The dense pass of a shrink: every expert's product of every token.
+DenseParams dense_of(const ShrinkParams& p, DType adapter_type, void* planes) {
   DenseParams d{};
-  d.x_type = f.x_type;
-  d.adapter_type = f.adapter_type;
-  d.tokens = f.seg.tokens;
-  d.in = f.in;
-  d.x = f.x;
-  d.ldx = f.ldx;
-  d.lora_A = f.lora_A;
-  d.lora_rows = f.seg.experts * f.rank;
+  d.x_type = p.type;
+  d.adapter_type = adapter_type;
+  d.tokens = p.seg.tokens;
+  d.in = p.width;
+  d.x = p.x;
+  d.ldx = p.ldx;
+  d.lora = p.panel;
+  d.columns = p.columns ? p.rank : 0;
+  d.lora_rows = p.seg.experts * p.each;
   d.planes = planes;
   return d;
 }
-bool is_dense(const ForwardParams& f) {
-  return plan_cuda::dense_shrink(f.seg.tokens, f.seg.top_k, f.seg.experts, f.rank, is_half(f.x_type));
+
+// out, and dw, from `splits` planes of the dense pass.
+cudaError_t pick(ShrinkParams p, const void* planes, int64_t splits, cudaStream_t stream) {
+  if (p.slots == 0 || p.rank == 0) return cudaSuccess;
+  p.planes = const_cast<void*>(planes);
+  p.plan.splits = splits;
+  return launch_finish(p, stream);
+}
+
+size_t shrink_work(const ShrinkParams& p, DType adapter_type) {
+  return p.each > 0 ? planes_size(dense_of(p, adapter_type, nullptr)) : work_of(p);
+}
+
+cudaError_t shrink_cuda(const ShrinkParams& p, DType adapter_type, void* work, cudaStream_t stream) {
+  if (p.each == 0) return launch(p, work, stream);
+  const DenseParams dense = dense_of(p, adapter_type, work);
+  const cudaError_t error = dense_cuda(dense, stream);
+  return error != cudaSuccess ? error : pick(p, work, plan_of(dense).splits, stream);
 }
 
 }  // namespace
 
-size_t shrink_work(const ForwardParams& f) {
-  return is_dense(f) ? planes_size(dense_of(f, nullptr)) : work_of(params_of(f));
-}
-
-// h from `splits` planes of every expert's product of every token.
-static cudaError_t pick(const ForwardParams& f, const void* planes, int64_t splits, cudaStream_t stream) {
-  ShrinkParams p = params_of(f);
-  if (p.slots == 0 || p.rank == 0) return cudaSuccess;
-  p.planes = const_cast<void*>(planes);
-  constexpr int kThreads = plan_cuda::kTileThreads;
-  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots * p.rank, kThreads));
-  return MOA_LAUNCH(shrink_pick, blocks, kThreads, 0, stream, p, splits);
-}
-
+size_t shrink_work(const ForwardParams& f) { return shrink_work(params_of(f), f.adapter_type); }
 cudaError_t shrink_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
-  if (!is_dense(f)) return launch(params_of(f), work, stream);
-  const DenseParams dense = dense_of(f, work);
-  const cudaError_t error = dense_cuda(dense, stream);
-  return error != cudaSuccess ? error : pick(f, work, plan_of(dense).splits, stream);
+  return shrink_cuda(params_of(f), f.adapter_type, work, stream);
 }
 
-cudaError_t pick_cuda(const ForwardParams& f, const void* all, cudaStream_t stream) { return pick(f, all, 1, stream); }
+cudaError_t pick_cuda(const ForwardParams& f, const void* all, cudaStream_t stream) {
+  ShrinkParams p = params_of(f);
+  p.each = p.rank;
+  return pick(p, all, 1, stream);
+}
 
-size_t backward_shrink_work(const BackwardParams& b) { return work_of(params_of(b)); }
+size_t backward_shrink_work(const BackwardParams& b) { return shrink_work(params_of(b), b.adapter_type); }
 cudaError_t backward_shrink_cuda(const BackwardParams& b, void* work, cudaStream_t stream) {
-  return launch(params_of(b), work, stream);
+  return shrink_cuda(params_of(b), b.adapter_type, work, stream);
 }
 
 }  // namespace moa

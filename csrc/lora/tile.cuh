@@ -12,13 +12,15 @@
 namespace moa {
 
 struct Panel {
-  const void* base;    // of x's type, or float where f32
-  int64_t ld;          // elements from one row to the next; columns: from one k to the next
-  int rows;            // n in [0, rows)
-  bool columns;        // false: panel_n[k] = base[n ld + k]; true: base[k ld + n]
-  bool f32;            // float32 under 16-bit x: rounded to x's type as it is read
-  bool direct;         // base and ld are whole 16-byte chunks
-  const void* router;  // further rows in the accumulator's type, behind the others; or null
+  const void* base;     // of x's type, or float where f32
+  int64_t ld;           // elements from one row to the next; columns: from one k to the next
+  int rows;             // n in [0, rows)
+  bool columns;         // false: panel_n[k] = base[n ld + k]; true: base[k ld + n], or with `each` that of an expert:
+  int64_t each, apart;  // of 8 ceil(each / 8) columns the first `each` are there; experts' bases are so far apart
+  int64_t first;        // fragments of 8 columns before this panel, counted through the experts
+  bool f32;             // float32 under 16-bit x: rounded to x's type as it is read
+  bool direct;          // base and ld are whole 16-byte chunks
+  const void* router;   // further rows in the accumulator's type, behind the others; or null
   int64_t router_ld;
   int router_rows;
 };
@@ -38,6 +40,14 @@ __device__ __forceinline__ void stage_chunk(T* shared, const S* src, int64_t n, 
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) v[i] = from_acc<T>(i < n ? to_acc(src[i]) : Acc<T>(0));
   *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(v);
+}
+
+// The power of two that brings a float16 term of `top` to 2^14 .. 2^15, so that three terms hold float32's bits; what is
+// below 2^-112 stays below.
+__device__ __forceinline__ float half_scale(float top) {
+  const int exponent = static_cast<int>(__float_as_uint(top) >> 23);
+  const int shift = exponent > 15 ? 127 + 14 - exponent : 0;
+  return __uint_as_float(static_cast<uint32_t>(127 + (shift < 127 ? shift : 126)) << 23);
 }
 
 __device__ __forceinline__ int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return v < lo ? lo : v > hi ? hi : v; }

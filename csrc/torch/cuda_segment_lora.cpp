@@ -73,30 +73,40 @@ Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const
   return with_leading(out.y, x_);
 }
 
-// The layer with router and shrink in one pass over x, where the plan has it so; else nothing.
-static OptionalTensor read_once(const Adapters& a, const LoraParams& lora, const Tensor& weight,
-                                const OptionalTensor& bias, const Tensor& router_weight, int64_t score_func,
-                                bool norm_topk_prob, CudaCall* call) {
+// Router and shrink in one pass over x, where the plan has it so.
+Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& router_weight,
+                          int64_t top_k, int64_t score_func, bool norm_topk_prob, double scaling,
+                          const OptionalTensor& bias) {
+  CudaCall call(place_of(x));
   RoutedShrinkParams p{};
-  static_cast<LoraParams&>(p) = lora;
-  if (!routed_shrink_fits(p)) return std::nullopt;
-  const int64_t tokens = p.seg.tokens, experts = p.seg.experts, top_k = p.seg.top_k;
+  const Adapters a(&p, x, lora_A, lora_B);
+  const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0);
+  check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
+  check_topk(tokens, experts, top_k);
+  p.seg = {nullptr, nullptr, tokens, top_k, experts};
+  p.scaling = scaling;
+  if (!routed_shrink_fits(p)) {
+    const auto [logits, weights, indices, offsets, order] =
+        linear_routing_cuda(x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
+    const auto [y, h] = segment_lora_cuda(x, lora_A, lora_B, weights, offsets, order, std::nullopt, scaling,
+                                          std::nullopt, std::nullopt, bias);
+    return {y, logits, weights, indices, offsets, order, h};
+  }
   const Tensor router_rows = dense(router_weight);
   const Tensor all = empty(a.place, {tokens, experts * p.rank}, a.acc);
   const Tensor logits = empty(a.place, {tokens, experts}, a.acc);
   p.router_weight = data<void>(router_rows);
   p.all = data<void>(all);
   p.logits = data<void>(logits);
-  MOA_CUDA_CHECK(routed_shrink_cuda(p, call->work(routed_shrink_work(p)), call->stream()));
-  const auto [gates, indices, offsets, order] =
+  MOA_CUDA_CHECK(routed_shrink_cuda(p, call.work(routed_shrink_work(p)), call.stream()));
+  const auto [weights, indices, offsets, order] =
       topk_routing_cuda(logits, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
   p.seg = {data<int32_t>(offsets), data<int32_t>(order), tokens, top_k, experts};
-  p.weights = data<void>(gates);
+  p.weights = data<void>(weights);
   const Output out(&p, a, std::nullopt, bias);
-  MOA_CUDA_CHECK(pick_cuda(p, p.all, call->stream()));
-  MOA_CUDA_CHECK(expand_cuda(p, call->work(expand_work(p)), call->stream()));
-  base_gemm(out.y, a.x, weight, std::nullopt, true);
-  return out.y;
+  MOA_CUDA_CHECK(pick_cuda(p, p.all, call.stream()));
+  MOA_CUDA_CHECK(expand_cuda(p, call.work(expand_work(p)), call.stream()));
+  return {out.y, logits, weights, indices, offsets, order, out.h};
 }
 
 Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
@@ -124,13 +134,9 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
     MOA_CUDA_CHECK(decode_cuda(p, call.work(decode_work(p)), call.stream()));
     return with_leading(y, x_);
   }
-  if (const OptionalTensor y = read_once(a, p, weight, bias, router_weight, score_func, norm_topk_prob, &call);
-      y.has_value())
-    return with_leading(*y, x_);
-  const auto [logits, gates, indices, offsets, order] =
-      linear_routing_cuda(a.x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
-  const Tensor y = segment_linear_cuda(a.x, weight, bias, std::nullopt, lora_A, lora_B, gates, offsets, order,
-                                       std::nullopt, scaling, std::nullopt);
+  const Tensor y = std::get<0>(
+      routed_lora_cuda(a.x, lora_A, lora_B, router_weight, top_k, score_func, norm_topk_prob, scaling, bias));
+  base_gemm(y, a.x, weight, std::nullopt, true);
   return with_leading(y, x_);
 }
 
@@ -189,6 +195,7 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
 
 STABLE_TORCH_LIBRARY_IMPL(moa_ops, CUDA, m) {
   m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cuda));
+  m.impl("routed_lora", TORCH_BOX(&moa::routed_lora_cuda));
   m.impl("segment_linear", TORCH_BOX(&moa::segment_linear_cuda));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cuda));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cuda));

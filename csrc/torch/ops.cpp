@@ -4,6 +4,8 @@
 //   linear_routing          the same with logits = x W_r^T, which it returns too
 //   sort_by_expert          the sort alone, from ids [T, k] or [T]
 //   segment_lora            y = base + bias + sum of the slots' adapters; h [T * k, r] is A_e x, in sorted order
+//   routed_lora             linear_routing and segment_lora of the same x, which is read once where that pays: y, what
+//                           linear_routing gives, h
 //   segment_linear          the layer without gradients in one call, its routing given: segment_lora, and + x W^T;
 //                           x and base [..., n]
 //   routed_linear           the same with its own router: linear_routing first
@@ -46,6 +48,10 @@ STABLE_TORCH_LIBRARY(moa_ops, m) {
       "segment_lora(Tensor x, Tensor lora_A, Tensor lora_B, Tensor weights, Tensor expert_offsets, Tensor order, "
       "Tensor? expert_scaling, float scaling, Tensor? ranks, Tensor? base, Tensor? bias) -> (Tensor, Tensor)");
   m.def(
+      "routed_lora(Tensor x, Tensor lora_A, Tensor lora_B, Tensor router_weight, int top_k, int score_func, "
+      "bool norm_topk_prob, float scaling, Tensor? bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "segment_lora_backward(Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor weights, Tensor indices, "
       "Tensor expert_offsets, Tensor order, Tensor h, Tensor? expert_scaling, float scaling, Tensor? ranks, "
       "Tensor? router_weight, Tensor? logits, int score_func, bool norm_topk_prob, bool need_x, bool need_A, "
@@ -68,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(moa_ops, CPU, m) {
   m.impl("sort_by_expert", TORCH_BOX(&moa::sort_by_expert_cpu));
   m.impl("linear_routing", TORCH_BOX(&moa::linear_routing_cpu));
   m.impl("segment_lora", TORCH_BOX(&moa::segment_lora_cpu));
+  m.impl("routed_lora", TORCH_BOX(&moa::routed_lora_cpu));
   m.impl("segment_linear", TORCH_BOX(&moa::segment_linear_cpu));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cpu));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cpu));

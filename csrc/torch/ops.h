@@ -9,6 +9,7 @@ namespace moa {
 using Tensors2 = std::tuple<Tensor, Tensor>;
 using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensors4 topk_routing_cpu(const Tensor& logits, int64_t top_k, int64_t score_func, bool norm_topk_prob,
                           const OptionalTensor& selection_bias, const OptionalTensor& mask);
@@ -22,6 +23,9 @@ Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& l
                           const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
                           double scaling, const OptionalTensor& ranks, const OptionalTensor& base,
                           const OptionalTensor& bias);
+Tensors7 routed_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& router_weight,
+                         int64_t top_k, int64_t score_func, bool norm_topk_prob, double scaling,
+                         const OptionalTensor& bias);
 Tensor segment_linear_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& base, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
                           const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,

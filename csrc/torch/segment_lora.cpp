@@ -17,6 +17,18 @@ Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& l
   return {out.y, out.h};
 }
 
+Tensors7 routed_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& router_weight,
+                         int64_t top_k, int64_t score_func, bool norm_topk_prob, double scaling,
+                         const OptionalTensor& bias) {
+  check_tensor(lora_A, "lora_A", place_of(x), {-1, -1, -1});
+  check_tensor(router_weight, "router_weight", place_of(x), {lora_A.size(0), -1});
+  const auto [logits, weights, indices, offsets, order] =
+      linear_routing_cpu(x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
+  const auto [y, h] = segment_lora_cpu(x, lora_A, lora_B, weights, offsets, order, std::nullopt, scaling, std::nullopt,
+                                       std::nullopt, bias);
+  return {y, logits, weights, indices, offsets, order, h};
+}
+
 Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                                    const Tensor& weights, const Tensor& indices, const Tensor& expert_offsets,
                                    const Tensor& order, const Tensor& h, const OptionalTensor& expert_scaling,

@@ -24,6 +24,10 @@ seed 0    threads run in index order, to the next barrier each
 seed > 0  blocks and warps in a random order, interleaved at shuffles, votes, copies and atomics
 ========= ===================================================================================================
 
+In ``plain`` every launch runs twice, in two orders, and what it writes must be the same bit by bit
+(``repeated.py``). ``MOA_EMULATOR=cuda:0`` runs the same tests on a card, through the operators
+(``operators.py``); ``make gpu-check`` does so.
+
 How it works. Each CUDA thread is a fiber; blocks run one after another. The last lane to reach a warp
 operation computes it for all (``collectives.h``, ``fragments.h``); lanes that meet in different lines,
 masks or operations, and waits that nobody can end, are errors that name the lines. Shared memory is fresh

@@ -1,25 +1,18 @@
 // Expand, gram and the router's backward for test_expand.py and test_gram.py. Arguments are named as the fields of
 // csrc/lora/lora.h; None is null.
-#include "emulator/bind.h"
-#include "lora/cuda.h"
-#include "lora/plan_cuda.h"
+#include "emulator/bind_lora.h"
+
+using emu::row_stride;
 
 namespace {
-
-int64_t row_stride(const py::array& a) { return a.shape(0) > 1 ? a.strides(0) / a.itemsize() : a.shape(1); }
 
 // What forward and backward share. `values` (h or u) tells slots and rank.
 void fill(emu::Device* device, moa::LoraParams* p, int64_t tokens, const py::array& values, const py::array& adapter,
           const py::array& offsets, const py::array& order, const py::array& weights, const py::object& scale,
           double scaling, const py::object& ranks) {
-  p->adapter_type = emu::dtype_of(adapter);
-  p->seg = {device->in<int32_t>(offsets), device->in<int32_t>(order), tokens, tokens > 0 ? order.size() / tokens : 1,
-            offsets.size() - 1};
+  emu::fill(device, p, tokens, adapter, offsets, order, scale, scaling, ranks);
   p->rank = values.shape(1);
   p->weights = device->in(weights);
-  p->scale = device->in<double>(scale);
-  p->scaling = scaling;
-  p->ranks = device->in<int32_t>(ranks);
 }
 
 }  // namespace
@@ -85,13 +78,7 @@ MOA_BIND(m) {
                               const py::object& d_weight) {
     emu::Device device;
     moa::RouterBackwardParams p{};
-    p.x_type = emu::dtype_of(x);
-    p.tokens = x.shape(0);
-    p.in = x.shape(1);
-    p.experts = weight.shape(0);
-    p.x = device.in(x);
-    p.ldx = row_stride(x);
-    p.weight = device.in(weight);
+    emu::fill_router(&device, &p, x, weight);
     p.dz = device.in(dz);
     p.dx = device.out(dx);
     p.d_weight = device.out(d_weight);
@@ -103,8 +90,8 @@ MOA_BIND(m) {
                     py::arg("tiles") = p.tiles, py::arg("parts") = p.parts, py::arg("units") = p.units,
                     py::arg("fragments") = p.fragments, py::arg("shared") = p.shared);
   });
-  m.def("gram_plan", [](int64_t slots, int64_t experts) {
-    const auto p = moa::plan_cuda::gram(slots, experts);
-    return py::make_tuple(p.chunk, p.chunks, p.pieces);
+  m.def("gram_plan", [](int64_t slots, int64_t experts) {  // for multiply-adds
+    const auto p = moa::plan_cuda::gram(slots, experts, moa::plan_cuda::kGramSimtStage);
+    return py::make_tuple(p.chunk, p.group, moa::plan_cuda::kGramSimtStage);
   });
 }

@@ -1,34 +1,19 @@
 // Shrink, router and decode for test_shrink.py, test_router.py and test_decode.py. Arguments are named as the fields of
 // csrc/lora/lora.h.
-#include "emulator/bind.h"
-#include "lora/cuda.h"
-#include "lora/plan_cuda.h"
+#include "emulator/bind_lora.h"
 
-namespace {
-
-int64_t row_stride(const py::array& a) { return a.shape(0) > 1 ? a.strides(0) / a.itemsize() : a.shape(1); }
-
-// What forward and backward share; lora_A or lora_B may be None, and `rank`, `experts` then come from the other.
-void fill(emu::Device* device, moa::LoraParams* p, const py::array& rows, const py::array& panel,
-          const py::array& offsets, const py::array& order, int64_t tokens, const py::object& scale, double scaling,
-          const py::object& ranks) {
-  p->x_type = emu::dtype_of(rows);
-  p->adapter_type = emu::dtype_of(panel);
-  p->seg = {device->in<int32_t>(offsets), device->in<int32_t>(order), tokens, tokens > 0 ? order.size() / tokens : 1,
-            offsets.size() - 1};
-  p->scale = device->in<double>(scale);
-  p->scaling = scaling;
-  p->ranks = device->in<int32_t>(ranks);
-}
-
-}  // namespace
+using emu::fill;
+using emu::fill_layer;
+using emu::fill_router;
+using emu::row_stride;
 
 MOA_BIND(m) {
   m.def("shrink", [](const py::array& x, const py::array& lora_A, const py::array& offsets, const py::array& order,
                      const py::object& ranks, const py::array& h) {
     emu::Device device;
     moa::ForwardParams p{};
-    fill(&device, &p, x, lora_A, offsets, order, x.shape(0), py::none(), 1.0, ranks);
+    fill(&device, &p, x.shape(0), lora_A, offsets, order, py::none(), 1.0, ranks);
+    p.x_type = emu::dtype_of(x);
     p.rank = lora_A.shape(1);
     p.in = x.shape(1);
     p.x = device.in(x);
@@ -41,15 +26,7 @@ MOA_BIND(m) {
                             const py::array& all, const py::array& logits) {
     emu::Device device;
     moa::RoutedShrinkParams p{};
-    p.x_type = emu::dtype_of(x);
-    p.adapter_type = emu::dtype_of(lora_A);
-    p.seg = {nullptr, nullptr, x.shape(0), top_k, lora_A.shape(0)};
-    p.rank = lora_A.shape(1);
-    p.in = x.shape(1);
-    p.x = device.in(x);
-    p.ldx = row_stride(x);
-    p.lora_A = device.in(lora_A);
-    p.router_weight = device.in(router);
+    fill_layer(&device, &p, x, lora_A, router, top_k);
     p.all = device.out(all);
     p.logits = device.out(logits);
     device.finish(moa::routed_shrink_cuda(p, device.work(moa::routed_shrink_work(p)), nullptr));
@@ -70,7 +47,8 @@ MOA_BIND(m) {
                               const py::array& h, const py::array& u, const py::object& dw) {
     emu::Device device;
     moa::BackwardParams p{};
-    fill(&device, &p, dy, lora_B, offsets, order, dy.shape(0), scale, scaling, ranks);
+    fill(&device, &p, dy.shape(0), lora_B, offsets, order, scale, scaling, ranks);
+    p.x_type = emu::dtype_of(dy);
     p.rank = lora_B.shape(2);
     p.out = dy.shape(1);
     p.dy = device.in(dy);
@@ -88,13 +66,7 @@ MOA_BIND(m) {
   m.def("router", [](const py::array& x, const py::array& weight, const py::array& logits) {
     emu::Device device;
     moa::RouterParams p{};
-    p.x_type = emu::dtype_of(x);
-    p.tokens = x.shape(0);
-    p.in = x.shape(1);
-    p.experts = weight.shape(0);
-    p.x = device.in(x);
-    p.ldx = row_stride(x);
-    p.weight = device.in(weight);
+    fill_router(&device, &p, x, weight);
     p.logits = device.out(logits);
     device.finish(moa::router_cuda(p, device.work(moa::router_work(p)), nullptr));
   });
@@ -103,20 +75,12 @@ MOA_BIND(m) {
                      double scaling, const py::object& ranks, const py::array& y) {
     emu::Device device;
     moa::DecodeParams p{};
-    p.x_type = emu::dtype_of(x);
-    p.adapter_type = emu::dtype_of(lora_A);
-    p.seg = {nullptr, nullptr, x.shape(0), top_k, lora_A.shape(0)};
-    p.rank = lora_A.shape(1);
-    p.in = x.shape(1);
+    fill_layer(&device, &p, x, lora_A, router, top_k);
     p.out = lora_B.shape(1);
-    p.x = device.in(x);
-    p.ldx = row_stride(x);
-    p.lora_A = device.in(lora_A);
     p.lora_B = device.in(lora_B);
     p.scale = device.in<double>(scale);
     p.scaling = scaling;
     p.ranks = device.in<int32_t>(ranks);
-    p.router_weight = device.in(router);
     p.score_func = static_cast<moa::ScoreFunc>(score_func);
     p.norm_topk_prob = norm;
     p.selection_bias = device.in(bias);

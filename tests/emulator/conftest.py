@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from emulator import build
+from emulator.repeated import Repeated
 
 # variant:seed, or cpu:0 and cuda:0 for the operators there (operators.py). AddressSanitizer has to be in the
 # process from its start: test_asan.py runs these tests again.
@@ -40,7 +41,9 @@ def emulator(request: pytest.FixtureRequest) -> ModuleType:
     module = build.load(variant)
     module.seed(int(seed))
     module.take_conflicts()
-    return module
+    # A routing that is none may give any sums, so long as they stay inside.
+    wild = request.node.name.startswith("test_wild")
+    return module if wild or variant != "plain" else Repeated(module, int(seed))
 
 
 @pytest.fixture

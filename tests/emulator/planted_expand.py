@@ -1,4 +1,4 @@
-"""Bugs in expand-combine and gram."""
+"""Bugs in expand-combine."""
 
 from emulator.mutations import OUT, RACE, WRONG, plant
 
@@ -105,14 +105,3 @@ pairs(
     "tsan:0",
     RACE,
 )
-
-gram = plant("csrc/lora/gram.cu", "test_gram.py -k 'test_experts_in_pieces and f32 or test_widths and f32'")
-gram(
-    "gram-stage-in-use",
-    "    __syncthreads();  // all have left the stage of before\n    for (",
-    "    for (",
-    "tsan:0",
-    RACE,
-)
-gram("gram-wrong-rank", "coef[row * kRanks + part + i] * v", "coef[row * kRanks + i] * v", "plain:0", WRONG)
-gram("gram-last-piece", "c <= (stop - 1) / size", "c < (stop - 1) / size", "plain:0", WRONG)

@@ -60,6 +60,24 @@ plant("csrc/lora/mma_tile.cuh", "test_shrink.py -k no_bank_conflicts", unit="csr
     "tile-no-swizzle", "((chunk ^ (row & 7)) * 8)", "(chunk * 8)", "plain:0", "bank conflicts"
 )
 
+columns = plant("csrc/lora/mma_tile.cuh", "test_shrink.py -k dense_pass", unit="csrc/lora/dense.cu")
+columns("dense-first-expert", "expert * panel.apart + start", "start", "plain:0", WRONG)
+columns("dense-columns-between", "(panel.each - start)", "(8)", "asan:0", OUT)
+plant("csrc/lora/dense.cu", "test_shrink.py -k dense_pass")(
+    "dense-first-tile", "panel.first = lora0 / 8;", "", "plain:0", WRONG
+)
+
+finish = plant("csrc/lora/shrink.cu", "test_shrink.py -k 'dense_pass or every_path'")
+finish("finish-half-a-warp", "if (lanes == 32) dot += more;", "", "plain:0", WRONG)
+finish("finish-unused-ranks", ": clamp(p.ranks[e], 0, p.rank);\n  }", ": p.rank;\n  }", "plain:0", WRONG)
+finish(
+    "finish-not-routed",
+    "routed = there && position < offset_at(p, p.seg.experts)",
+    "routed = there",
+    "plain:0",
+    WRONG,
+)
+
 shrink = plant("csrc/lora/shrink.cu", UNEVEN)
 shrink(
     "shrink-past-the-segment",
@@ -102,15 +120,16 @@ decode(
     "tsan:0",
     RACE,
 )
+plant("csrc/routing/select.cuh", "test_decode.py -k selection_is_that_of_topk", unit="csrc/lora/decode.cu")(
+    "decode-tie-break", "id < o.id", "id > o.id", "plain:0", WRONG
+)
+decode("decode-scale-of-a-slot", "p.scale[ids[j]]", "p.scale[j]", "plain:0", f"{WRONG}|{OUT}")
 decode(
-    "decode-missing-syncwarp",
-    "    if (lane == 0) ids[j] = id;\n  }\n  __syncwarp();",
-    "    if (lane == 0) ids[j] = id;\n  }",
+    "decode-missing-barrier-of-selection",
+    "ids, weights);\n  __syncthreads();",
+    "ids, weights);",
     "tsan:0",
     RACE,
-)
-plant("csrc/lora/decode.cu", "test_decode.py -k selection_is_that_of_topk")(
-    "decode-tie-break", "other_id < best_id", "other_id > best_id", "plain:0", WRONG
 )
 decode("decode-token-tail", "if (there && t < tokens) y", "if (there) y", "plain:0", f"{OUT}|{RACE}|{WRONG}")
 decode("decode-output-tail", "there = o < p.out", "there = o <= p.out", "asan:0", OUT)

@@ -52,9 +52,10 @@ histogram(
     RACE,
 )
 
+select = plant("csrc/routing/select.cuh", TOPK, unit="csrc/routing/topk.cu")
 topk = plant("csrc/routing/topk.cu", TOPK)
-topk("topk-tie-break", "key > best.key) best", "key >= best.key) best", "plain:0", WRONG)
-topk("topk-slot-order", "    ids[j] = taken.id;", "    ids[k - 1 - j] = taken.id;", "plain:0", WRONG)
+select("topk-tie-break", "key > best.key) best", "key >= best.key) best", "plain:0", WRONG)
+select("topk-slot-order", "    ids[j] = taken.id;", "    ids[k - 1 - j] = taken.id;", "plain:0", WRONG)
 topk("topk-dead-groups-count", "token < last, bin_counts", "true, bin_counts", "plain:0", WRONG)
 topk(
     "topk-early-exit",
@@ -63,7 +64,7 @@ topk(
     "plain:0",
     "deadlock|takes no part|diverged",
 )
-topk(
+select(
     "topk-plain-count",
     "atomicAdd(&bin_counts[routed ? taken.id : experts.count], 1)",
     "bin_counts[routed ? taken.id : experts.count] += 1",
@@ -79,7 +80,7 @@ topk(
 )
 topk("topk-not-zeroed", "bin_counts[bin] = 0;", "static_cast<void>(0);", "plain:0", WRONG)
 
-masked = plant("csrc/routing/topk.cu", MASKED)
+masked = plant("csrc/routing/select.cuh", MASKED, unit="csrc/routing/topk.cu")
 masked("topk-mask-ignored", "p.mask == nullptr || p.mask[token]", "true", "plain:0", WRONG)
 masked("topk-minus-one-not-written", "    if (!routed) ids[j] = -1;\n", "", "plain:0", WRONG)
 plant("csrc/routing/scores.cuh", "test_routing.py -k numbers_that_are_none", unit="csrc/routing/topk.cu")(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from emulator.arrays import BF16, F16, assert_close, assert_no_conflicts, exact, normal, unwritten
+from emulator.repeated import Repeated
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
@@ -25,3 +26,17 @@ def test_count(emulator: ModuleType, rng: np.random.Generator) -> None:
     counts = np.zeros(64, np.int32)
     emulator.count(ids, counts)
     assert np.array_equal(counts, np.bincount(ids[ids >= 0], minlength=64))
+
+
+def test_what_depends_on_the_order_of_threads_shows() -> None:
+    """Every test of a kernel compares, bit by bit, what two orders of its threads write."""
+    module = ModuleType("kernels")
+    module.order = 0
+    module.seed = lambda n: setattr(module, "order", n)
+    module.steady = lambda x, y: y.__iadd__(x)
+    module.wild = lambda x, y: y.__iadd__(x + module.order % 2)
+    emulated, y = Repeated(module, 4), np.zeros(3)
+    emulated.steady(np.ones(3), y)
+    assert (y == 1).all()  # what it reads, too, is as it was for the second time
+    with pytest.raises(AssertionError, match="wild: .* order of threads"):
+        emulated.wild(np.ones(3), y)

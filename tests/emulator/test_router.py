@@ -11,7 +11,6 @@ from emulator.arrays import (
     BF16,
     F16,
     F32,
-    F64,
     assert_close,
     assert_no_conflicts,
     exact,
@@ -19,9 +18,7 @@ from emulator.arrays import (
     rounded,
     unwritten,
 )
-
-DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
-TYPE = {F32: 0, F64: 1, BF16: 2, F16: 3}  # csrc/common/types.h
+from emulator.test_shrink import DTYPES, TYPE, accumulator
 
 
 def check(emulator: ModuleType, x: np.ndarray, weight: np.ndarray, what: str = "") -> None:
@@ -33,29 +30,27 @@ def check(emulator: ModuleType, x: np.ndarray, weight: np.ndarray, what: str = "
     assert logits.tobytes() == again.tobytes()
 
 
-def acc(dtype: np.dtype) -> np.dtype:
-    return F64 if dtype == F64 else F32
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("experts", [1, 3, 7, 8, 16, 17, 64, 65, 130])
 def test_experts(emulator: ModuleType, rng, dtype: np.dtype, experts: int) -> None:
     for tokens, width in [(0, 16), (1, 64), (5, 136), (64, 33), (130, 129)]:
         check(
-            emulator, normal(rng, tokens, width, dtype=dtype), normal(rng, experts, width, dtype=acc(dtype))
+            emulator,
+            normal(rng, tokens, width, dtype=dtype),
+            normal(rng, experts, width, dtype=accumulator(dtype)),
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_many_experts_and_splits(emulator: ModuleType, rng, dtype: np.dtype) -> None:
-    check(emulator, normal(rng, 3, 24, dtype=dtype), normal(rng, 513, 24, dtype=acc(dtype)))
-    check(emulator, normal(rng, 70, 2049, dtype=dtype), normal(rng, 8, 2049, dtype=acc(dtype)))
+    check(emulator, normal(rng, 3, 24, dtype=dtype), normal(rng, 513, 24, dtype=accumulator(dtype)))
+    check(emulator, normal(rng, 70, 2049, dtype=dtype), normal(rng, 8, 2049, dtype=accumulator(dtype)))
     assert emulator.dense_plan(70, 0, 8, 2049, TYPE[dtype])[3] > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_rows_apart_and_misaligned(emulator: ModuleType, rng, dtype: np.dtype) -> None:
-    weight = normal(rng, 5, 96, dtype=acc(dtype))
+    weight = normal(rng, 5, 96, dtype=accumulator(dtype))
     for pad, shift in [(8, 0), (3, 0), (8, 8), (7, 1)]:
         wide = normal(rng, 9, 96 + pad + shift, dtype=dtype)
         check(emulator, wide[:, shift : shift + 96], weight)

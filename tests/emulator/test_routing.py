@@ -24,6 +24,7 @@ from emulator.arrays import (
     rounded,
     unwritten,
 )
+from emulator.test_shrink import not_on_the_cpu
 
 SOFTMAX, SIGMOID = 0, 1
 FLAGS = [(SOFTMAX, False), (SOFTMAX, True), (SIGMOID, False), (SIGMOID, True)]
@@ -95,13 +96,6 @@ def expected_backward(dw, logits, ids, score_func, norm) -> np.ndarray:
 
 
 # ---- what the kernels say ----
-
-
-def not_on_the_cpu(emulator: ModuleType) -> None:
-    """The CPU's operators read ids before a kernel does, and raise; on a device that would be a wait."""
-    device = None if isinstance(emulator, ModuleType) else emulator.device
-    if device is not None and device.type == "cpu":
-        pytest.skip("the CPU raises: tests/test_bad_operators.py")
 
 
 def topk(emulator, logits, k, score_func=SOFTMAX, norm=False, bias=None, mask=None):

@@ -25,6 +25,13 @@ DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
 TYPE = {F32: 0, F64: 1, BF16: 2, F16: 3}  # csrc/common/types.h
 
 
+def not_on_the_cpu(emulator: ModuleType) -> None:
+    """The CPU's operators read routings before a kernel does, and raise; on a device that would be a wait."""
+    device = None if isinstance(emulator, ModuleType) else emulator.device
+    if device is not None and device.type == "cpu":
+        pytest.skip("the CPU raises: tests/test_bad_operators.py")
+
+
 def accumulator(dtype: np.dtype) -> np.dtype:
     return F64 if dtype == F64 else F32
 
@@ -99,7 +106,8 @@ def check(
     emulator.backward_shrink(
         rows, np.ascontiguousarray(panels.transpose(0, 2, 1)), offsets, order, scale, 0.5, ranks, other, u, dw
     )
-    assert_close(u, want, f"u at {what}")
+    if isinstance(emulator, ModuleType):  # no operator returns u, and dw is made of it
+        assert_close(u, want, f"u at {what}")
     sorted_ids = ids.ravel()[order]
     signed = np.zeros((ids.size, rank))
     signed[order] = np.where(sorted_ids >= 0, 0.5 * scale[sorted_ids], 0)[:, None] * want * exact(other)
@@ -197,16 +205,20 @@ def test_every_path_of_the_plan(emulator: ModuleType, rng) -> None:
 
 def test_dense_pass(emulator: ModuleType, rng) -> None:
     """Many tokens, few rows of A: every expert's product of every token, of which the selected are taken."""
-    for tokens, k, experts, rank, width, adapter in [
-        (2048, 2, 3, 4, 40, BF16),
-        (2049, 2, 5, 7, 33, BF16),
-        (2048, 3, 4, 40, 72, F32),
+    for tokens, k, experts, rank, width, dtype, adapter, pad in [
+        (2048, 2, 3, 4, 40, BF16, BF16, 0),
+        (2049, 2, 5, 7, 33, BF16, BF16, 1),
+        (2048, 3, 4, 40, 72, BF16, F32, 0),
+        (2048, 2, 15, 16, 64, F16, F16, 8),
+        (2050, 2, 2, 8, 520, F16, F16, 0),
     ]:
-        assert emulator.dense_shrink_plan(tokens, k, experts, rank, True)
+        filled = -(-rank // 8) * 8  # backward
+        assert emulator.dense_shrink_plan(tokens, k, experts, filled, True)
         ids = route(rng, tokens, k, experts, 0.1)
         ranks = rng.integers(0, rank + 1, experts).astype(np.int32)
-        options = {"experts": experts, "adapter": adapter, "backward": False}
-        check(emulator, rng, ids, rank, width, BF16, ranks=ranks, **options)
+        options = {"experts": experts, "adapter": adapter, "pad": pad}
+        check(emulator, rng, ids, rank, width, dtype, ranks=ranks, **options)
+    assert_no_conflicts(emulator)
     assert not emulator.dense_shrink_plan(2048, 2, 64, 16, True)  # 1024 rows: grouped
     assert not emulator.dense_shrink_plan(2048, 1, 8, 16, True)  # x is read once anyhow
 
@@ -240,6 +252,7 @@ def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
 
 def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
     """What offsets, order and ranks hold is clamped before it becomes an address."""
+    not_on_the_cpu(emulator)
     x, panels = normal(rng, 20, 64, dtype=BF16), normal(rng, 3, 8, 64, dtype=BF16)
     columns = np.ascontiguousarray(panels.transpose(0, 2, 1))
     wild = rng.integers(-(2**31), 2**31, 40).astype(np.int32)

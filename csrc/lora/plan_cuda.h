@@ -134,15 +134,63 @@ constexpr int kDecodeRows = 8, kDecodeThreads = 128;
 constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
 
 // ---- Expand ----
-// 64 outputs: a row of 128 bytes in 16-bit types, one line.
+// Multiply-adds: 64 outputs; 32 tokens by 64 sums are 8 KB in float32 (16 KB in float64); 16 ranks of a thread's column
+// are registers.
 constexpr int kExpandColumns = 64, kExpandThreads = 128;
-// Multiply-adds: 32 tokens by 64 sums are 8 KB in float32 (16 KB in float64); 16 ranks of a thread's column are registers.
 constexpr int kExpandSimtRows = 32, kExpandSimtRanks = 16;
-// Tensor cores: a block reads the panels of its tokens' experts from L2, E r 64 elements at most, and y and base, 2 rows 64:
-// 128 rows make both 32 KB at E = 8, r = 16. Their float32 sums are 34 KB, panel and coefficients of 64 ranks and
-// 64 positions 8 KB each: four blocks in the 227 KB of a multiprocessor. A row of sums is 64 + 4 long, so that 4 pairs of
-// tokens by 8 outputs lie in 32 banks.
-constexpr int kExpandRows = 128, kExpandPositions = 64, kExpandRanks = 64, kExpandLd = kExpandColumns + 4;
+// Tensor cores: a warp has 128 tokens by 32 columns, 128 sums a thread, two blocks a multiprocessor. A step (16 ranks of
+// an expert) is then 32 products at most for 8 + 8 accesses of 128 bytes to shared memory for the panel, and 2 per
+// fragment of 8 tokens for the coefficients.
+constexpr int kExpandRows = 128, kExpandStrip = 32, kExpandUnit = kExpandStrip * kExpandThreads / 32;
+// Stages of 1 KB a warp: three steps ahead, 24 KB on a multiprocessor (5.5 TB/s at 500 ns need 21 KB).
+constexpr int kExpandStages = 4;
+constexpr int kExpandHead = kExpandThreads / 32 * kExpandStages * 1024 + kExpandRows * 4 + 16, kExpandStep = 16;
+// Fragments of coefficients that are kept: 256 are 64 KB, all that k = 2, r = 16 can need, and E r = 256.
+constexpr int kExpandFragments = 256;
+constexpr size_t kMostShared = 99 * 1024;  // of sm_86, sm_89 and sm_120
+constexpr int kPlaceThreads = 256;
+// Up to so many slots each block looks through all of them, 16 a thread, 8 KB from L2 and about 1 us, instead of a
+// launch in front, which is about twice that.
+constexpr int64_t kPlaceInside = 2048;
+// Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
+constexpr int kClusterSide = 64, kClusterThreads = 1024;
+constexpr int64_t kClusterWindow = 8192;
+
+// At T = 8192, k = 2, r = 16, width 4096 in 16 bits, y takes 16 us to write (31 us with base to read), beside which:
+//   tokens as they come: panels from L2 T / 128 times, 67 MB or 12 us at E = 8, 134 MB or 24 us at 16, 529 MB or 96 us at
+//     64; products, 610 TFLOP/s being mma.sync's share of the peak, 13 us at E = 8, 19 us at 16, 25 us at 64.
+//   grouped: at E = 64 a tile has 13 experts instead of 63 and a fragment 4 instead of 14 (counted for experts drawn at
+//     random): 107 MB, 20 us, and 7 us of products; at 16, 6 us and 4. The launch more is about 5 us.
+// So above E r = 192. With k = 3 and more, the experts of a pair say too little about the others (58 of 64 are left);
+// below 2048 tokens the launch is what panels cost, 12 us at 1024.
+struct Expand {
+  bool fits, inside, cluster;
+  int64_t tiles, parts, units;  // a block has a tile of tokens and `units` of 128 columns
+  int64_t fragments;
+  size_t shared;
+};
+inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width, bool router) {
+  Expand p{};
+  const int64_t depth = ceil_div(rank, 16), tile = kExpandRows / 8;
+  p.cluster = top_k <= 2 && tokens >= 2048 && experts * depth * 16 > 192;
+  p.inside = !p.cluster && tokens * top_k <= kPlaceInside;
+  p.tiles = ceil_div(tokens, kExpandRows);
+  // Two rounds of two blocks a multiprocessor: the first's coefficients are made beside the other's products. More would
+  // make coefficients more often.
+  const int64_t units = ceil_div(width, kExpandUnit);
+  p.units = ceil_div(units, most(1, least(units, ceil_div(4 * kProcessors, most(1, p.tiles)))));
+  p.parts = ceil_div(units, most(1, p.units));
+  // What all tokens can need, up to the limit and what there is room for; one expert with all its ranks at least.
+  const int64_t each = 256 + (router ? 32 : 0) + kExpandStep;
+  const int64_t places = p.inside ? 8 * least(tokens, kExpandRows) * top_k : 0;
+  const int64_t rest = kExpandHead + ceil_div(experts, 2) * 8 + places;
+  const int64_t wanted = depth * least(tile * experts, kExpandRows * top_k);
+  const int64_t room = (static_cast<int64_t>(kMostShared) - rest) / each;
+  p.fragments = most(tile * depth, least(least(wanted, kExpandFragments), room));
+  p.shared = static_cast<size_t>(rest + p.fragments * each);
+  p.fits = p.shared <= kMostShared && experts <= 32767;
+  return p;
+}
 
 // ---- Gram ----
 constexpr int kGramColumns = 64, kGramThreads = 128;

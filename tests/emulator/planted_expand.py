@@ -2,38 +2,106 @@
 
 from emulator.mutations import OUT, RACE, WRONG, plant
 
-expand = plant(
-    "csrc/lora/expand.cu", "test_expand.py -k 'test_ranks and bf16 or test_uneven_segments and bf16'"
+EXPAND = "csrc/lora/expand.cu"
+tile = plant(
+    "csrc/lora/expand_tile.cuh",
+    "test_expand.py -k 'test_ranks and bf16 or test_uneven_segments and bf16'",
+    unit=EXPAND,
 )
-expand("expand-missing-wait", "        cp_async_wait<0>();\n", "", "plain:0", WRONG)
-expand(
-    "expand-missing-barrier",
-    "        cp_async_wait<0>();\n        __syncthreads();",
-    "        cp_async_wait<0>();",
+tile("expand-missing-wait", "        cp_async_wait<kStages - 2>();\n", "", "plain:0", WRONG)
+tile(
+    "expand-wait-for-one-less",
+    "cp_async_wait<kStages - 2>()",
+    "cp_async_wait<kStages - 1>()",
+    "plain:0",
+    WRONG,
+)
+tile(
+    "expand-stage-in-use",
+    "        __syncwarp();  // the stage is there",
+    "        // the stage is there",
     "tsan:0",
     RACE,
 )
-expand(
-    "expand-panel-in-use",
-    "        __syncthreads();  // all have left the panel and the group of before\n",
-    "",
-    "tsan:0",
-    RACE,
+tile(
+    "expand-swapped-fragment",
+    "a[i / 2][2 + i % 2] = w[i].y;",
+    "a[i / 2][3 - i % 2] = w[i].y;",
+    "plain:0",
+    WRONG,
 )
-expand("expand-swapped-c", "c[2 + i] + s->dz", "c[3 - i] + s->dz", "plain:0", WRONG)
-expand("expand-tile-not-zeroed", "s->tile[i] = 0.0f;", "static_cast<void>(0);", "plain:0", WRONG)
-expand("expand-not-zeroed", "float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};", "float c[4];", "plain:0", WRONG)
-expand(
-    "expand-output-tail",
-    "      if (o >= p.width) continue;\n      float2 sum",
-    "      float2 sum",
-    "tsan:0",
-    f"{OUT}|{RACE}",
-)
-expand(
+tile("expand-swapped-halves", "i == 0 ? 0x5410u : 0x7632u", "i == 0 ? 0x7632u : 0x5410u", "plain:0", WRONG)
+tile("expand-not-cleared", "if (begin) clear();", "", "plain:0", WRONG)
+tile("expand-fragment-left-out", "at += kFragment;\n    }\n  }", "}\n  }", "plain:0", WRONG)
+tile("expand-router-swapped", "[i % 2 * 2] += z.x * w[i];", "[i % 2 * 2] += z.y * w[i];", "plain:0", WRONG)
+tile(
     "expand-base-forgotten",
-    "if (base != nullptr) sum = add(",
-    "if (base == nullptr) sum = add(",
+    "base == nullptr || t < 0",
+    "base != nullptr || t < 0",
     "plain:0",
     f"{WRONG}|{OUT}",
+)
+tile("expand-unused-ranks", "ranks = s.used - s.rank;", "ranks = 16;", "plain:0", f"{WRONG}|{OUT}")
+
+edge = plant("csrc/lora/expand_tile.cuh", "test_expand.py -k 'test_widths and bf16'", unit=EXPAND)
+edge("expand-output-tail", "if (n > 1) to[1]", "to[1]", "tsan:0", f"{OUT}|{RACE}")
+edge("expand-panel-tail", "kByRows ? ranks - j : columns - o;", "8;", "asan:0", OUT)
+
+wide = plant("csrc/lora/expand_tile.cuh", "test_expand.py -k test_strip_after_strip", unit=EXPAND)
+wide("expand-strip-ahead", "          ahead_o += kApart;\n", "", "plain:0", WRONG)
+
+finite = plant("csrc/lora/expand_tile.cuh", "test_expand.py -k test_what_is_not_finite", unit=EXPAND)
+finite("expand-not-finite", "__any_sync(kFullMask, not_finite(a))", "false", "plain:0", WRONG)
+
+chunks = plant(
+    "csrc/lora/expand_coefficients.cuh",
+    "test_expand.py -k 'test_chunks_of_experts and 140 or test_token_that_names and bf16'",
+    unit=EXPAND,
+)
+chunks(
+    "expand-chunk-in-use", "    __syncthreads();  // all have left the chunk of before\n", "", "tsan:0", RACE
+)
+chunks(
+    "expand-places-missing-barrier",
+    "own[i] = {0, -1, 0};\n    __syncthreads();",
+    "own[i] = {0, -1, 0};",
+    "tsan:0",
+    RACE,
+)
+chunks(
+    "expand-places-tail", "i[u] >= 0 && i[u] < count", "i[u] >= 0 && i[u] <= count", "tsan:0", f"{OUT}|{RACE}"
+)
+chunks("expand-missing-barrier", "    __syncthreads();\n    return next;", "    return next;", "tsan:0", RACE)
+chunks(
+    "expand-missing-mask", "if (e < from || e >= next) continue;", "if (e < 0) continue;", "plain:0", WRONG
+)
+chunks(
+    "expand-next-chunk", "e0 < experts ? e0 : experts;", "e0 < experts ? e0 + 1 : experts;", "plain:0", WRONG
+)
+chunks(
+    "expand-not-zeroed",
+    "*reinterpret_cast<uint4*>(coef + 8 * i) = make_uint4(0, 0, 0, 0);",
+    "static_cast<void>(i);",
+    "plain:0",
+    WRONG,
+)
+chunks("expand-twin", "for (int twin = 1; twin <=", "for (int twin = 1; twin <", "plain:0", WRONG)
+chunks("expand-token-tail", "row >= p.tokens ? -1", "row > p.tokens ? -1", "plain:0", f"{WRONG}|{OUT}")
+chunks("expand-plain-or", "atomicOr(&expert[e], 1u << row / 8)", "expert[e] |= 1u << row / 8", "tsan:0", RACE)
+
+pairs = plant("csrc/lora/expand_order.cuh", "test_expand.py -k 'test_tokens_by_pairs'", unit=EXPAND)
+pairs(
+    "expand-place-tail",
+    "if (position >= p.c.slots) return;",
+    "if (position > p.c.slots) return;",
+    "asan:0",
+    OUT,
+)
+pairs("expand-rows-scan", "sums[warp - 1]", "sums[warp]", "plain:0", f"{WRONG}|{OUT}")
+pairs(
+    "expand-rows-missing-barrier",
+    "  __syncthreads();\n  for (int t = threadIdx.x; t < count; t += kThreads)\n    p.rows",
+    "  for (int t = threadIdx.x; t < count; t += kThreads)\n    p.rows",
+    "tsan:0",
+    RACE,
 )

@@ -61,10 +61,21 @@ def test_sort_is_the_cpus(device, slots: int, experts: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "sizes"), [(0, (64, 48)), (1, (64, 48)), (65, (200, 136)), (700, (2049, 33))]
+    ("tokens", "sizes", "experts"),
+    [
+        (0, (64, 48), 8),
+        (1, (64, 48), 8),
+        (65, (200, 136), 8),
+        (700, (2049, 33), 8),
+        (1100, (72, 64), 8),  # so many tokens, and then experts, that expand goes other ways
+        (3000, (72, 64), 64),
+    ],
 )
-def test_mixture_is_the_cpus(device, dtype: torch.dtype, tokens: int, sizes: tuple[int, int]) -> None:
-    mixture = make_mixture(tokens, *sizes, 8, 2, 16, dtype, None, "holes", ranks=True, expert_scaling=True)
+def test_mixture_is_the_cpus(
+    device, dtype: torch.dtype, tokens: int, sizes: tuple[int, int], experts: int
+) -> None:
+    options = {"ranks": True, "expert_scaling": True}
+    mixture = make_mixture(tokens, *sizes, experts, 2, 16, dtype, None, "holes", **options)
     there = moved(mixture, device)
     y, h = mixture.forward()
     y_there, h_there = there.forward()
@@ -77,9 +88,9 @@ def test_mixture_is_the_cpus(device, dtype: torch.dtype, tokens: int, sizes: tup
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [16, 900])
-def test_bitwise_over_twenty_repeats(device, dtype: torch.dtype, tokens: int) -> None:
-    mixture = moved(make_mixture(tokens, 256, 192, 8, 2, 16, dtype), device)
+@pytest.mark.parametrize(("tokens", "experts"), [(16, 8), (900, 8), (3000, 64)])
+def test_bitwise_over_twenty_repeats(device, dtype: torch.dtype, tokens: int, experts: int) -> None:
+    mixture = moved(make_mixture(tokens, 256, 192, experts, 2, 16, dtype), device)
 
     def everything() -> list[torch.Tensor]:
         y, h = mixture.forward()

@@ -266,6 +266,10 @@ struct Lora {
         [](int64_t, int64_t, int64_t) -> Acc* { return nullptr; },  // stored across
         [&](int64_t e, int64_t c0, int64_t cols, Acc* tile) {
           TA* out = dB + (e * p.out + c0) * p.rank;
+          if (s.offsets[e] == s.offsets[e + 1]) {
+            memset(out, 0, cols * p.rank * sizeof(TA));
+            return;
+          }
           for (int64_t i = rank_of(e) * cols; i < p.rank * cols; ++i) tile[i] = Acc(0);
           if constexpr (Same<TA, Acc>::value) {
             transpose(tile, cols, p.rank, cols, out, p.rank);

@@ -119,13 +119,14 @@ def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
 def readme_grid(record: dict[str, Any], cases: list[Case], source: str) -> str:
     """A paragraph on the grid, if there is one."""
     chosen = [case for case in cases if case.section == "grid" and case.lead()]
+    dtypes = " and ".join(dict.fromkeys(case.dtype for case in chosen))
     if not chosen:
         return ""
     leads = sorted(case.lead()["median"] for case in chosen)
     under = sum(lead < BAR for lead in leads)
     return (
         f"On a grid of {len(chosen)} cases (T 1–8192, E 2–256, r 4–128, k 1–4, widths 256–4096, forward and "
-        f"training step, float32 and bfloat16) the fastest form in plain PyTorch takes "
+        f"training step, {dtypes}) the fastest form in plain PyTorch takes "
         f"{mean_lead(chosen):.2f} times as long as ours in the geometric mean, {leads[0]:.2f} at the least; "
         f"{under or 'none'} of the cases {'is' if under == 1 else 'are'} under {BAR}. "
         f"Commit {record['commit']}, {record['date']}; every case is in `{source}`."

@@ -188,7 +188,7 @@ def readme(words: list[str]) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="file")
     parser.add_argument("--into", type=Path, help="a file with the markers, to be changed in place")
     args = parser.parse_args(words)
-    parts = []
+    parts, pictures = [], {}
     for path in (path.resolve() for path in args.files):
         inside = path.is_relative_to(machine.ROOT)
         source = path.relative_to(machine.ROOT) if inside else Path(path.name)
@@ -196,8 +196,9 @@ def readme(words: list[str]) -> None:
         parts += [build(document, cases, source.as_posix()) for build in (report.readme, report.readme_grid)]
         for suffix, title in README_PICTURES.items():
             picture = f"{path.stem}{suffix}.png"
-            if path.with_name(picture).exists():
-                parts.append(f"![{title}]({source.with_name(picture).as_posix()})")
+            if path.with_name(picture).exists():  # of two alike the later: the grid has more points
+                pictures[title] = f"![{title}]({source.with_name(picture).as_posix()})"
+    parts += pictures.values()
     text = "\n\n".join(filter(None, parts))
     if args.into is None:
         print(text)

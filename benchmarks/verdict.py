@@ -77,5 +77,7 @@ def _where(case: Case) -> str:
 
 def _loss(loss: Loss) -> str:
     low, high = loss.interval
+    if not math.isfinite(high):  # of what is far behind the best, a saved grid keeps the median
+        return f"{_where(loss.case)}: {loss.other}, {loss.lead:.3f} (median alone)"
     sure = "" if loss.certain else ", within the noise"
     return f"{_where(loss.case)}: {loss.other}, {loss.lead:.3f} ({low:.3f}–{high:.3f}){sure}"

@@ -235,7 +235,8 @@ def test_figures_are_written_between_the_markers(tmp_path):
     grid.section = "grid"
     for name, cases in (("a", [layer_case(1.08, 1.5)]), ("b", [grid])):
         record.save(tmp_path / f"{name}.json", DOCUMENT, cases)
-    (tmp_path / "a.png").touch()
+    for picture in ("a.png", "a-scaling.png", "b-scaling.png"):
+        (tmp_path / picture).touch()
     page, begin, end = tmp_path / "README.md", *command.MARKERS
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     words = ["readme", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--into", str(page)]
@@ -245,6 +246,7 @@ def test_figures_are_written_between_the_markers(tmp_path):
     assert page.read_text() == text
     assert text.startswith(f"before\n{begin}\n\n| r=16") and text.endswith(f"\n\n{end}\nafter\n")
     assert "**1.08**" in text and "![extra time over the plain layer](a.png)" in text and "old" not in text
+    assert "(b-scaling.png)" in text and "a-scaling.png" not in text
     assert "takes 1.50 times as long as ours" in text and "none of the cases are under 0.97" in text
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the lines"):

@@ -165,16 +165,24 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
 // ---- gram ------------------------------------------------------------------------------------------------------------
 // G_e[j][:] = sum over the expert's slots of coef[p][j] * row(p)[:], j < depth(e), for the columns of one task.
 // row(e, j, col) is where a row of the result goes, or null: then it goes to the tile, [depth] x cols of Acc, which
-// store(e, col, cols, tile) takes. Empty experts get zeros.
-template <class V, class T, class Depth, class Row, class Store>
+// store(e, col, cols, tile) takes. clear(e) writes the zeros of an expert without slots, all columns in one piece: with
+// few tokens and many experts they are nearly all that is written.
+template <class V, class T, class Depth, class Row, class Store, class Clear>
 static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, const T* x, int64_t ldx, int64_t width,
-                 const Depth& depth, const Row& row, const Store& store) {
+                 const Depth& depth, const Row& row, const Store& store, const Clear& clear) {
   using Acc = typename V::Acc;
   using In = typename V::In;
-  const int64_t block = plan::gram_cols(width);
+  const int64_t block = plan::gram_cols(width), col_blocks = plan::ceil_div(width, block);
+  const int64_t clearing = min64(s.experts, plan::kGramClearTasks);
   const int64_t bytes = (s.slots() + s.experts * ldc) * width * 4;  // the zeros of empty experts are written too
-  parallel_tasks(plan::ceil_div(width, block), plan::worth_threads(bytes), [&](int64_t task) {
-    const int64_t c0 = task * block, cols = min64(block, width - c0);
+  parallel_tasks(clearing + col_blocks, plan::worth_threads(bytes), [&](int64_t task) {
+    if (task < clearing) {
+      const int64_t end = s.experts * (task + 1) / clearing;
+      for (int64_t e = s.experts * task / clearing; e < end; ++e)
+        if (s.offsets[e] == s.offsets[e + 1]) clear(e);
+      return;
+    }
+    const int64_t c0 = (task - clearing) * block, cols = min64(block, width - c0);
     Acc* tile = scratch<Acc>(Scratch::tile, (2 * ldc + 1) * block);
     Acc* run_tile = tile + ldc * block;
     Acc* zeros = run_tile + ldc * block;
@@ -185,8 +193,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
     };
     for (int64_t e = 0; e < s.experts; ++e) {
       const int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1], rank = depth(e);
-      if (p0 == p1)
-        for (int64_t j = 0; j < rank; ++j) memset(total(e, j), 0, cols * sizeof(Acc));
+      if (p0 == p1) continue;
       for (int64_t p = p0; rank > 0 && p < p1; p += plan::kGramRun) {
         const int64_t run = min64(plan::kGramRun, p1 - p);
         const int64_t steps = plan::ceil_div(run, V::kPack);

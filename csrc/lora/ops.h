@@ -254,6 +254,10 @@ struct Lora {
               }
               for (int64_t i = 1; d_router != nullptr && i < kRouterTerms; ++i)
                 add_row(tile + (router_at + i) * cols, d_router + e * p.in + c0, cols);
+            },
+            [&](int64_t e) {
+              if (dA != nullptr) memset(dA + e * p.rank * p.in, 0, p.rank * p.in * sizeof(TA));
+              if (d_router != nullptr) memset(d_router + e * p.in, 0, p.in * sizeof(Acc));
             });
       }
     }
@@ -266,10 +270,6 @@ struct Lora {
         [](int64_t, int64_t, int64_t) -> Acc* { return nullptr; },  // stored across
         [&](int64_t e, int64_t c0, int64_t cols, Acc* tile) {
           TA* out = dB + (e * p.out + c0) * p.rank;
-          if (s.offsets[e] == s.offsets[e + 1]) {
-            memset(out, 0, cols * p.rank * sizeof(TA));
-            return;
-          }
           for (int64_t i = rank_of(e) * cols; i < p.rank * cols; ++i) tile[i] = Acc(0);
           if constexpr (Same<TA, Acc>::value) {
             transpose(tile, cols, p.rank, cols, out, p.rank);
@@ -278,7 +278,8 @@ struct Lora {
             transpose(tile, cols, p.rank, cols, turned, p.rank);
             convert_row(turned, out, cols * p.rank);
           }
-        });
+        },
+        [&](int64_t e) { memset(dB + e * p.out * p.rank, 0, p.out * p.rank * sizeof(TA)); });
   }
 };
 

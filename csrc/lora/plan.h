@@ -49,6 +49,8 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t wid
 inline int64_t gram_cols(int64_t width) {
   return width >= 2048 ? 256 : clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);
 }
+// Tasks that the zeros of experts without slots are split into: enough for threads to share, where one may be stopped.
+constexpr int64_t kGramClearTasks = 16;
 // Rows summed in one run of accumulators before they are added to the total: bounds float32 rounding.
 constexpr int64_t kGramRun = 512;
 

@@ -50,6 +50,12 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
   }
 }
 
+// Brings n elements in for writing.
+template <class T>
+static inline void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 1, 2);
+}
+
 // ---- expand-combine --------------------------------------------------------------------------------------------------
 // y[t][:] = base[t] + bias + sum over the token's slots of coef[p][:] times the expert's panel.
 // Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs,
@@ -147,10 +153,15 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
               summed[done] = row;
               ready[done++] = out;
             }
-          } else if (begun[i] == 0) {  // y's lines come in for writing meanwhile
-            for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + c, 1, 2);
+          } else if (begun[i] == 0) {
+            prefetch_row(out, cols);  // y's lines come in for writing meanwhile
           }
           begun[i] = 1;
+          // A base comes from where the product left it: the rows of the next group are on their way meanwhile.
+          if (base != nullptr && p + V::kAxpyM + m < p1) {
+            const int64_t next = s.order[p + V::kAxpyM + m] / s.top_k;
+            if (begun[next - t0] == 0) prefetch_row(base + next * ldbase + c0, cols);
+          }
         }
         axpy_block<V>(m, from, to, coef + p * ldc, ldc, V::kPack, b, k_size, cols, &ahead);
         for (int i = 0; i < done; ++i) convert_row(summed[i], ready[i], cols);

@@ -188,3 +188,32 @@ def test_no_temporary_of_tokens_times_k_times_features() -> None:
     run = subprocess.run([sys.executable, "-c", PEAK], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 200
+
+
+FAULTS = """
+import resource, torch, moa_ops
+torch.set_num_threads(1)
+x = torch.randn(1, 512, requires_grad=True)
+layer = moa_ops.MoALinear(512, 512, num_experts=64, r=128)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    layer(x).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+layer.lora_A.grad = layer.lora_B.grad = None
+print(faults())
+"""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system has no huge pages"
+)
+def test_large_results_take_huge_pages() -> None:
+    """dA and dB are 16 MB each, new at every step: 8,192 pages of 4 KB, or sixteen of 2 MB."""
+    root = str(Path(moa_ops.__file__).parent.parent)
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 6000

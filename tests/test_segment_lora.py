@@ -63,6 +63,20 @@ def test_tokens_and_experts(edge_isa: str, tokens: int, experts: int, top_k: int
     check_mixture(make_mixture(tokens, 40, 24, experts, top_k, 4, kind=kind))
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), MIXED, ids=IDS)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("r", "ranks"), [(32, False), (131, True)])
+def test_few_tokens_and_large_ranks(
+    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None, tokens: int, r: int, ranks: bool
+) -> None:
+    """B is read along its ranks here; in runs of 128 outputs in the backward."""
+    check_mixture(
+        make_mixture(
+            tokens, 70, 1100, 4, 3, r, dtype, adapter_dtype, "holes", ranks=ranks, bias=True, base=ranks
+        )
+    )
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("tokens", "experts"), [(16, 8), (512, 8), (512, 64), (1000, 256)])
 def test_sizes_people_use(tokens: int, experts: int, dtype: torch.dtype) -> None:

@@ -177,10 +177,11 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
 // G_e[j][:] = sum over the expert's slots of coef[p][j] * row(p)[:], j < depth(e), for the columns of one task.
 // row(e, j, col) is where a row of the result goes, or null: then it goes to the tile, [depth] x cols of Acc, which
 // store(e, col, cols, tile) takes. clear(e) writes the zeros of an expert without slots, all columns in one piece: with
-// few tokens and many experts they are nearly all that is written.
-template <class V, class T, class Depth, class Row, class Store, class Clear>
+// few tokens and many experts they are nearly all that is written. few(e, col, cols) may do an expert of few slots its
+// own way, and says whether it has.
+template <class V, class T, class Depth, class Row, class Store, class Clear, class Few>
 static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, const T* x, int64_t ldx, int64_t width,
-                 const Depth& depth, const Row& row, const Store& store, const Clear& clear) {
+                 const Depth& depth, const Row& row, const Store& store, const Clear& clear, const Few& few) {
   using Acc = typename V::Acc;
   using In = typename V::In;
   const int64_t block = plan::gram_cols(width), col_blocks = plan::ceil_div(width, block);
@@ -204,7 +205,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
     };
     for (int64_t e = 0; e < s.experts; ++e) {
       const int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1], rank = depth(e);
-      if (p0 == p1) continue;
+      if (p0 == p1 || few(e, c0, cols)) continue;
       for (int64_t p = p0; rank > 0 && p < p1; p += plan::kGramRun) {
         const int64_t run = min64(plan::kGramRun, p1 - p);
         const int64_t steps = plan::ceil_div(run, V::kPack);

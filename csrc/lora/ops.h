@@ -180,6 +180,7 @@ struct Lora {
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
     In* coef = scratch<In>(Scratch::call_first, n * coef_ld(false));
     coefficients(h, nullptr, false, coef);
+    if (kDirect && plan::along_ranks(s.tokens, p.rank)) return expand_along_ranks(f, coef);
     expand<V, TX>(
         s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
         static_cast<const TX*>(f.bias), [&](int64_t e) { return rank_of(e); },
@@ -189,6 +190,32 @@ struct Lora {
         });
   }
 
+  // The expand of so few tokens that B is read as it lies: y[t][o] = start + sum <B_e[o], coef[p]>.
+  void expand_along_ranks(const ForwardParams& f, const In* coef) const {
+    const Segments& s = p.seg;
+    const int64_t ldc = coef_ld(false), block = plan::gram_cols(p.out);
+    TX* y = static_cast<TX*>(f.y);
+    const bool wide = plan::worth_threads(s.slots() * p.rank * p.out * static_cast<int64_t>(sizeof(In)));
+    parallel_tasks(plan::ceil_div(p.out, block), wide, [&](int64_t task) {
+      const int64_t c0 = task * block, cols = min64(block, p.out - c0);
+      Acc* sums = scratch<Acc>(Scratch::tile, (s.tokens + 1) * cols);
+      Acc* products = sums + s.tokens * cols;
+      memset(sums, 0, s.tokens * cols * sizeof(Acc));
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        if (f.bias != nullptr) add_row(static_cast<const TX*>(f.bias) + c0, sums + t * cols, cols);
+        if (f.base != nullptr) add_row(static_cast<const TX*>(f.base) + t * f.ldbase + c0, sums + t * cols, cols);
+      }
+      for (int64_t e = 0; e < s.experts; ++e)
+        for (int64_t q = s.offsets[e]; rank_of(e) > 0 && q < s.offsets[e + 1]; ++q) {
+          const In* row = coef + q * ldc;
+          const In* rows_B = reinterpret_cast<const In*>(B + (e * p.out + c0) * p.rank);
+          dot_block<V>(&row, 1, 0, rows_B, p.rank, cols, rank_of(e), products, cols, false, Ahead(row, 0));
+          add_row(products, sums + s.order[q] / s.top_k * cols, cols);
+        }
+      for (int64_t t = 0; t < s.tokens; ++t) convert_row(sums + t * cols, y + t * p.out + c0, cols);
+    });
+  }
+
   // u = dy B and dw = s <h, u>.
   void backward_shrink(const BackwardParams& b) const {
     const Segments& s = p.seg;
@@ -196,10 +223,14 @@ struct Lora {
     Acc* u = static_cast<Acc*>(b.u);
     plan::Shrink plan = plan::shrink(n, p.rank);
     if (plan.slots == 48) plan.slots = 128;  // repacking B costs a tenth of 48 rows
-    shrink(
-        static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(),
-        [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
-        [&](int64_t e) { return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA))); });
+    if (V::kPack == 1 && kDirect && Same<TX, In>::value && plan::along_ranks(s.tokens, p.rank)) {
+      backward_shrink_along_ranks(b);
+    } else {
+      shrink(
+          static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(),
+          [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
+          [&](int64_t e) { return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA))); });
+    }
     if (b.dw == nullptr) return;
     const Acc* h = static_cast<const Acc*>(b.h);
     Acc* dw = static_cast<Acc*>(b.dw);
@@ -210,6 +241,63 @@ struct Lora {
         dw[s.order[q]] = static_cast<Acc>(p.scale[e]) * sum;
       }
     for (int64_t q = n; q < s.tokens * s.top_k; ++q) dw[s.order[q]] = Acc(0);
+  }
+
+  // The same of so few tokens that B is read as it lies: runs of outputs, each summed on its own, then added in order.
+  void backward_shrink_along_ranks(const BackwardParams& b) const {
+    const Segments& s = p.seg;
+    const int64_t n = s.slots(), size = n * p.rank, runs = plan::ceil_div(p.out, plan::kShrinkRun);
+    Acc* parts = scratch<Acc>(Scratch::call_first, (runs + 1) * size);
+    Acc* zeros = parts + runs * size;
+    memset(zeros, 0, size * sizeof(Acc));
+    const bool wide = plan::worth_threads(n * p.rank * p.out * static_cast<int64_t>(sizeof(In)));
+    parallel_tasks(runs, wide, [&](int64_t task) {
+      const int64_t o0 = task * plan::kShrinkRun, run = min64(plan::kShrinkRun, p.out - o0);
+      const In** rows = scratch<const In*>(Scratch::pointers, run);
+      for (int64_t e = 0; e < s.experts; ++e)
+        for (int64_t q = s.offsets[e]; q < s.offsets[e + 1]; ++q) {
+          const In* dy = static_cast<const In*>(b.dy) + s.order[q] / s.top_k * b.lddy + o0;
+          const In* rows_B = reinterpret_cast<const In*>(B + (e * p.out + o0) * p.rank);
+          for (int64_t o = 0; o < run; ++o) rows[o] = rows_B + o * p.rank;
+          const Acc* from = zeros;
+          Acc* to = parts + task * size + q * p.rank;
+          Ahead none(dy, 0);
+          memset(to, 0, p.rank * sizeof(Acc));  // the ranks that the expert has not
+          axpy_block<V>(1, &from, &to, dy, 1, 1, rows, run, rank_of(e), &none);
+        }
+    });
+    Acc* u = static_cast<Acc*>(b.u);
+    memcpy(u, parts, size * sizeof(Acc));
+    for (int64_t task = 1; task < runs; ++task) add_row(parts + task * size, u, size);
+  }
+
+  // dB of an expert of one or two slots, along its rows: dB[o][:] = sum dy[p][o] coef[p][:], the same products in the
+  // same order without a transposition, which costs more than they do.
+  bool few_slots_dB(const BackwardParams& b, const In* coef, TA* dB, int64_t e, int64_t c0, int64_t cols) const {
+    if constexpr (V::kPack == 1 && kDirect && Same<TX, In>::value && Same<TA, Acc>::value) {
+      const Segments& s = p.seg;
+      const int64_t p0 = s.offsets[e], n = s.offsets[e + 1] - p0;
+      if (n > 2 || rank_of(e) < p.rank) return false;
+      const TX* dy = static_cast<const TX*>(b.dy) + c0;
+      const int64_t first = s.order[p0] / s.top_k, second = s.order[p0 + n - 1] / s.top_k;
+      const In* rows[2] = {coef + p0 * coef_ld(false), coef + (p0 + n - 1) * coef_ld(false)};
+      Acc* zeros = scratch<Acc>(Scratch::convert, p.rank);
+      memset(zeros, 0, p.rank * sizeof(Acc));
+      Ahead none(coef, 0);
+      for (int64_t o = 0; o < cols; o += V::kAxpyM) {
+        const int m = static_cast<int>(min64(V::kAxpyM, cols - o));
+        const Acc* from[V::kAxpyM];
+        Acc* to[V::kAxpyM];
+        for (int i = 0; i < m; ++i) {
+          from[i] = zeros;
+          to[i] = dB + (e * p.out + c0 + o + i) * p.rank;
+        }
+        axpy_block<V>(m, from, to, dy + first * b.lddy + o, 1, (second - first) * b.lddy, rows, n, p.rank, &none);
+      }
+      return true;
+    } else {
+      return false;
+    }
   }
 
   // dx, dA, dB and the router's weight gradient.
@@ -258,7 +346,8 @@ struct Lora {
             [&](int64_t e) {
               if (dA != nullptr) memset(dA + e * p.rank * p.in, 0, p.rank * p.in * sizeof(TA));
               if (d_router != nullptr) memset(d_router + e * p.in, 0, p.in * sizeof(Acc));
-            });
+            },
+            [](int64_t, int64_t, int64_t) { return false; });
       }
     }
     if (b.dB == nullptr) return;
@@ -279,7 +368,8 @@ struct Lora {
             convert_row(turned, out, cols * p.rank);
           }
         },
-        [&](int64_t e) { memset(dB + e * p.out * p.rank, 0, p.out * p.rank * sizeof(TA)); });
+        [&](int64_t e) { memset(dB + e * p.out * p.rank, 0, p.out * p.rank * sizeof(TA)); },
+        [&](int64_t e, int64_t c0, int64_t cols) { return few_slots_dB(b, coef, dB, e, c0, cols); });
   }
 };
 

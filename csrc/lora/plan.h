@@ -45,6 +45,12 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t wid
   return {token_block, cols};
 }
 
+// Few tokens under large ranks: B is read as it lies, along the ranks, not repacked. At T = 1, 4096x4096, E = 2, r = 128
+// a forward goes from 1.17 to 1.15 x nn.Linear; below r = 32 a vector of ranks is not worth its sum across lanes.
+inline bool along_ranks(int64_t tokens, int64_t rank) { return tokens <= 2 && rank >= 32; }
+// Outputs of one run of its backward: bounds float32 rounding, and splits the work into tasks.
+constexpr int64_t kShrinkRun = 128;
+
 // Gram: columns per task; its x panel is gathered again for every tile of ranks.
 inline int64_t gram_cols(int64_t width) {
   return width >= 2048 ? 256 : clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);

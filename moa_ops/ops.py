@@ -43,7 +43,7 @@ def linear_first(x: Tensor) -> bool:
     """Whether W x comes before the mixture: in half precision on a CPU, where adding to y would slow W x down
     and round y twice.
     """
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu
 
 
 def mixture(

@@ -113,7 +113,7 @@ struct Lora {
   }
 
   // ---- shrink over all slots: out[pos][j] = <row of pos, panel row j>; unused ranks are zero ----
-  // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; fetch(e): the memory it will read.
+  // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; fetch(e, j0, j1): the memory it will read.
   template <class PanelRows, class Fetch>
   void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan, int64_t ld_panel,
               const PanelRows& panel, const Fetch& fetch) const {
@@ -137,9 +137,13 @@ struct Lora {
       for (int64_t e = expert_at(s, pos); pos < end; ++e) {
         const int64_t stop = min64(s.offsets[e + 1], end), used = min64(rank_of(e), j1);
         if (stop <= pos) continue;
+        int64_t next = e + 1;  // with slots: of few tokens most experts have none
+        while (next < s.experts && s.offsets[next + 1] <= stop) ++next;
+        const bool more = next < s.experts && rank_of(next) > j0;
         if (used > j0)
           dot_block<V>(rows + (pos - begin), stop - pos, known - stop, panel(e, j0, used), ld_panel, used - j0, k_size,
-                       out + pos * p.rank + j0, p.rank, x_outer, fetch(min64(e + 1, s.experts - 1)));
+                       out + pos * p.rank + j0, p.rank, x_outer,
+                       more ? fetch(next, j0, min64(rank_of(next), j1)) : Ahead(out, 0));
         for (int64_t q = pos; q < stop; ++q)
           for (int64_t j = used > j0 ? used : j0; j < j1; ++j) out[q * p.rank + j] = Acc(0);
         pos = stop;
@@ -176,7 +180,9 @@ struct Lora {
     shrink(
         static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank), p.in,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
-        [&](int64_t e) { return Ahead(A + e * p.rank * p.in, p.rank * p.in * static_cast<int64_t>(sizeof(TA))); });
+        [&](int64_t e, int64_t j0, int64_t j1) {
+          return Ahead(A + (e * p.rank + j0) * p.in, (j1 - j0) * p.in * static_cast<int64_t>(sizeof(TA)));
+        });
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
     In* coef = scratch<In>(Scratch::call_first, n * coef_ld(false));
     coefficients(h, nullptr, false, coef);
@@ -229,7 +235,9 @@ struct Lora {
       shrink(
           static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(),
           [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
-          [&](int64_t e) { return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA))); });
+          [&](int64_t e, int64_t, int64_t) {  // the ranks of a row stand side by side
+            return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA)));
+          });
     }
     if (b.dw == nullptr) return;
     const Acc* h = static_cast<const Acc*>(b.h);

@@ -12,9 +12,17 @@
 namespace moa {
 namespace {
 
+// W^T, a view made without the dispatcher, whose code the weights of the call before have swept from the caches.
+Tensor transposed(const Tensor& weight) {
+  const int64_t sizes[2] = {weight.size(1), weight.size(0)}, strides[2] = {weight.stride(1), weight.stride(0)};
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 2, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+
 // y = start + x W^T, the start being y itself, a bias [out] or nothing.
 void add_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
-  const Tensor columns = torch::stable::transpose(weight, 0, 1);
+  const Tensor columns = transposed(weight);
   if (start.has_value()) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), start->get(), x.get(), columns.get(), 1.0, 1.0));
   } else {

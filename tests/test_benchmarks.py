@@ -312,6 +312,10 @@ def test_the_farthest_from_the_floor_say_what_the_floor_explains():
     assert "; of 300.000 ms extra, 10% are arithmetic, 33% bytes" in text
 
 
+def test_a_verdict_as_markdown_parts_its_lists():
+    assert command._list("a\nb:\n- c\n- d\ne:\n- f\ng: none") == "a\n\nb:\n\n- c\n- d\n\ne:\n\n- f\n\ng: none"
+
+
 def test_the_readme_has_the_markers():
     text = (command.machine.ROOT / "README.md").read_text()
     assert [text.count(marker) for marker in command.MARKERS] == [1, 1]

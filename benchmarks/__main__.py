@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -211,10 +212,8 @@ def readme(words: list[str]) -> None:
 
 
 def _list(text: str) -> str:
-    """Lines of text as Markdown: a blank line between a paragraph and the list under it."""
-    return (
-        text.replace(":\n- ", ":\n\n- ").replace("\nSlower", "\n\nSlower").replace("\nMissed", "\n\nMissed")
-    )
+    """Lines of text as Markdown: blank lines but between two items of a list."""
+    return re.sub(r"(?<=:)\n(?=- )|\n(?!- )", "\n\n", text)
 
 
 if __name__ == "__main__":

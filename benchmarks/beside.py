@@ -15,8 +15,9 @@ from benchmarks.inputs import CACHE, DTYPES, Problem, Shape, check
 from benchmarks.options import Functions, Trial
 from benchmarks.record import BASE, OURS, Case
 
-LONG = 1.0  # seconds
+LONG = 0.2  # seconds of a call beyond which warming up does not matter
 HOPELESS, WORTH = 4.0, 0.1  # left out: a call beyond so many times the best one's, and so many seconds
+CERTAIN = 3.0  # so many times beyond both, chance is no explanation: it is not called again
 NAMES = (BASE, OURS, *(kind.name for kind in ALTERNATIVES), COMPILED)
 
 
@@ -88,17 +89,18 @@ def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
         alternative = kind(problem, train)
         function = point.call(alternative, alternative.parameters())
         took, result = _timed(function)
-        if took < LONG:  # or else warming up does not matter
+        if took < LONG:
             took = min(took, _timed(function)[0])
         case.variants[kind.name] = {"error": point.check(kind.name, result)} if kind.same_result else {}
         functions[kind.name] = function
         if kind.same_result:
             seconds[kind] = took
     least = min(seconds.values())
-    for kind in [kind for kind, took in seconds.items() if took > max(HOPELESS * least, WORTH)]:
-        again = 0 if seconds[kind] > LONG else 3  # calls, against chance
-        took = min([seconds[kind], *(_timed(functions[kind.name])[0] for _ in range(again))])
-        if took > max(HOPELESS * least, WORTH):
+    hopeless = max(HOPELESS * least, WORTH)
+    for kind in [kind for kind, took in seconds.items() if took > hopeless]:
+        again = seconds[kind] < CERTAIN * hopeless  # against chance
+        took = min(seconds[kind], _timed(functions[kind.name])[0]) if again else seconds[kind]
+        if took > hopeless:
             case.variants[kind.name]["absent"] = f"a call took {took / least:.0f} × the best one's"
             del functions[kind.name], seconds[kind]
     if compile:

@@ -9,8 +9,9 @@ The full product of these has some hundred thousand points. Measured are, each f
 
 Two limits keep it to half an hour and 6 GB: adapters of at most ``VALUES`` elements (a larger point is
 measured with a lower r), and a base of at most ``FLOP`` operations (with a lower T). bfloat16 takes every
-``BFLOAT16_EVERY``-th point. A point that seems lost is measured again for four times as long, alone with what
-came near, before it is called lost.
+``BFLOAT16_EVERY``-th point. Compiling takes seconds a case, so the best form is compiled at the points of
+``compiled`` only. A point that seems lost is measured again for four times as long, alone with what came
+near, before it is called lost.
 """
 
 from __future__ import annotations
@@ -108,15 +109,22 @@ def points() -> list[Shape]:
     return list(dict.fromkeys([*scans(), *decoding(), *corners(), *sample(), LARGEST]))
 
 
-def both_directions(section: str, shape: Shape, dtype: str) -> Iterator[Trial]:
-    """A forward and a training step at this point."""
+def compiled() -> list[Shape]:
+    """Where ``torch.compile`` of the best form is measured too: both centres, and eight corners."""
+    return [CENTRE, DECODE, *(s for s in corners() if s.r == 4 and s.top_k == min(4, s.experts))]
+
+
+def both_directions(section: str, shape: Shape, dtype: str, compile: bool = False) -> Iterator[Trial]:
+    """A forward and a training step at this point; ``compile``: beside the best form compiled, too."""
     for train, share in ((False, SHARE), (True, SHARE_STEP)):
         label = f"{shape.label} {'step' if train else 'forward'}"
-        yield trial(section, shape, dtype, train=train, label=label, share=share, sure=True)
+        settings = {"train": train, "label": label, "share": share, "sure": True, "compile": compile}
+        yield trial(section, shape, dtype, **settings)
 
 
 def trials(options: Options) -> Iterator[Trial]:
     """All of it, whether quick or not: quick only lowers the budget."""
+    compile = compiled()
     for dtype in options.dtypes:
         for shape in points()[:: 1 if dtype == "float32" else BFLOAT16_EVERY]:
-            yield from both_directions("grid", shape, dtype)
+            yield from both_directions("grid", shape, dtype, dtype == "float32" and shape in compile)

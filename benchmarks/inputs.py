@@ -150,15 +150,17 @@ class Problem:
         return {name: found[name] for name in ("x", "lora_A", "lora_B", "router")}
 
     def _mixture64(self, train: bool) -> dict[str, Tensor]:
-        """The mixture's y and, for training, its gradients, by autograd expert for expert: little memory."""
+        """The mixture's y and, for training, its gradients, by autograd expert for expert: little memory, and
+        only those that have tokens.
+        """
         with torch.set_grad_enabled(train):
             x, router = (t.double().requires_grad_(train) for t in (self.x, self.router_weight))
             top, indices = (x @ router.t()).topk(self.shape.top_k)
             gates = top.softmax(-1) * self.scaling
             y = x.new_zeros(self.grad_y.shape)
             dx, dgates = torch.zeros_like(x), torch.zeros_like(gates)
-            dA, dB = ([] for _ in range(2))
-            for e in range(self.shape.experts):
+            dA, dB = (y.new_zeros(t.shape if train else 0) for t in (self.lora_A, self.lora_B))
+            for e in indices.unique().tolist():
                 rows, slots = (indices == e).nonzero(as_tuple=True)
                 leaves = x.detach()[rows], self.lora_A[e].double(), self.lora_B[e].double()
                 leaves += (gates.detach()[rows, slots],)
@@ -168,8 +170,7 @@ class Problem:
                 if train:
                     grads = torch.autograd.grad(y_e, (x_e, a, b, gate), self.grad_y[rows].double())
                     dx.index_add_(0, rows, grads[0])
-                    dA.append(grads[1])
-                    dB.append(grads[2])
+                    dA[e], dB[e] = grads[1], grads[2]
                     dgates[rows, slots] = grads[3]
             if not train:
                 return {"y": y}
@@ -177,8 +178,8 @@ class Problem:
         return {
             "y": y,
             "x": dx.add_(by_router),
-            "lora_A": torch.stack(dA),
-            "lora_B": torch.stack(dB),
+            "lora_A": dA,
+            "lora_B": dB,
             "router": drouter,
         }
 

@@ -11,6 +11,9 @@ import torch
 
 from benchmarks.machine import DISTURBED, Company
 from benchmarks.record import OURS, Case
+from benchmarks.timer import MIN_ROUNDS
+
+KEPT = 20.0  # seconds of measuring that a run that is ended may lose
 
 Functions = dict[str, Callable[[], object]]
 
@@ -39,7 +42,7 @@ class Options:
     budget: seconds of timing per case. dtypes: names. points: parts of labels, "T=1+step" for one with both,
     or "2/8": the second of eight parts of every section; empty selects all. limit: seconds after which no
     further case is begun. done: what is measured, by key; a case that is there already is taken as it is.
-    keep: called after every case that was measured. build: time the build too.
+    keep: called every KEPT seconds, and after the last case of a section. build: time the build too.
     """
 
     quick: bool = False
@@ -61,7 +64,7 @@ class Options:
 
     def run(self, trials: Iterable[Trial]) -> list[Case]:
         """The cases of the trials that are asked for, measured as far as the time limit allows."""
-        cases = []
+        cases, kept = [], time.perf_counter()
         for trial in self.select(trials):
             key = trial.case.key
             if key not in self.done:
@@ -69,9 +72,18 @@ class Options:
                     self.left += 1
                     continue
                 self.done[key] = self._run(trial)
-                self.keep()
+                kept = self._keep(kept)
             cases.append(self.done[key])
+        self.keep()
         return cases
+
+    def _keep(self, last: float) -> float:
+        """Keeps what is measured, if not just done: a grid takes long to write. When it was done last."""
+        now = time.perf_counter()
+        if now - last < KEPT:
+            return last
+        self.keep()
+        return now
 
     def _run(self, trial: Trial) -> Case:
         case, budget = trial.case, self.budget * trial.share
@@ -98,7 +110,7 @@ class Options:
     def _once(self, case: Case, functions: Functions, budget: float) -> float:
         """Times the case; the per cent of the cores that others took meanwhile."""
         company = Company()
-        case.time(functions, budget, min_rounds=5 if self.quick else 7)
+        case.time(functions, budget, min_rounds=5 if self.quick else MIN_ROUNDS)
         return company.percent()["others_percent"] or 0.0
 
     def _say(self, case: Case) -> None:

@@ -46,7 +46,8 @@ STYLE = {
 
 
 def title(figure: Any, text: str) -> None:
-    figure.suptitle(text, x=0.012, ha="left", weight="bold", size=13)
+    """The heading; the panels' layout leaves its room by itself."""
+    figure.suptitle(text, x=0.012, ha="left", weight="bold", size=13).set_in_layout(False)
 
 
 def caption(record: dict[str, Any]) -> str:
@@ -86,7 +87,7 @@ def scaling(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
     )
     width = f"{CENTRE.in_features}→{CENTRE.out_features}"
     title(figure, f"What a mixture of two LoRAs costs, {width}, float32, log scales")
-    figure.tight_layout(rect=(0, 0.03, 1, 0.92), h_pad=1.4, w_pad=1.6)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.905), h_pad=1.4, w_pad=1.6)
     return figure
 
 
@@ -130,7 +131,7 @@ def _scaling_panel(panel: Any, line: list[tuple[int, Case]], axis: str, ceilings
 
 # --------------------------------------------------------------------------------------------------- backends
 
-CAP = 250.0  # per cent: longer bars are cut, their value stands above them
+CAP = 250.0  # per cent: longer bars are cut, their value stands above them, of neighbours at two heights
 
 
 def backends(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
@@ -163,11 +164,15 @@ def _bars(axis: Any, cases: list[Case], dtype: str) -> None:
         xs = [i + (present[i].index(name) - (len(present[i]) - 1) / 2) * width for i, _ in bars]
         heights = [min(max(percent, 0), CAP) for _, percent in bars]
         axis.bar(xs, heights, width * 0.9, color=SERIES[name][0], label=NAMES.get(name, name), zorder=2)
-        for x, height, (_, percent) in zip(xs, heights, bars, strict=True):
-            weight = "bold" if name == OURS else "normal"
-            axis.text(x, height + 4, f"{percent:.0f}", ha="center", va="bottom", size=6.8, weight=weight)
+        for x, height, (i, percent) in zip(xs, heights, bars, strict=True):
+            weight, up = "bold" if name == OURS else "normal", 4
+            if percent > CAP:
+                ends = [x - width * 0.45, x + width * 0.45]
+                axis.plot(ends, [CAP - 14, CAP - 8], color="white", lw=2, zorder=3)
+                up += 17 if name in _raised(cases[i], present[i]) else 0
+            axis.text(x, height + up, f"{round(percent)}", ha="center", va="bottom", size=6.8, weight=weight)
     axis.set_xlim(-0.5, len(cases) - 0.5)
-    axis.set_ylim(0, CAP * 1.1)
+    axis.set_ylim(0, CAP * 1.15)
     kinds = ["training step" if case.section == "training" else "forward" for case in cases]
     labels = [f"{kind}\n{_shape(case)}\n{_widths(case)}" for kind, case in zip(kinds, cases, strict=True)]
     axis.set_xticks(range(len(cases)), labels, size=8.5)
@@ -176,7 +181,16 @@ def _bars(axis: Any, cases: list[Case], dtype: str) -> None:
     axis.spines["left"].set_visible(False)
     axis.grid(axis="y", color=FAINT, lw=0.7)
     axis.set_axisbelow(True)
-    axis.set_title(dtype)
+    axis.set_title(dtype, pad=9)
+
+
+def _raised(case: Case, names: list[str]) -> list[str]:
+    """Of neighbouring bars that are cut, every second: its value stands above those beside it."""
+    raised: list[str] = []
+    for before, name in zip(names, names[1:], strict=False):
+        cut = min(case.ratio(before), case.ratio(name)) > 1 + CAP / 100
+        raised += [name] if cut and before not in raised else []
+    return raised
 
 
 # --------------------------------------------------------------------------------------------------- roofline
@@ -189,6 +203,8 @@ KERNELS = {  # what a label begins with: name, colour
     ("gram", "backward"): ("whole backward", "#D55E00"),
 }
 MARKERS = ("o", "s", "^", "D")
+MOST = 400  # FLOP per byte: the right end
+ASIDE = {"shrink": -1.5, "expand-combine": -0.5, "gram": 0.5, "whole backward": 1.5}  # they share a place
 
 
 def roofline(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
@@ -201,20 +217,19 @@ def roofline(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
     shapes = list(dict.fromkeys(_shape(case) for _, case in chosen))
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         _roofs(axis, record["ceilings"], dtype)
-        for (_, colour), case in (pair for pair in chosen if pair[1].dtype == dtype):
-            seconds, marker = (
-                case.variants[OURS]["seconds"]["median"],
-                MARKERS[shapes.index(_shape(case)) % 4],
-            )
-            x, y = case.facts["flop"] / case.facts["bytes"], 1e-9 * case.facts["flop"] / seconds
+        for kernel, case in (pair for pair in chosen if pair[1].dtype == dtype):
+            seconds = case.variants[OURS]["seconds"]["median"]
+            marker = MARKERS[shapes.index(_shape(case)) % 4]
+            aside = 1.12 ** ASIDE.get(kernel[0], 0)
+            x, y = case.facts["flop"] / case.facts["bytes"] * aside, 1e-9 * case.facts["flop"] / seconds
             axis.scatter(
-                x, y, s=58, color=colour, marker=marker, edgecolors="white", linewidths=0.8, zorder=4
+                x, y, s=58, color=kernel[1], marker=marker, edgecolors="white", linewidths=0.8, zorder=4
             )
         axis.set_title(dtype)
     axes[0][0].set_ylabel("GF/s")
     _roofline_legend(figure, [kernel for kernel, _ in chosen], shapes)
     title(figure, "The kernels under the roofs measured in the same run")
-    figure.tight_layout(rect=(0, 0.03, 1, 0.87), w_pad=2)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.84), w_pad=2)
     return figure
 
 
@@ -237,22 +252,22 @@ def _widths(case: Case) -> str:
 
 def _roofs(axis: Any, ceilings: dict[str, float], dtype: str) -> None:
     peak, copy = ceilings[f"gemm_{dtype}_gflops"], ceilings["copy_gbytes_per_s"]
-    xs = (0.5, peak / copy, 200)
+    xs = (0.5, peak / copy, MOST)
     roof = (0.5 * copy, peak, peak)
     axis.plot(xs, roof, color=INK, lw=1.6, zorder=2)
     axis.fill_between(xs, roof, 1e4, color="#f3f5f7", zorder=1)
-    axis.text(190, peak * 1.06, f"GEMM {peak:.0f} GF/s", ha="right", va="bottom", size=8.5)
+    axis.text(0.95 * MOST, peak * 1.06, f"GEMM {peak:.0f} GF/s", ha="right", va="bottom", size=8.5)
     axis.text(1.7, 1.6 * copy, f" copy {copy:.0f} GB/s", ha="left", va="top", size=8.5)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlim(0.5, 200)
+    axis.set_xlim(0.5, MOST)
     axis.set_ylim(20, 1000)
-    axis.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    axis.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
     axis.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
     axis.minorticks_off()
     axis.tick_params(length=0)
     axis.grid(color=FAINT, lw=0.7, zorder=1.5)
-    axis.set_xlabel("FLOP per byte read or written once")
+    axis.set_xlabel("FLOP per byte read or written once; the kernels of a shape are set a little apart")
 
 
 def _roofline_legend(figure: Any, kernels: list[tuple[str, str]], shapes: list[str]) -> None:
@@ -268,7 +283,12 @@ def _roofline_legend(figure: Any, kernels: list[tuple[str, str]], shapes: list[s
 
 # ------------------------------------------------------------------------------------------------------- grid
 
-DIRECTIONS = ((False, "forward", OURS_COLOUR), (True, "training step", "#E69F00"))
+KINDS = {  # dtype and whether training: name, colour
+    ("float32", False): ("forward, float32", OURS_COLOUR),
+    ("float32", True): ("training step, float32", "#E69F00"),
+    ("bfloat16", False): ("forward, bfloat16", "#56B4E9"),
+    ("bfloat16", True): ("training step, bfloat16", "#D55E00"),
+}
 
 
 def grid(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
@@ -277,12 +297,15 @@ def grid(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
     if len(chosen) < 8:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.4, 4.6), sharey=True)
-    for train, name, colour in DIRECTIONS:
-        part = [case for case in chosen if case.facts["train"] == train]
+    for number, (kind, (name, colour)) in enumerate(KINDS.items()):
+        part = [case for case in chosen if (case.dtype, case.facts["train"]) == kind]
+        if not part:
+            continue
         leads = sorted(case.lead()["median"] for case in part)
         share = [100 * (number + 0.5) / len(leads) for number in range(len(leads))]
-        left.plot(share, leads, color=colour, marker="o", ms=3, lw=1.2, label=f"{name}, {len(part)} points")
-        shift = 1.08 if train else 1 / 1.08
+        label = f"{name}: {len(part)} cases, mean {mean_lead(part):.2f}"
+        left.plot(share, leads, color=colour, marker="o", ms=3, lw=1.2, label=label)
+        shift = 1.1 ** (number - 1.5)
         tokens = [case.facts["shape"]["tokens"] * shift for case in part]
         low, middle, high = ([case.lead()[key] for case in part] for key in ("low", "median", "high"))
         right.vlines(tokens, low, high, color=colour, lw=1, alpha=0.5)
@@ -292,7 +315,7 @@ def grid(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
         axis.axhline(1, color=INK, lw=1.2, zorder=1)
         axis.axhline(mean, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
         axis.set_yscale("log")
-        ticks = (0.8, 0.9, 1, 1.2, 1.5, 2, 3, 5, 8)
+        ticks = (0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2, 3, 5, 8)
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.tick_params(length=0)
@@ -300,9 +323,9 @@ def grid(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
         axis.set_axisbelow(True)
     lows = [case.lead()["low"] for case in chosen]
     left.set_ylim(min(0.85, *lows), 1.1 * max(case.lead()["high"] for case in chosen))
-    left.set_xlabel("% of the points")
+    left.set_xlabel("% of the cases")
     left.set_ylabel("best alternative ÷ ours")
-    left.set_title("every point, sorted")
+    left.set_title("every case, sorted")
     left.set_xlim(0, 100)
     left.text(99, mean * 0.98, f"geometric mean {mean:.2f}", ha="right", va="top", size=8.5)
     left.text(99, 0.985, "as fast as ours", ha="right", va="top", size=8.5)
@@ -310,7 +333,7 @@ def grid(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
     right.set_xticks([1, 8, 64, 512, 8192], ["1", "8", "64", "512", "8192"])
     right.set_xlabel("tokens T")
     right.set_title("against T, with the 95 % intervals")
-    figure.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.004, 0.935), ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.004, 0.945), ncols=2)
     title(figure, "The best in plain PyTorch beside ours, over the grid")
-    figure.tight_layout(rect=(0, 0.035, 1, 0.9), w_pad=2)
+    figure.tight_layout(rect=(0, 0.035, 1, 0.85), w_pad=2)
     return figure

@@ -66,7 +66,7 @@ def overview(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
         ncols=4, handletextpad=0.1, columnspacing=1.6,
     )  # fmt: skip
     pictures.title(figure, "Extra time of a mixture of two LoRAs over the plain layer, log scale")
-    figure.tight_layout(rect=(0, 0.03, 1, 0.9))
+    figure.tight_layout(rect=(0, 0.03, 1, 0.87))
     return figure
 
 
@@ -94,9 +94,8 @@ def _panel(axis: Any, cases: list[Case], rows: list[str], dtype: str, right: flo
             span = [_percent(ours), _percent(best[1])]
             axis.plot(span, [row, row], color=FAINT, lw=2, zorder=1)
             axis.scatter(span[1], row, s=62, color=OTHER, zorder=3, label=LEGEND[2] if first else None)
-            axis.annotate(
-                best[0], (span[1], row), xytext=(0, 7), textcoords="offset points", size=7, ha="center"
-            )
+            name, place = case.called(best[0]), (span[1], row)
+            axis.annotate(name, place, xytext=(0, 7), textcoords="offset points", size=7, ha="center")
         axis.scatter(
             _percent(case.facts["floor"]), row, s=230, marker="|", color=INK, linewidths=1.7, zorder=2,
             label=LEGEND[3] if first else None,

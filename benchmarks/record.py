@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.noise import between_runs, stated
-from benchmarks.timer import measure
+from benchmarks.timer import MIN_ROUNDS, measure
 
 SCHEMA = 1
 OURS = "moa_ops"  # the name of our variant in every case
@@ -45,7 +45,9 @@ class Case:
     def timed(self) -> dict[str, dict[str, Any]]:
         return {name: values for name, values in self.variants.items() if "ratio" in values}
 
-    def time(self, functions: dict[str, Callable[[], object]], budget: float, min_rounds: int = 7) -> None:
+    def time(
+        self, functions: dict[str, Callable[[], object]], budget: float, min_rounds: int = MIN_ROUNDS
+    ) -> None:
         """Measures ``functions`` and files the result."""
         beside = OURS if OURS in functions else None
         settings = {"budget": budget, "min_rounds": min_rounds, "cold": self.cache == "cold"}
@@ -63,6 +65,11 @@ class Case:
         others = [n for n in self.timed() if n not in (*NOT_OPPONENTS, *self.yardsticks)]
         best = min(others, key=lambda name: self.ratio(name), default=None)
         return None if best is None else (best, self.ratio(best))
+
+    def called(self, variant: str) -> str:
+        """The variant's name; of what was compiled, whose compiled form it is."""
+        of = self.variants[variant].get("of")
+        return f"{of}, compiled" if of else variant
 
     def lead(self) -> dict[str, float] | None:
         """Best alternative ÷ ours, median and 95 % interval of the pairs: below 1 where we lose."""

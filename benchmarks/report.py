@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.alternatives import PlainLora
+from benchmarks import grid
+from benchmarks.alternatives import COMPILED, PlainLora
 from benchmarks.machine import DISTURBED
 from benchmarks.noise import Change
+from benchmarks.options import Options
 from benchmarks.record import BASE, GEMMS, OURS, PEFT, PLAIN, Case
-from benchmarks.verdict import BAR, mean_lead
+from benchmarks.verdict import BAR, mean_lead, parts
 
 LAYER_NOTE = (
     "Times relative to nn.Linear: medians of paired ratios, for ours with the quartiles. floor: 1 + extra "
@@ -100,7 +102,7 @@ def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
                     f"**{case.ratio(OURS):.2f}**",
                     f"{case.facts['floor']:.2f}",
                     f"{plain:.2f}" if plain else "–",
-                    f"{best[1]:.2f} ({_called(case, best[0])})" if best else "–",
+                    f"{best[1]:.2f} ({case.called(best[0])})" if best else "–",
                 ]
             )
     columns = ["r=16, top-2", "dtype", "MoALinear", "floor", PlainLora.name, "best in plain PyTorch"]
@@ -117,25 +119,24 @@ def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
 
 
 def readme_grid(record: dict[str, Any], cases: list[Case], source: str) -> str:
-    """A paragraph on the grid, if there is one."""
+    """A paragraph on the grid, if there is one; of a part of it, it says which part."""
     chosen = [case for case in cases if case.section == "grid" and case.lead()]
-    dtypes = " and ".join(dict.fromkeys(case.dtype for case in chosen))
     if not chosen:
         return ""
+    count, whole = len(chosen), sum(1 for _ in grid.trials(Options()))
+    where = f"a grid of {whole} cases" if count == whole else f"{count} of the {whole} cases of a grid"
+    dtypes = " and ".join(dict.fromkeys(case.dtype for case in chosen))
     leads = sorted(case.lead()["median"] for case in chosen)
     under = sum(lead < BAR for lead in leads)
+    compiled = sum(case.ratio(COMPILED) is not None for case in chosen)
+    beside = f", compiled too at {compiled} of them," if compiled else ""
     return (
-        f"On a grid of {len(chosen)} cases (T 1–8192, E 2–256, r 4–128, k 1–4, widths 256–4096, forward and "
-        f"training step, {dtypes}) the fastest form in plain PyTorch takes "
-        f"{mean_lead(chosen):.2f} times as long as ours in the geometric mean, {leads[0]:.2f} at the least; "
+        f"On {where} (T 1–8192, E 2–256, r 4–128, k 1–4, widths 256–4096, forward and training step, "
+        f"{dtypes}) the fastest form in plain PyTorch{beside} takes {mean_lead(chosen):.2f} times as long as "
+        f"ours in the geometric mean ({parts(chosen)}), {leads[0]:.2f} at the least; "
         f"{under or 'none'} of the cases {'is' if under == 1 else 'are'} under {BAR}. "
         f"Commit {record['commit']}, {record['date']}; every case is in `{source}`."
     )
-
-
-def _called(case: Case, name: str) -> str:
-    of = case.variants[name].get("of")
-    return f"{of}, compiled" if of else name
 
 
 def comparison(pairs: list[Change], least: float = 0.01) -> str:
@@ -164,22 +165,25 @@ def _beside_base(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
         others = [name for name in _names(cases) if name not in (BASE, OURS)]
         rows = []
         for case in cases:
-            aim, lead = case.facts.get("aim"), case.lead()
+            aim, lead, floor = case.facts.get("aim"), case.lead(), case.floor(record.get("ceilings", {}))
             base, ours = case.variants[BASE]["seconds"]["median"], case.variants[OURS]["ratio"]
             rows.append(
                 [
                     case.label,
                     case.dtype + (", cold" if case.cache == "cold" else ""),
                     f"{base * 1e3:.3f}",
+                    f"{case.variants[OURS]['seconds']['median'] * 1e3:.3f}",
                     f"{ours['median']:.3f}",
                     f"{ours['q1']:.3f}–{ours['q3']:.3f}{_mark(case)}",
                     f"{aim:.3f}" if aim else "",
-                    f"{case.floor(record.get('ceilings', {})):.3f}",
+                    f"{floor:.3f}",
+                    f"{ours['median'] / floor:.2f}",
                     *(_cell(case, name) for name in others),
                     f"{lead['median']:.2f}" if lead else "",
                 ]
             )
-        columns = ["", "dtype", "nn.Linear ms", OURS, "quartiles", "aim", "floor", *others, "best ÷ ours"]
+        ours = ["ours ms", "÷ nn.Linear", "quartiles", "aim", "floor", "÷ floor"]
+        columns = ["", "dtype", "nn.Linear ms", *ours, *others, "best ÷ ours"]
         return Table(title, columns, rows, LAYER_NOTE)
 
     return build
@@ -203,7 +207,7 @@ def _points(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
                     f"{floor:.3f}",
                     f"{case.ratio(OURS) / floor:.2f}",
                     *(_cell(case, name) for name in others),
-                    best[0] if best else "",
+                    case.called(best[0]) if best else "",
                     f"{lead['median']:.2f} ({lead['low']:.2f}–{lead['high']:.2f})" if lead else "",
                 ]
             )

@@ -23,8 +23,12 @@ import torch
 
 MIN_SAMPLE = 1e-3  # seconds: faster functions are called several times per sample
 WARM_UP = 2e-3  # seconds of untimed calls before a warm sample, one call at least
-LONG = 0.1  # seconds of a call beyond which it fills the caches itself: no warm-up, and one to calibrate
-OUTSIDER, OUTSIDER_ROUNDS = 2.0, 5  # who takes more than twice as long as ``beside``: sampled so often
+LONG = 0.05  # seconds of a call beyond which it fills the caches itself: no warm-up, and one to calibrate
+OUTSIDER, OUTSIDER_ROUNDS = (
+    1.5,
+    5,
+)  # who takes more than so many times as long as ``beside``: sampled so often
+MIN_ROUNDS = 6  # the fewest of which the least and the greatest enclose the median in 95 of 100 runs
 FLUSH_BYTES = 128 << 20  # beyond the share of the last cache that a core or two get
 
 
@@ -77,7 +81,7 @@ def measure(
     budget: float,
     beside: str | None = None,
     cold: bool = False,
-    min_rounds: int = 7,
+    min_rounds: int = MIN_ROUNDS,
     max_rounds: int = 300,
 ) -> dict[str, Timing]:
     """Times ``functions`` against the one named ``baseline``, for about ``budget`` seconds in all.
@@ -98,7 +102,7 @@ def measure(
     budget -= OUTSIDER_ROUNDS * sum(cost[name] for name in slow)
     rounds = round(budget / sum(cost[name] for name in functions if name not in slow))
     rounds = min(max_rounds, max(min_rounds, rounds))
-    every = {name: max(1, rounds // OUTSIDER_ROUNDS) if name in slow else 1 for name in functions}
+    every = {name: math.ceil(rounds / OUTSIDER_ROUNDS) if name in slow else 1 for name in functions}
 
     deadline += time.perf_counter()
     samples: dict[str, dict[int, float]] = {name: {} for name in functions}

@@ -13,6 +13,11 @@ import torch
 
 import moa_ops  # noqa: F401  (loads the operators)
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # The cores are shared out, also to what a test starts: threads beyond them spin at each other's barriers.
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
 DEVICE = os.environ.get("MOA_TEST_DEVICE", "cpu")
 BEST_ISA = torch.ops.moa_ops.cpu_isa()
 ISAS = torch.ops.moa_ops.cpu_isas().split(",") if DEVICE == "cpu" else [BEST_ISA]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import alternatives, beside, gram, grid, kernels, peft_layer, plot, routing, scaling
+from benchmarks import alternatives, beside, gram, grid, kernels, peft_layer, pictures, plot, routing, scaling
 from benchmarks.__main__ import DEFAULT, SECTIONS
+from benchmarks.alternatives import COMPILED
 from benchmarks.inputs import DTYPES, POPULARITIES, Problem, Shape, relative_error
 from benchmarks.options import Options, Trial
 from benchmarks.record import BASE, GEMMS, OURS, PEFT, Case
@@ -45,6 +46,14 @@ def test_the_grid_covers_every_range_and_keeps_its_limits():
         assert point.base_flop <= grid.FLOP or point == grid.LARGEST
     assert {t.case.facts["train"] for t in grid.trials(Options())} == {False, True}
     assert {t.case.dtype for t in grid.trials(Options())} == set(DTYPES)
+
+
+def test_the_best_form_is_compiled_at_a_few_points_of_the_grid():
+    compiled = [t for t in grid.trials(Options()) if COMPILED in t.names]
+    shapes = {Shape(**trial.case.facts["shape"]) for trial in compiled}
+    assert shapes == set(grid.compiled()) <= set(grid.points()) and len(shapes) == 10
+    assert {grid.CENTRE, grid.DECODE} < shapes and len(compiled) == 2 * len(shapes)
+    assert {trial.case.dtype for trial in compiled} == {"float32"}
 
 
 def test_the_sample_covers_every_axis_evenly():
@@ -107,14 +116,15 @@ def test_what_is_hopeless_is_not_timed(monkeypatch):
     assert trial.case.variants["loop"]["absent"].endswith("× the best one's")
 
 
-def test_expected_gradients_are_those_of_autograd():
-    problem = Problem(SMALL, torch.float32)
+@pytest.mark.parametrize("tokens", [24, 1])  # with one, most experts have none
+def test_expected_gradients_are_those_of_autograd(tokens: int):
+    problem = Problem(replace(SMALL, tokens=tokens), torch.float32)
     x, a, b, router = (
         t.double().requires_grad_()
         for t in (problem.x, problem.lora_A, problem.lora_B, problem.router_weight)
     )
     top, indices = (x @ router.t()).topk(2)
-    gates = torch.zeros(24, 6, dtype=torch.float64).scatter(1, indices, top.softmax(-1))
+    gates = torch.zeros(tokens, 6, dtype=torch.float64).scatter(1, indices, top.softmax(-1))
     h = torch.einsum("ti,eri->ter", x, a)
     y = torch.einsum("te,ter,eor->to", gates * problem.scaling, h, b) + x @ problem.weight.double().t()
     assert relative_error(problem.expected(), y) < 1e-13
@@ -214,6 +224,14 @@ def test_every_picture_is_drawn(tmp_path: Path):
     ]
     for path in drawn.values():
         assert path.stat().st_size > 10_000 and path.with_suffix(".svg").stat().st_size > 10_000
+
+
+def test_values_above_neighbouring_cut_bars_stand_at_two_heights():
+    case = Case("layer", "a", "float32", BASE)
+    ratios = {"a": 1.1, "b": 4.0, "c": 5.0, "d": 6.0, "e": 1.2, "f": 9.0}
+    case.variants = {name: {"ratio": {"median": ratio}} for name, ratio in ratios.items()}
+    assert pictures._raised(case, list(ratios)) == ["c"]
+    assert pictures._raised(case, ["b", "c"]) == ["c"] and pictures._raised(case, ["e", "f"]) == []
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path):

@@ -73,6 +73,24 @@ def test_measure_samples_what_is_far_slower_in_few_rounds(monkeypatch):
     assert calls["slow"] == 2 * timer.OUTSIDER_ROUNDS  # a warm-up before each
 
 
+def test_few_rounds_spare_what_is_far_slower_too(monkeypatch):
+    monkeypatch.setattr(timer, "_calibrate", lambda function: 2.0 if function is slow else 1.0)
+
+    def slow():
+        pass
+
+    functions = {"base": lambda: None, "ours": lambda: None, "slow": slow}
+    timings = measure(functions, "base", beside="ours", budget=1.0)
+    assert timings["ours"].rounds == timer.MIN_ROUNDS and timings["slow"].rounds == timer.MIN_ROUNDS // 2
+    assert timings["ours"].ratio.low <= timings["ours"].ratio.q1
+
+
+def test_the_extremes_of_the_fewest_rounds_are_a_95_per_cent_interval():
+    assert 1 - 2 * 0.5**timer.MIN_ROUNDS > 0.95 > 1 - 2 * 0.5 ** (timer.MIN_ROUNDS - 1)
+    spread = Spread.of([float(n) for n in range(timer.MIN_ROUNDS)])
+    assert (spread.low, spread.high) == (0, timer.MIN_ROUNDS - 1)
+
+
 def test_measure_ends_though_all_is_slower_than_foreseen(monkeypatch):
     monkeypatch.setattr(timer, "_calibrate", lambda function: 1e-6)
     timings = measure({"a": lambda: time.sleep(2e-6)}, "a", budget=0.02, min_rounds=3, max_rounds=300)
@@ -205,6 +223,18 @@ def test_a_run_stops_at_its_limit_and_goes_on(tmp_path):
         record.resume(path, {**now, "commit": "another"})
 
 
+def test_a_long_run_is_kept_now_and_then(monkeypatch):
+    kept: list[int] = []
+    run = options.Options(budget=0.001)
+    run.keep = lambda: kept.append(len(run.done))
+    run.run(trials_of(["a", "b", "c"], []))
+    assert kept == [3]
+    monkeypatch.setattr(options, "KEPT", 0)
+    run.done.clear()
+    run.run(trials_of(["a", "b"], []))
+    assert kept == [3, 1, 2, 2]
+
+
 def test_what_seems_lost_is_measured_again(monkeypatch):
     """For longer, and beside what came near alone."""
     asked: list[tuple[set[str], float]] = []
@@ -247,10 +277,43 @@ def test_figures_are_written_between_the_markers(tmp_path):
     assert text.startswith(f"before\n{begin}\n\n| r=16") and text.endswith(f"\n\n{end}\nafter\n")
     assert "**1.08**" in text and "![extra time over the plain layer](a.png)" in text and "old" not in text
     assert "(b-scaling.png)" in text and "a-scaling.png" not in text
-    assert "takes 1.50 times as long as ours" in text and "none of the cases are under 0.97" in text
+    assert "On 1 of the 388 cases of a grid (" in text
+    assert "takes 1.50 times as long as ours in the geometric mean (float32: forward 1.50), 1.50 at" in text
+    assert "none of the cases are under 0.97" in text
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the lines"):
         command.main(words)
+
+
+def test_a_whole_grid_is_called_one_and_its_parts_are_given_apart():
+    cases = []
+    for trial in command.SECTIONS["grid"](options.Options()):
+        case, train = trial.case, trial.case.facts["train"]
+        case.variants = layer_case(1.25, 2.5 if train else 2.0).variants
+        if case.dtype == "bfloat16":
+            case.variants = layer_case(1.25, 1.25).variants
+        cases.append(case)
+    text = report.readme_grid(DOCUMENT, cases, "a.json")
+    assert text.startswith("On a grid of 388 cases (T 1–8192,") and "float32 and bfloat16)" in text
+    assert "(float32: forward 1.60, step 2.00; bfloat16: forward 1.00, step 1.00), 1.00 at the least" in text
+    assert verdict.parts(cases) in verdict.verdict(cases, {**DOCUMENT, "ceilings": {"copy_gbytes_per_s": 40}})
+    cases[0].variants["best, compiled"] = {**cases[0].variants["loop"], "of": "loop"}
+    assert "On 387 of the 388 cases" in (text := report.readme_grid(DOCUMENT, cases[:-1], "a.json"))
+    assert "plain PyTorch, compiled too at 1 of them, takes" in text
+    assert report.readme_grid(DOCUMENT, [layer_case(1.2, 1.5)], "a.json") == ""
+
+
+def test_the_farthest_from_the_floor_say_what_the_floor_explains():
+    case = layer_case(1.3, 1.5)
+    case.facts["moved"] = 4e9
+    for of in case.variants.values():
+        of.setdefault("seconds", {"median": 1.0})
+    text = verdict.verdict([case], {"ceilings": {"copy_gbytes_per_s": 40.0}})
+    assert "; of 300.000 ms extra, 10% are arithmetic, 33% bytes" in text
+
+
+def test_a_verdict_as_markdown_parts_its_lists():
+    assert command._list("a\nb:\n- c\n- d\ne:\n- f\ng: none") == "a\n\nb:\n\n- c\n- d\n\ne:\n\n- f\n\ng: none"
 
 
 def test_the_readme_has_the_markers():

@@ -6,3 +6,12 @@
 #else
 #include <cuda_runtime_api.h>
 #endif
+#include <cstddef>
+
+namespace moa {
+
+// A block may have 48 KB of shared memory, static and dynamic together, and more only if the launch asks for it. One with
+// more dynamic memory than this asks; so a kernel that has some may have 8 KB of static arrays beside it.
+constexpr std::size_t kSharedUnasked = 40 * 1024;
+
+}  // namespace moa

@@ -106,7 +106,7 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 64, 128])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 64, 128, 256])
 def test_ranks(emulator: ModuleType, rng, dtype: np.dtype, rank: int) -> None:
     check(emulator, rng, route(rng, 40, 2, 3, 0.1), rank, 72, dtype, experts=3)
 
@@ -124,6 +124,17 @@ def test_widths(emulator: ModuleType, rng, dtype: np.dtype, width: int) -> None:
 def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts: int, tokens: int) -> None:
     for k in sorted({1, min(2, experts), min(experts, 7)}):
         check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 72, dtype, experts=experts)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_4096_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
+    check(emulator, rng, route(rng, 40, 3, 4096, 0.1), 3, 9, dtype, experts=4096)
+    check(emulator, rng, route(rng, 2100, 1, 4096), 3, 9, dtype, experts=4096)  # by pairs
+
+
+def test_no_columns(emulator: ModuleType, rng) -> None:
+    for dtype in (F32, BF16):
+        check(emulator, rng, route(rng, 9, 2, 3), 8, 0, dtype, experts=3)
 
 
 def test_every_expert_selected(emulator: ModuleType, rng) -> None:

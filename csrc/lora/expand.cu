@@ -26,7 +26,7 @@ using plan_cuda::kExpandThreads;
 
 // Multiply-adds: a thread owns a column and every second position of a group.
 template <class T>
-__global__ void __launch_bounds__(kExpandThreads) expand_simt(const ExpandParams p) {
+__global__ void __launch_bounds__(kExpandThreads, 1) expand_simt(const ExpandParams p) {
   using A = Acc<T>;
   constexpr int kRows = plan_cuda::kExpandSimtRows, kRanks = plan_cuda::kExpandSimtRanks;
   MOA_SHARED(A, tile, kRows * kExpandColumns);

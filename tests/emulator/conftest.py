@@ -40,6 +40,7 @@ def emulator(request: pytest.FixtureRequest) -> ModuleType:
         pytest.skip(reason)
     module = build.load(variant)
     module.seed(int(seed))
+    module.poison(0xFF)
     module.take_conflicts()
     module.take_launches()
     # A routing that is none may give any sums, so long as they stay inside; huge arrays cannot be kept twice.

@@ -11,7 +11,8 @@ struct Settings {
   unsigned long long seed = 0;      // 0: threads and blocks in index order; others: a random interleaving
   size_t shared_limit = 99 * 1024;  // static and dynamic; the least of the architectures we ship (sm_86, 89, 120)
   int multiprocessors = 132;
-  bool dry = false;  // launches are checked and noted, and nothing runs
+  unsigned char poison = 0xff;  // of work memory
+  bool dry = false;             // launches are checked and noted, and nothing runs
 };
 extern Settings settings;
 

@@ -216,7 +216,7 @@ void* device_alloc(size_t bytes, size_t offset) {
   if (posix_memalign(&p, 256, before + bytes + behind) != 0) throw std::bad_alloc();
   auto* begin = static_cast<unsigned char*>(p);
   memset(begin, kCanary, before);
-  memset(begin + before, kPoison, bytes);
+  memset(begin + before, settings.poison, bytes);
   memset(begin + before + bytes, kCanary, behind);
   ASAN_POISON_MEMORY_REGION(begin, before);
   buffers.push_back({begin, begin + before, bytes, before, false});

@@ -7,7 +7,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from emulator.arrays import BF16, F16, F32, F64, assert_close, error, exact, normal, rounded
+from emulator.arrays import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    assert_close,
+    assert_no_conflicts,
+    error,
+    exact,
+    normal,
+    rounded,
+)
 from emulator.test_routing import FLAGS, SOFTMAX, expected_topk
 from emulator.test_shrink import DTYPES, TYPE
 
@@ -145,3 +156,10 @@ def test_what_does_not_fit_is_refused(emulator: ModuleType, rng) -> None:
         pytest.skip("the operator takes another path")
     with pytest.raises(RuntimeError, match="invalid argument"):
         check(emulator, rng, 65, 1, 2, 4, 16, 16, F32)
+
+
+def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
+    for dtype in (BF16, F16, F32):
+        check(emulator, rng, 9, 2, 8, 16, 256, 136, dtype)
+        check(emulator, rng, 40, 2, 32, 16, 64, 24, dtype)  # up to a warp of logits: the chosen ones lie anywhere
+    assert_no_conflicts(emulator)

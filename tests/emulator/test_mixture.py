@@ -7,7 +7,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from emulator.arrays import BF16, F16, F32, F64, assert_close, exact, normal, rounded, unwritten
+from emulator.arrays import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    assert_close,
+    assert_no_conflicts,
+    exact,
+    normal,
+    rounded,
+    unwritten,
+)
 from emulator.test_expand import expected as expanded
 from emulator.test_shrink import DTYPES, TYPE, accumulator, route, sort
 from emulator.test_shrink import expected as shrunk
@@ -92,3 +103,9 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
 def test_many_slots_of_few_tokens(emulator: ModuleType, rng) -> None:
     check(emulator, rng, route(rng, 60, 40, 64), 64, 8, (600, 40), BF16)  # places by a launch of their own
     check(emulator, rng, route(rng, 2100, 2, 20), 20, 16, (40, 24), BF16)  # tokens by pairs
+
+
+def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
+    check(emulator, rng, np.zeros((64, 1), np.int64), 1, 16, (600, 128), F32)
+    check(emulator, rng, route(rng, 2049, 1, 1), 1, 16, (64, 128), BF16)
+    assert_no_conflicts(emulator)

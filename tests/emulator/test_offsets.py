@@ -93,7 +93,7 @@ def test_logits_far_apart(emulator: ModuleType, rng, dtype: np.dtype) -> None:
 @DTYPES
 def test_adapters_far_apart(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     """4096 experts, of which the last is chosen: its rows start behind 2^31."""
-    experts, rank, width, used = 4096, 256, 2056, 3
+    experts, rank, width, used = 4096, 128, 4112, 3
     ids, ranks = np.full((2, 1), experts - 1), np.full(experts, used, np.int32)
     offsets, order = sort(ids, experts)
     rows = normal(rng, 1, used, width, dtype=dtype)

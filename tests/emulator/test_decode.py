@@ -161,5 +161,7 @@ def test_what_does_not_fit_is_refused(emulator: ModuleType, rng) -> None:
 def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
     for dtype in (BF16, F16, F32):
         check(emulator, rng, 9, 2, 8, 16, 256, 136, dtype)
-        check(emulator, rng, 40, 2, 32, 16, 64, 24, dtype)  # up to a warp of logits: the chosen ones lie anywhere
+        check(
+            emulator, rng, 40, 2, 32, 16, 64, 24, dtype
+        )  # up to a warp of logits: the chosen ones lie anywhere
     assert_no_conflicts(emulator)

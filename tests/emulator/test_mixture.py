@@ -57,7 +57,10 @@ def check(
         return y
 
     factors = exact(weights) * (ids >= 0) * 0.5
-    limit = {F32: 1e-6, F64: 1e-13, BF16: 5e-3, F16: 1e-3}[dtype]
+    # Two kernels after each other, each within 1e-6 in float32: so are these together, not so the CPU's.
+    limit = {F32: 1e-6 if isinstance(emulator, ModuleType) else 2e-6, F64: 1e-13, BF16: 5e-3, F16: 1e-3}[
+        dtype
+    ]
     what = f"T={tokens} k={k} E={experts} r={rank} {width}->{out} {dtype} {adapter}"
     panels = B.transpose(0, 2, 1)
     assert_close(run(None, None, None), expanded(h, panels, ids, factors, ranks), what, limit)
@@ -70,9 +73,9 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 9, 64, 65])
 def test_tokens(emulator: ModuleType, rng, dtype: np.dtype, tokens: int) -> None:
-    check(emulator, rng, route(rng, tokens, 2, 8, 0.2), 8, 16, (1100, 72), dtype)
+    check(emulator, rng, route(rng, tokens, 2, 8, 0.2), 8, 16, (600, 72), dtype)
     if isinstance(emulator, ModuleType) and tokens > 0:
-        assert emulator.shrink_plan(2 * tokens, 8, 16, 1100, TYPE[dtype], False)[3] > 1  # planes
+        assert emulator.shrink_plan(2 * tokens, 8, 16, 600, TYPE[dtype], False)[3] > 1  # planes
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

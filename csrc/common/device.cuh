@@ -45,7 +45,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_b
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (dynamic_bytes > kSharedUnasked) {
     const cudaError_t asked = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_bytes));
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedMost));
     if (asked != cudaSuccess) return asked;
   }
   kernel<<<grid, block, dynamic_bytes, stream>>>(args...);

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cuda_api.h"
 #include "lora/lora.h"
 
 namespace moa {
@@ -36,7 +37,7 @@ constexpr size_t tile_shared(int frags, int used_units) {
   return static_cast<size_t>(stages(frags)) * ((kTileRows * 2 * kTileDepth) + used_units * 1024 + 8 * 8 * 4);
 }
 static_assert(tile_shared(kNarrow, kNarrow) <= 48 * 1024, "rank 16 needs no more than every kernel has");
-static_assert(tile_shared(kWide, 24) <= 99 * 1024, "sm_86, sm_89 and sm_120 have 99 KB");
+static_assert(tile_shared(kWide, 24) <= kSharedMost, "sm_86, sm_89 and sm_120 have 99 KB");
 
 // Splits of the depth, so that about two blocks per multiprocessor are there: with fewer, the memory idles. A split has
 // at least 256 elements (its stages), and planes are summed by whoever reads them: 16 at most.
@@ -167,7 +168,6 @@ constexpr int kExpandStages = 4;
 constexpr int kExpandHead = kExpandThreads / 32 * kExpandStages * 1024 + kExpandRows * 4 + 16, kExpandStep = 16;
 // Fragments of coefficients that are kept: 256 are 64 KB, all that k = 2, r = 16 can need, and E r = 256.
 constexpr int kExpandFragments = 256;
-constexpr size_t kMostShared = 99 * 1024;  // of sm_86, sm_89 and sm_120
 constexpr int kPlaceThreads = 256;
 // Up to so many slots each block looks through all of them, 16 a thread, 8 KB from L2 and about 1 us, instead of a
 // launch in front, which is about twice that.
@@ -215,10 +215,10 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   const int64_t places = p.inside ? 8 * least(tokens, kExpandRows) * top_k : 0;
   const int64_t rest = kExpandHead + ceil_div(experts, 2) * 8 + places;
   const int64_t wanted = depth * least(tile * experts, kExpandRows * top_k);
-  const int64_t room = (static_cast<int64_t>(kMostShared) - rest) / each;
+  const int64_t room = (static_cast<int64_t>(kSharedMost) - rest) / each;
   p.fragments = most(tile * depth, least(least(wanted, kExpandFragments), room));
   p.shared = static_cast<size_t>(rest + p.fragments * each);
-  p.fits = p.shared <= kMostShared && experts <= 32767;
+  p.fits = p.shared <= kSharedMost && experts <= 32767;
   return p;
 }
 

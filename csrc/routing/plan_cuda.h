@@ -13,21 +13,17 @@ namespace plan_cuda {
 constexpr int kSortThreads = 1024;
 // Of the selection's gradient, a warp a token: 4 blocks a multiprocessor leave 64 registers a thread.
 constexpr int kBackwardThreads = 256;
-// Shared memory that a block may ask for on every architecture we ship (sm_86, sm_89 and sm_120 have the least), beside
-// the scan's sum of each warp.
-constexpr int64_t kSharedBytes = 99 * 1024 - kSortThreads / 32 * 4;
 
 // A bin per expert and one for -1. The sort keeps a row of bins per warp that walks, and two more.
 inline size_t sort_shared(int64_t experts, int warps) {
   return static_cast<size_t>(warps + 2) * (experts + 1) * sizeof(int32_t);
 }
-static_assert(3 * (kMaxExpertsCuda + 1) * sizeof(int32_t) <= kSharedBytes, "one walking warp must fit");
+static_assert(3 * (kMaxExpertsCuda + 1) * sizeof(int32_t) <= kSharedMost, "one walking warp must fit");
 
 // Warps that walk a block's slots: as many as have slots, and as their rows of bins leave room for.
 inline int sort_warps(int64_t slots, int64_t experts, int threads) {
   int warps = threads / 32;
-  while (warps > 1 && ((warps / 2) * 32 >= slots || sort_shared(experts, warps) > static_cast<size_t>(kSharedBytes)))
-    warps /= 2;
+  while (warps > 1 && ((warps / 2) * 32 >= slots || sort_shared(experts, warps) > kSharedMost)) warps /= 2;
   return warps;
 }
 

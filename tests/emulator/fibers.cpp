@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 
+#include "common/cuda_api.h"
 #include "emulator/collectives.h"
 #include "emulator/internal.h"
 
@@ -358,7 +359,7 @@ cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 s
   if (count == 0 || count > kMaxThreads || size.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (dynamic_bytes > settings.shared_limit) return cudaErrorInvalidValue;
+  if (dynamic_bytes > moa::kSharedMost) return cudaErrorInvalidValue;
   launches().push_back({kernel, function});
   if (settings.dry) return cudaSuccess;
   static std::unique_ptr<Thread[]> pool(new Thread[kMaxThreads]());

@@ -78,13 +78,12 @@ void* shared_array(const void* site, const char* name, size_t bytes) {
   }
   static_bytes = round_up(static_bytes, 16) + bytes;
   if (static_bytes > kStaticLimit) fail(MOA_SITE, "%zu bytes of static shared memory; 48 KB are allowed", static_bytes);
-  if (block.dynamic_bytes <= moa::kSharedUnasked && static_bytes + block.dynamic_bytes > kStaticLimit) {
-    fail(MOA_SITE, "%zu bytes of shared memory, %zu of them dynamic: more than 48 KB, and the launch does not ask",
-         static_bytes + block.dynamic_bytes, block.dynamic_bytes);
-  }
-  if (static_bytes + block.dynamic_bytes > settings.shared_limit) {
-    fail(MOA_SITE, "%zu bytes of shared memory, %zu of them dynamic; the limit is %zu",
-         static_bytes + block.dynamic_bytes, block.dynamic_bytes, settings.shared_limit);
+  const bool asks = block.dynamic_bytes > moa::kSharedUnasked;
+  const size_t limit = asks ? settings.shared_limit - moa::kSharedMost : kStaticLimit - block.dynamic_bytes;
+  if (static_bytes > limit) {
+    fail(MOA_SITE,
+         "%zu bytes of static shared memory beside %zu dynamic ones, for which the launch %s; %zu are allowed",
+         static_bytes, block.dynamic_bytes, asks ? "asks" : "does not ask", limit);
   }
   const size_t begin = static_end;
   static_end = round_up(begin + bytes, 128) + 2 * kGap;

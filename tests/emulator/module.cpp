@@ -68,9 +68,6 @@ PYBIND11_MODULE(MOA_MODULE, m) {
       "seed", [](unsigned long long n) { emu::settings.seed = n; },
       "0: threads and blocks in index order; anything else: a random interleaving of its own.");
   m.def(
-      "limit_shared", [](size_t bytes) { emu::settings.shared_limit = bytes; },
-      "Shared memory a block may use, static and dynamic.");
-  m.def(
       "poison", [](unsigned char byte) { emu::settings.poison = byte; },
       "What work memory is full of before a kernel writes it: 255, so that numbers are NaN and ids -1.");
   m.def("dry", [](bool on) { emu::settings.dry = on; }, "Launches are checked and noted, and nothing runs.");

@@ -101,11 +101,7 @@ backward("backward-wrong-slot", "(dw[i] - n.c) / n.sum", "(dw[0] - n.c) / n.sum"
 
 ROOM = "test_routing.py -k 'test_sort and (20011-360 or 20011-744)'"
 plant("csrc/routing/plan_cuda.h", ROOM, unit="csrc/routing/sort.cu")(
-    "sort-no-room-for-the-scan",
-    "99 * 1024 - kSortThreads / 32 * 4",
-    "99 * 1024",
-    "plain:0",
-    "the limit is 101376",
+    "sort-no-room-for-the-scan", "warps) > kSharedMost", "warps) > 99 * 1024", "plain:0", "invalid argument"
 )
 plant("csrc/common/cuda_api.h", ROOM, unit="tests/emulator/memory.cpp")(
     "sort-not-asked", "40 * 1024", "48 * 1024", "plain:0", "the launch does not ask"

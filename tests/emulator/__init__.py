@@ -38,7 +38,8 @@ operation computes it for all (``collectives.h``, ``fragments.h``); lanes that m
 masks or operations, and waits that nobody can end, are errors that name the lines. Shared memory is fresh
 for every block and full of 0xFF: NaN, or -1. A ``cp.async`` poisons its destination and delivers at its
 wait, never earlier. A launch is refused where a device would refuse it: grids, threads, shared memory beyond
-48 KB that was not asked for, or beyond the 99 KB of the smallest card. Global memory is a copy of exactly the array's size. The build ``tsan`` uses the
+48 KB that was not asked for, or beyond the 99 KB of the smallest card. Global memory is a copy of exactly the
+array's size. The build ``tsan`` uses the
 compiler's ThreadSanitizer instrumentation, with a run time of its own that knows CUDA's threads
 (``races.cpp``): no library is preloaded for it.
 

@@ -67,9 +67,10 @@ instruction-check: build  ## what the CPU kernels execute, counted by valgrind, 
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target moa_instructions
 	$(BIN)/python tests/instructions.py $(if $(UPDATE),--update) build/cmake/moa_instructions
 
-# No network: on the machine's own Python (PYTHON=...), with the torch it has. NO_BUILD=1: with the library as it is.
+# No network: on the machine's own Python (PYTHON=...), with the torch it has. NO_BUILD=1: with the library as it is;
+# else it is built, for the cards of this machine alone.
 gpu-check:  ## on a GPU machine: tests, sanitizer, benchmarks, and a dated record; eight minutes
-	$(if $(NO_BUILD),,MOA_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace)
+	$(if $(NO_BUILD),,MOA_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(GPUS)}" $(PYTHON) setup.py -q build_ext --inplace)
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:  ## remove everything that was made here, the environment too
@@ -79,6 +80,7 @@ clean:  ## remove everything that was made here, the environment too
 # Files that clang-format looks after; nvcc's place; cu130 for a CUDA 13.0 toolkit.
 CXX_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu")
 NVCC = $(shell command -v nvcc || ls $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc 2>/dev/null)
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr '\n' ' ')
 NVCC_THERE = $(if $(NVCC),1,0)
 CUDA_LABEL = cu$(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1\2/p')
 

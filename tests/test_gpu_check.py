@@ -91,6 +91,14 @@ def test_steps_are_commands_that_exist() -> None:
                 assert (gpu_record.machine.ROOT / word).exists(), word
 
 
+def test_it_is_expected_to_fit_in_eight_minutes() -> None:
+    steps = gpu_check.steps(sys.executable, Path("results"), "cuda", 6.0)
+    assert all(0 < step.expected <= step.most for step in steps)
+    assert gpu_check.BUILD + sum(step.expected for step in steps) <= gpu_check.BUILD + gpu_check.LIMIT == 480
+    checks = [step.name for step in steps if step.group == "sanitizer"]
+    assert checks == ["memcheck", "racecheck", "initcheck"]
+
+
 def test_record_is_written_and_read(tmp_path: Path, measured: tuple) -> None:
     facts, cases = measured
     steps = [{"name": "memcheck", "outcome": "ok", "seconds": 12.0, "tail": ""}]

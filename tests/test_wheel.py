@@ -33,8 +33,12 @@ scaling = layer.scaling
 like = (layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.router.weight, 2)
 torch.testing.assert_close(y, reference.moa_linear(x, *like, scaling=scaling))
 cuda = info.collect()["cuda"]
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moa_ops::")]
+has = torch._C._dispatch_has_kernel_for_dispatch_key
 print(json.dumps({
     "file": moa_ops.__file__, "version": info.distribution_version(), "cuda": cuda,
+    "operators": [name for name in names if has(name, "CPU")],
+    "without_cuda": [name for name in names if has(name, "CPU") and not has(name, "CUDA")],
     "cpu": ops.has_kernels("cpu"), "grad": x.grad.isfinite().all().item(),
 }))
 """
@@ -89,6 +93,8 @@ def test_runs_on_the_cpu_and_holds_every_architecture(python: Path, tmp_path: Pa
     if not label.startswith("cu"):
         assert not told["cuda"]["built"]
         return
+    assert len(told["operators"]) >= 9
+    assert told["without_cuda"] == []
     assert told["cuda"]["toolkit"].replace(".", "").startswith(label.removeprefix("cu"))
     if cuda_binary.find_cuobjdump() is None:
         pytest.skip("pip install nvidia-cuda-cuobjdump")

@@ -38,14 +38,14 @@ namespace moa {
 
 #ifndef MOA_EMULATE
 
-// Beyond 48 KB of dynamic shared memory a kernel has to ask; the attribute is no stream operation, so graphs capture it.
+// The attribute by which more shared memory is asked for is no stream operation, so graphs capture a launch with it.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
                    const A&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (dynamic_bytes > 48 * 1024) {
+  if (dynamic_bytes > kSharedUnasked) {
     const cudaError_t asked = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic_bytes));
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedMost));
     if (asked != cudaSuccess) return asked;
   }
   kernel<<<grid, block, dynamic_bytes, stream>>>(args...);
@@ -56,8 +56,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes from global to shared memory, both 16-byte aligned, past L1. Not valid: zeros, and nothing is read. They are
-// there after a cp_async_wait of this thread, and for the others after a barrier behind it.
+// 16 bytes from global to shared memory, both 16-byte aligned, past L1. Not valid: zeros, and nothing is read, but the
+// address must be aligned all the same. They are there after a cp_async_wait of this thread, and for the others after a barrier behind it.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)

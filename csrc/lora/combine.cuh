@@ -1,6 +1,7 @@
 // What expand.cu and gram.cu share: the coefficients of sorted positions, c[p] = w s v[p] of expert e's used ranks.
 //
-//   v [slots, rank] accumulator type (h or u); w = weights[order[p]], s = scaling scale[e], each 1 where null
+//   v [slots, rank] accumulator type (h or u), or the sum of planes of it; w = weights[order[p]], s = scaling scale[e],
+//   each 1 where null
 //
 // Without offsets there is one segment of all slots, without order position p is slot p: a dense product then, with one
 // "expert" whose rank is what is summed over (the router's backward). What comes from outside is clamped where it
@@ -18,6 +19,7 @@ struct Coefficients {
   const void* weights;  // [slots] or null
   const double* scale;  // [experts] or null
   double scaling;
+  int64_t planes;  // of values, each [slots, rank]; gram takes one alone
 
   __device__ __forceinline__ int64_t offset_at(int64_t e) const {
     if (offsets == nullptr) return e == 0 ? 0 : slots;
@@ -40,13 +42,27 @@ struct Coefficients {
   }
   template <class A>
   __device__ __forceinline__ A value(int64_t position, int64_t j) const {
-    return static_cast<const A*>(values)[position * rank + j];
+    const A* const at = static_cast<const A*>(values) + position * rank + j;
+    A sum = at[0];
+#pragma unroll 4
+    for (int64_t s = 1; s < planes; ++s) sum += at[s * slots * rank];
+    return sum;
   }
 };
 
 inline Coefficients coefficients_of(const LoraParams& p, const void* values) {
-  return {p.seg.offsets, p.seg.order, p.ranks, p.seg.experts, p.seg.tokens * p.seg.top_k, p.seg.top_k, p.rank,
-          values,        p.weights,   p.scale, p.scaling};
+  return {p.seg.offsets,
+          p.seg.order,
+          p.ranks,
+          p.seg.experts,
+          p.seg.tokens * p.seg.top_k,
+          p.seg.top_k,
+          p.rank,
+          values,
+          p.weights,
+          p.scale,
+          p.scaling,
+          1};
 }
 // The logits' gradients as coefficients of one segment of all tokens.
 inline Coefficients coefficients_of(const RouterBackwardParams& p) {
@@ -57,6 +73,7 @@ inline Coefficients coefficients_of(const RouterBackwardParams& p) {
   c.rank = p.experts;
   c.values = p.dz;
   c.scaling = 1.0;
+  c.planes = 1;
   return c;
 }
 
@@ -68,6 +85,10 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 64 + 
 __device__ __forceinline__ int spread(int i) { return (i & ~7) | (i & 1) << 2 | (i & 2) | (i >> 2 & 1); }
 
 inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
+
+// For mixture_cuda (expand.cu): how many planes a shrink has its sums in, and the shrink that leaves them so.
+int64_t shrink_planes(const ForwardParams& p);
+cudaError_t shrink_planes_cuda(const ForwardParams& p, void* planes, cudaStream_t stream);
 
 // For router_backward.cu: dx += dz W by multiply-adds (expand.cu), and dW (gram.cu).
 cudaError_t router_dx_cuda(const RouterBackwardParams& p, cudaStream_t stream);

@@ -21,14 +21,18 @@ cudaError_t shrink_cuda(const ForwardParams& p, void* work, cudaStream_t stream)
 size_t expand_work(const ForwardParams& p);
 cudaError_t expand_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
 
-// The same for a layer that routes its own x, where x is read once for both: every expert's product of every token, and
+// y, from x, where nobody wants h (p.h is not used): for few tokens in two launches, shrink and expand.
+size_t mixture_work(const ForwardParams& p);
+cudaError_t mixture_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
+
+// Shrink for a layer that routes its own x, where x is read once for both: every expert's product of every token, and
 // the router's logits; once they are routed, pick_cuda takes h from `all`. seg says sizes alone here.
 struct RoutedShrinkParams : ForwardParams {
   const void* router_weight;  // [experts, in] accumulator type
   void* all;                  // [tokens, experts * rank] accumulator type
   void* logits;               // [tokens, experts] accumulator type
 };
-bool routed_shrink_fits(const RoutedShrinkParams& p);
+bool routed_shrink_fits(const ForwardParams& p);
 size_t routed_shrink_work(const RoutedShrinkParams& p);
 cudaError_t routed_shrink_cuda(const RoutedShrinkParams& p, void* work, cudaStream_t stream);
 cudaError_t pick_cuda(const ForwardParams& p, const void* all, cudaStream_t stream);

@@ -31,10 +31,10 @@ struct DensePlace {
 
   __device__ __forceinline__ DensePlace(const DenseLaunch& p)
       : p(p),
-        token(blockIdx.y * static_cast<int64_t>(plan_cuda::kTileRows)),
-        k0(blockIdx.z * p.plan.depth),
+        token(blockIdx.x / static_cast<unsigned>(p.plan.column_tiles) * static_cast<int64_t>(plan_cuda::kTileRows)),
+        k0(blockIdx.y * p.plan.depth),
         k1(clamp(k0 + p.plan.depth, 0, p.in)) {
-    int64_t tile = blockIdx.x;
+    const int64_t tile = blockIdx.x % static_cast<unsigned>(p.plan.column_tiles);
     const int64_t lora_each = 8 * p.plan.lora_frags, router_each = 8 * p.plan.router_frags;
     lora0 = p.plan.mixed ? tile * lora_each : (tile - p.plan.router_tiles) * lora_each;
     router0 = tile * router_each;
@@ -77,7 +77,7 @@ struct DensePlace {
     if (of_router ? n - split >= router : n >= lora) return;
     const int64_t c = of_router ? router0 + n - split : lora0 + n;
     if (p.planes != nullptr) {
-      A* const plane = static_cast<A*>(p.planes) + static_cast<int64_t>(blockIdx.z) * p.tokens * columns;
+      A* const plane = static_cast<A*>(p.planes) + static_cast<int64_t>(blockIdx.y) * p.tokens * columns;
       plane[t * columns + (of_router ? p.lora_rows : 0) + c] = value;
     } else if (of_router) {
       static_cast<A*>(p.logits)[t * p.experts + c] = value;
@@ -167,8 +167,7 @@ cudaError_t dense_cuda(const DenseParams& params, cudaStream_t stream) {
   p.x_direct = chunks(p.x, p.ldx, element);
   p.lora_direct = chunks(p.lora, p.columns > 0 ? p.columns : p.in, element) && !p.lora_f32;
   p.router_direct = !half && chunks(p.router_weight, p.in, element);
-  const dim3 grid(static_cast<unsigned>(p.plan.column_tiles), static_cast<unsigned>(p.plan.row_tiles),
-                  static_cast<unsigned>(p.plan.splits));
+  const dim3 grid(static_cast<unsigned>(p.plan.column_tiles * p.plan.row_tiles), static_cast<unsigned>(p.plan.splits));
   const bool narrow = p.plan.frags == plan_cuda::kNarrow;
   constexpr int kThreads = plan_cuda::kTileThreads;
   switch (p.x_type) {
@@ -238,7 +237,7 @@ static DenseParams params_of(const RoutedShrinkParams& r) {
   return p;
 }
 
-bool routed_shrink_fits(const RoutedShrinkParams& r) {
+bool routed_shrink_fits(const ForwardParams& r) {
   const bool half = r.x_type == DType::bf16 || r.x_type == DType::f16;
   return plan_cuda::dense_shrink(r.seg.tokens, r.seg.top_k, r.seg.experts, r.rank, half);
 }

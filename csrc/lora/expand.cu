@@ -10,9 +10,9 @@
 //
 // 16-bit types: tensor cores (expand_tile.cuh), after one or two small launches that turn the sorted order around
 // (expand_order.cuh). float32 and float64: multiply-adds, here; the same for what does not fit the shared memory of the
-// tile (plan_cuda.h), and for the router's dx, which needs float32's accuracy. There a block sums in shared memory;
-// positions of an expert ascend with their slots, so those of the tile's tokens are one run, which bisection finds; a
-// block looks for as many experts at once as it has threads.
+// tile (plan_cuda.h), and for their router's dx. There a block sums in shared memory; positions of an expert ascend with
+// their slots, so those of the tile's tokens are one run, which bisection finds; a block looks for as many experts at
+// once as it has threads.
 //
 // Limits: slots < 2^31; any rank (the router's has E), any width.
 #include "lora/expand_tile.cuh"
@@ -26,7 +26,7 @@ using plan_cuda::kExpandThreads;
 
 // Multiply-adds: a thread owns a column and every second position of a group.
 template <class T>
-__global__ void __launch_bounds__(kExpandThreads) expand_simt(const ExpandParams p) {
+__global__ void __launch_bounds__(kExpandThreads, 1) expand_simt(const ExpandParams p) {
   using A = Acc<T>;
   constexpr int kRows = plan_cuda::kExpandSimtRows, kRanks = plan_cuda::kExpandSimtRanks;
   MOA_SHARED(A, tile, kRows * kExpandColumns);
@@ -173,16 +173,41 @@ ExpandParams params_of(const LoraParams& l, const void* values, const void* pane
   p.y = y;
   return p;
 }
+ExpandParams params_of(const ForwardParams& f, const void* values) {
+  ExpandParams p = params_of(f, values, f.lora_B, f.out, true, f.y);
+  p.base = f.base;
+  p.ldbase = f.ldbase;
+  p.bias = f.bias;
+  return p;
+}
 
 }  // namespace
 
 size_t expand_work(const ForwardParams& f) { return work_of(f, f.out, false); }
 cudaError_t expand_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
-  ExpandParams p = params_of(f, f.h, f.lora_B, f.out, true, f.y);
-  p.base = f.base;
-  p.ldbase = f.ldbase;
-  p.bias = f.bias;
-  return launch(p, f, work, stream);
+  return launch(params_of(f, f.h), f, work, stream);
+}
+
+// Work memory: h or its planes, and behind them what shrink and then expand work with.
+static int64_t mixture_planes(const ForwardParams& f) {
+  return plan_cuda::expand_adds_planes(f.seg.tokens) ? shrink_planes(f) : 1;
+}
+static size_t mixture_values(const ForwardParams& f) {
+  const int64_t values = mixture_planes(f) * f.seg.tokens * f.seg.top_k * f.rank;
+  return static_cast<size_t>(plan_cuda::ceil_div(values * (f.x_type == DType::f64 ? 8 : 4), 256) * 256);
+}
+size_t mixture_work(const ForwardParams& f) {
+  const size_t shrink = mixture_planes(f) > 1 ? 0 : shrink_work(f), expand = expand_work(f);
+  return mixture_values(f) + (shrink > expand ? shrink : expand);
+}
+cudaError_t mixture_cuda(const ForwardParams& params, void* work, cudaStream_t stream) {
+  ForwardParams f = params;
+  f.h = work;
+  void* const rest = static_cast<char*>(work) + mixture_values(f);
+  ExpandParams p = params_of(f, work);
+  p.c.planes = mixture_planes(f);
+  const cudaError_t error = p.c.planes > 1 ? shrink_planes_cuda(f, work, stream) : shrink_cuda(f, rest, stream);
+  return error != cudaSuccess ? error : launch(p, f, rest, stream);
 }
 
 size_t backward_expand_work(const BackwardParams& b) { return work_of(b, b.in, b.dz != nullptr); }
@@ -194,7 +219,7 @@ cudaError_t backward_expand_cuda(const BackwardParams& b, void* work, cudaStream
   return launch(p, b, work, stream);
 }
 
-// In full accuracy for every type: W is of the accumulator's.
+// float32 and float64; that of 16-bit types is in router_backward.cu.
 cudaError_t router_dx_cuda(const RouterBackwardParams& r, cudaStream_t stream) {
   if (r.dx == nullptr) return cudaSuccess;
   ExpandParams p{};
@@ -205,7 +230,6 @@ cudaError_t router_dx_cuda(const RouterBackwardParams& r, cudaStream_t stream) {
   p.panel = r.weight;
   p.panel_j = r.in;
   p.panel_o = 1;
-  p.panel_f32 = is_half(r.x_type);
   p.base = r.dx;
   p.ldbase = r.in;
   p.y = r.dx;

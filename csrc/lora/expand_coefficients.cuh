@@ -182,7 +182,9 @@ struct ExpandCoefficients {
       const int e = place[i].expert;
       used[i] = -1;
       if (e < from || e >= next) continue;
-      place[i].position = static_cast<int>(clamp(place[i].position, 0, p.c.slots - 1 - place[i].twins));
+      const int64_t twins = clamp(place[i].twins, 0, p.c.slots - 1);  // what is no routing leaves places unwritten
+      place[i].twins = static_cast<uint16_t>(twins);
+      place[i].position = static_cast<int>(clamp(place[i].position, 0, p.c.slots - 1 - twins));
       factor[i] = p.c.factor<float>(e, head->token[row0 + i * (kThreads / 4)] * p.c.top_k + j);
       used[i] = static_cast<int>(p.c.used(e));
       depth = used[i] > depth ? used[i] : depth;
@@ -223,15 +225,25 @@ struct ExpandCoefficients {
 
   // Four of a position's values from rank j on; what is not below `used` is not to be used.
   __device__ __forceinline__ float4 values(int64_t position, int j, int used) const {
-    const float* const from = static_cast<const float*>(p.c.values) + position * p.c.rank + j;
+    const float* from = static_cast<const float*>(p.c.values) + position * p.c.rank + j;
+    float4 sum = four(from, used - j);
+#pragma unroll 4
+    for (int64_t s = 1; s < p.c.planes; ++s) {
+      from += p.c.slots * p.c.rank;
+      const float4 v = four(from, used - j);
+      sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+    }
+    return sum;
+  }
+  __device__ __forceinline__ float4 four(const float* from, int n) const {
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (p.c.rank % 4 == 0) {
-      if (j < used) v = *reinterpret_cast<const float4*>(from);
+      if (n > 0) v = *reinterpret_cast<const float4*>(from);
     } else {
-      if (j < used) v.x = from[0];
-      if (j + 1 < used) v.y = from[1];
-      if (j + 2 < used) v.z = from[2];
-      if (j + 3 < used) v.w = from[3];
+      if (n > 0) v.x = from[0];
+      if (n > 1) v.y = from[1];
+      if (n > 2) v.z = from[2];
+      if (n > 3) v.w = from[3];
     }
     return v;
   }

@@ -1,10 +1,16 @@
 // Every tuning decision of the LoRA kernels on a GPU, one function a decision. Host code that tests can call. The
 // figures are arithmetic for an H200 (132 multiprocessors, 4.3 TB/s from memory, L2 at about 5.5 TB/s), not
 // measurements.
+//
+// Instructions: mma.sync, ldmatrix and cp.async, on every architecture. At T = 8192, k = 2, r = 16, width 4096 a shrink
+// or an expand is 2.1 GFLOP of use, 4.3 to 15 with its tiles filled up: 7 to 25 us at the 610 TFLOP/s that mma.sync
+// reaches, beside 16 to 31 us of bytes. wgmma has more of what is not short, and its 64 rows are 64 rows of a segment at
+// least; TMA gathers no rows before sm_100. So there is no form for sm_90a.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cuda_api.h"
 #include "lora/lora.h"
 
 namespace moa {
@@ -15,7 +21,7 @@ constexpr int64_t kProcessors = 132;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Tiles of shrink and dense ----
 // 64 rows of x: segments of E = 64 experts have 256 rows at T = 8192, k = 2, and rows that a tile lacks cost no bytes.
@@ -31,7 +37,7 @@ constexpr size_t tile_shared(int frags, int used_units) {
   return static_cast<size_t>(stages(frags)) * ((kTileRows * 2 * kTileDepth) + used_units * 1024 + 8 * 8 * 4);
 }
 static_assert(tile_shared(kNarrow, kNarrow) <= 48 * 1024, "rank 16 needs no more than every kernel has");
-static_assert(tile_shared(kWide, 24) <= 99 * 1024, "sm_86, sm_89 and sm_120 have 99 KB");
+static_assert(tile_shared(kWide, 24) <= kSharedMost, "sm_86, sm_89 and sm_120 have 99 KB");
 
 // Splits of the depth, so that about two blocks per multiprocessor are there: with fewer, the memory idles. A split has
 // at least 256 elements (its stages), and planes are summed by whoever reads them: 16 at most.
@@ -42,6 +48,9 @@ inline int64_t splits(int64_t blocks, int64_t depth) {
 inline int64_t split_depth(int64_t depth, int64_t splits) {
   return most(kTileDepth, ceil_div(ceil_div(depth, splits), kTileDepth) * kTileDepth);
 }
+
+// Multiply-adds: 32 deep, for then two stages of 64 + 64 rows are static, 37 KB in float32.
+constexpr int kSimtDepth = 32;
 
 // ---- Shrink, grouped ----
 // Tiles: expert e's start at floor(offsets[e] / 64) + e, an upper bound of the tiles before it, so a tile finds its
@@ -70,9 +79,13 @@ inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width
   return p;
 }
 
+// Lanes per position where planes are added: rank 16 in one access of half a warp.
+constexpr int finish_lanes(int64_t rank) { return rank > 16 ? 32 : 16; }
+
 // ---- Dense: every expert's A and the router over the same rows of x ----
 // The tile of columns is the fastest index of the grid, so blocks that read the same x run together and L2 serves all
-// but the first: x comes from memory once.
+// but the first: x comes from memory once. Both kinds of tiles are in the grid's x: its y and z end at 65535, which is
+// 4 million tokens.
 struct Dense {
   int64_t frags;                     // kNarrow or kWide
   int64_t router_frags, lora_frags;  // per column tile
@@ -84,11 +97,14 @@ inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t w
   const bool half = type == DType::bf16 || type == DType::f16;
   const int64_t router = ceil_div(experts, 8), lora = ceil_div(lora_rows, 8);
   p.row_tiles = ceil_div(tokens, kTileRows);
-  p.frags = kWide;
-  if (p.row_tiles <= 1 || type == DType::f64 || router + lora <= kNarrow) p.frags = kNarrow;
+  // One tile of rows: narrow, so that many blocks fetch A. But each of them reads x again, `tokens` / 16 times A's bytes
+  // in all: with 64 tokens, in = 4096 and 512 columns 17 MB from L2, 3 us; with 2048 columns 67 MB, 12 us, where A's own
+  // 17 MB take 4 us and 22 wide tiles read 11 MB of x.
+  const bool few = p.row_tiles <= 1 && (tokens <= 16 || router + lora <= 64);
+  p.frags = few || type == DType::f64 || router + lora <= kNarrow ? kNarrow : kWide;
   if (!half) {  // multiply-adds: 16 or 64 columns
     p.router_frags = p.lora_frags = p.frags == kNarrow ? 2 : 8;
-  } else if (p.frags == kNarrow) {  // decode: small tiles, so that many blocks fetch
+  } else if (p.frags == kNarrow) {
     p.router_frags = lora > 0 ? 1 : 2;
     p.lora_frags = kNarrow;
   } else if (lora == 0) {  // 64 experts in one tile
@@ -120,13 +136,18 @@ inline bool dense_shrink(int64_t tokens, int64_t top_k, int64_t experts, int64_t
 }
 
 // ---- Decode: two launches do router, top-k, shrink and expand (decode.cu) ----
-// All of A is read, which costs 4 us at 16 MB, about what the three launches more of the grouped path cost in a graph;
-// above, that path. The logits and the selection of a block's tokens stay in shared memory.
+// All of A is read, also of experts that no token can choose: 16 MB of those cost 4 us, about what the three launches more
+// of the grouped path cost in a graph; above, that path. The logits and the selection of a block's tokens stay in shared
+// memory: 8 tokens by 512 experts are 16 KB.
 constexpr int64_t kDecodeTokens = 64, kDecodeExperts = 512, kDecodeTopK = 64, kDecodeRank = 256;
 inline bool decode(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in, int64_t element_bytes) {
+  const int64_t idle = experts - least(experts, tokens * top_k);
   return tokens <= kDecodeTokens && experts <= kDecodeExperts && top_k <= kDecodeTopK && rank <= kDecodeRank &&
-         experts * rank * in * element_bytes <= (int64_t{16} << 20);
+         idle * rank * in * element_bytes <= (int64_t{16} << 20);
 }
+// The same with a routing that is given: expand adds the shrink's planes as it reads them, which saves a launch, about
+// 2 us. Its 32 blocks (out = 4096) then read up to 16 planes of all slots each, 131 KB at 64 tokens, k = 2, r = 16: 1 us.
+inline bool expand_adds_planes(int64_t tokens) { return tokens <= kDecodeTokens; }
 // A block of the second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes
 // that each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.
 constexpr int kDecodeRows = 8, kDecodeThreads = 128;
@@ -147,7 +168,6 @@ constexpr int kExpandStages = 4;
 constexpr int kExpandHead = kExpandThreads / 32 * kExpandStages * 1024 + kExpandRows * 4 + 16, kExpandStep = 16;
 // Fragments of coefficients that are kept: 256 are 64 KB, all that k = 2, r = 16 can need, and E r = 256.
 constexpr int kExpandFragments = 256;
-constexpr size_t kMostShared = 99 * 1024;  // of sm_86, sm_89 and sm_120
 constexpr int kPlaceThreads = 256;
 // Up to so many slots each block looks through all of them, 16 a thread, 8 KB from L2 and about 1 us, instead of a
 // launch in front, which is about twice that.
@@ -161,8 +181,18 @@ constexpr int64_t kClusterWindow = 8192;
 //     64; products, 610 TFLOP/s being mma.sync's share of the peak, 13 us at E = 8, 19 us at 16, 25 us at 64.
 //   grouped: at E = 64 a tile has 13 experts instead of 63 and a fragment 4 instead of 14 (counted for experts drawn at
 //     random): 107 MB, 20 us, and 7 us of products; at 16, 6 us and 4. The launch more is about 5 us.
-// So above E r = 192. With k = 3 and more, the experts of a pair say too little about the others (58 of 64 are left);
-// below 2048 tokens the launch is what panels cost, 12 us at 1024.
+// So above E r = 192. Below 2048 tokens the launch is what panels cost, 12 us at 1024.
+//
+// k = 3 and more: the experts of a pair say too little about the others (58 of 64 are left; at k = 8 and E = 128 all, for
+// the six others of 128 tokens are 768 draws), and no other order does better. At E = 128, k = 8 that is dear: 64 tiles
+// read all of B, 1.07 GB or 195 us from L2 (r = 32: twice that); 826 fragments a tile (8 tokens take an expert with
+// probability 0.40), 55 GFLOP or 91 us; and these are four chunks of the 256 that fit, so that a block makes coefficients
+// 16 times, each time k rounds of three dependent reads, about 0.1 ms that the other block on the multiprocessor has to
+// fill. Beside it the shrink reads x eight times, 537 MB or 125 us, and the base takes 390. A tile of 256 tokens would
+// halve B's bytes to 97 us, its products remaining at 91: 0.1 of 0.8 ms. But its sums are 256 registers a thread, or,
+// with strips of 16 columns, half the products for each fragment read from shared memory (2 cycles for 256 bytes, 2 for
+// the product: none to spare), its masks 32 bits, and its fragments eight chunks. Not worth a second form of the tile
+// before a card has shown which of the three holds it up.
 struct Expand {
   bool fits, inside, cluster;
   int64_t tiles, parts, units;  // a block has a tile of tokens and `units` of 128 columns
@@ -185,10 +215,10 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   const int64_t places = p.inside ? 8 * least(tokens, kExpandRows) * top_k : 0;
   const int64_t rest = kExpandHead + ceil_div(experts, 2) * 8 + places;
   const int64_t wanted = depth * least(tile * experts, kExpandRows * top_k);
-  const int64_t room = (static_cast<int64_t>(kMostShared) - rest) / each;
+  const int64_t room = (static_cast<int64_t>(kSharedMost) - rest) / each;
   p.fragments = most(tile * depth, least(least(wanted, kExpandFragments), room));
   p.shared = static_cast<size_t>(rest + p.fragments * each);
-  p.fits = p.shared <= kMostShared && experts <= 32767;
+  p.fits = p.shared <= kSharedMost && experts <= 32767;
   return p;
 }
 

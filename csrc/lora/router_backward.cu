@@ -57,8 +57,9 @@ __global__ void __launch_bounds__(kRouterThreads, 3) router_dx_mma(const RouterB
   MOA_SHARED(T, w, kRouterColumns * 64);  // [columns][the same]
   MOA_SHARED(float, undo_row, kRouterRows);
   MOA_SHARED(float, undo_column, kRouterColumns);
-  const int64_t token = blockIdx.y * static_cast<int64_t>(kRouterRows);
-  const int64_t c0 = blockIdx.x * static_cast<int64_t>(kRouterColumns);
+  const unsigned across = static_cast<unsigned>(plan_cuda::ceil_div(p.in, kRouterColumns));
+  const int64_t token = blockIdx.x / across * static_cast<int64_t>(kRouterRows);
+  const int64_t c0 = blockIdx.x % across * static_cast<int64_t>(kRouterColumns);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, staged = spread(threadIdx.x / 2);
   T* const dx = static_cast<T*>(p.dx);
   // This thread's: two tokens, and in each two groups of eight columns.
@@ -152,9 +153,10 @@ __global__ void __launch_bounds__(kRouterThreads, 3) router_dx_mma(const RouterB
 template <class T>
 cudaError_t launch_dx(const RouterBackwardParams& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.in == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.in, kRouterColumns)),
-                  static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, kRouterRows)));
-  return MOA_LAUNCH((router_dx_mma<T>), grid, kRouterThreads, 0, stream, p, chunks(p.dx, p.in, 2));
+  // All in the grid's x: its y ends at 65535.
+  const int64_t grid = plan_cuda::ceil_div(p.in, kRouterColumns) * plan_cuda::ceil_div(p.tokens, kRouterRows);
+  return MOA_LAUNCH((router_dx_mma<T>), static_cast<unsigned>(grid), kRouterThreads, 0, stream, p,
+                    chunks(p.dx, p.in, 2));
 }
 
 cudaError_t launch_dx(const RouterBackwardParams& p, cudaStream_t stream) {

@@ -207,10 +207,10 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_simt(const Shr
   }
 }
 
-// 16 or 32 lanes own a position: out = planes added in order, and dw.
+// plan_cuda::finish_lanes own a position: out = planes added in order, and dw.
 template <class A>
 __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_finish(const ShrinkParams p) {
-  const int lanes = p.rank > 16 ? 32 : 16, lane = threadIdx.x % lanes;
+  const int lanes = plan_cuda::finish_lanes(p.rank), lane = threadIdx.x % lanes;
   const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads / lanes) + threadIdx.x / lanes;
   const bool there = position < p.slots, routed = there && position < offset_at(p, p.seg.experts);
   const int64_t e = routed && (p.each > 0 || p.dw != nullptr) ? expert_at(p, position) : 0;
@@ -288,7 +288,8 @@ cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {
 
 cudaError_t launch_finish(const ShrinkParams& p, cudaStream_t stream) {
   constexpr int kThreads = plan_cuda::kTileThreads;
-  const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.slots, kThreads / (p.rank > 16 ? 32 : 16)));
+  const unsigned blocks =
+      static_cast<unsigned>(plan_cuda::ceil_div(p.slots, kThreads / plan_cuda::finish_lanes(p.rank)));
   if (p.type == DType::f64) return MOA_LAUNCH(shrink_finish<double>, blocks, kThreads, 0, stream, p);
   return MOA_LAUNCH(shrink_finish<float>, blocks, kThreads, 0, stream, p);
 }
@@ -360,6 +361,16 @@ cudaError_t shrink_cuda(const ShrinkParams& p, DType adapter_type, void* work, c
 size_t shrink_work(const ForwardParams& f) { return shrink_work(params_of(f), f.adapter_type); }
 cudaError_t shrink_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
   return shrink_cuda(params_of(f), f.adapter_type, work, stream);
+}
+
+int64_t shrink_planes(const ForwardParams& f) {
+  const ShrinkParams p = params_of(f);
+  return p.each > 0 ? 1 : p.plan.splits;
+}
+cudaError_t shrink_planes_cuda(const ForwardParams& f, void* planes, cudaStream_t stream) {
+  ShrinkParams p = params_of(f);
+  p.plan.finish = false;
+  return launch(p, planes, stream);
 }
 
 cudaError_t pick_cuda(const ForwardParams& f, const void* all, cudaStream_t stream) {

@@ -10,7 +10,8 @@ namespace moa {
 
 template <class A, int kCols>
 struct SimtTile {
-  static constexpr int kRows = plan_cuda::kTileRows, kThreads = plan_cuda::kTileThreads, kDepth = 32;
+  static constexpr int kRows = plan_cuda::kTileRows, kThreads = plan_cuda::kTileThreads;
+  static constexpr int kDepth = plan_cuda::kSimtDepth;
   static constexpr int kChunk = 16 / sizeof(A), kPer = kDepth / kChunk;  // elements a chunk, chunks a row
   static constexpr int kLd = kDepth + kChunk, kWidth = 8 * kCols;
   static constexpr int kElements = 2 * (kRows + kWidth) * kLd;  // two stages
@@ -43,10 +44,11 @@ struct SimtTile {
       return;
     }
     const A* const router = static_cast<const A*>(panel.router);
+    const A* const none = base != nullptr ? base : router;  // whole chunks if the panel is in them, which x need not be
     for (int i = threadIdx.x; i < kWidth * kPer; i += kThreads) {
       const int row = i / kPer, chunk = i % kPer, other = row - panel.rows;
       const int64_t at = k + chunk * kChunk, n = row < panel.rows + panel.router_rows ? k1 - at : 0;
-      const A* const src = n <= 0      ? any
+      const A* const src = n <= 0      ? none
                            : other < 0 ? base + row * panel.ld + at
                                        : router + other * panel.router_ld + at;
       stage_chunk(ps + row * kLd + chunk * kChunk, src, n, panel.direct);

@@ -9,28 +9,28 @@
 namespace moa {
 namespace plan_cuda {
 
-// Shared memory that a block may ask for on every architecture we ship (sm_86, sm_89 and sm_120 have the least).
-constexpr int64_t kSharedBytes = 99 * 1024;
+// Threads of a block that sorts: 32 warps, as many as a block can have, so that 8192 slots are eight steps.
 constexpr int kSortThreads = 1024;
+// Of the selection's gradient, a warp a token: 4 blocks a multiprocessor leave 64 registers a thread.
+constexpr int kBackwardThreads = 256;
 
 // A bin per expert and one for -1. The sort keeps a row of bins per warp that walks, and two more.
 inline size_t sort_shared(int64_t experts, int warps) {
   return static_cast<size_t>(warps + 2) * (experts + 1) * sizeof(int32_t);
 }
-static_assert(3 * (kMaxExpertsCuda + 1) * sizeof(int32_t) <= kSharedBytes, "one walking warp must fit");
+static_assert(3 * (kMaxExpertsCuda + 1) * sizeof(int32_t) <= kSharedMost, "one walking warp must fit");
 
 // Warps that walk a block's slots: as many as have slots, and as their rows of bins leave room for.
 inline int sort_warps(int64_t slots, int64_t experts, int threads) {
   int warps = threads / 32;
-  while (warps > 1 && ((warps / 2) * 32 >= slots || sort_shared(experts, warps) > static_cast<size_t>(kSharedBytes)))
-    warps /= 2;
+  while (warps > 1 && ((warps / 2) * 32 >= slots || sort_shared(experts, warps) > kSharedMost)) warps /= 2;
   return warps;
 }
 
 // Blocks of the sort. One block walks 8192 slots in eight steps of its 32 warps, in about the time that a second launch
 // costs. Above, 1024 slots a block (one step). Every block sums the histograms of all (blocks^2 * bins integers read
 // from L2), which replaces a launch for the scan between them: bounded to 32 MB, some 6 us at most, 1.5 us at 128
-// blocks and 128 experts.
+// blocks and 128 experts. At most two blocks a multiprocessor.
 inline int64_t sort_blocks(int64_t slots, int64_t experts) {
   if (slots <= 8192) return 1;
   int64_t blocks = (slots + 1023) / 1024;
@@ -53,9 +53,12 @@ inline Topk topk(int64_t experts, bool f64) {
 }
 
 // Launches of routing and sort together:
-//   one    a single block selects and sorts, while it needs at most four passes over the tokens and has 4096 slots;
-//   fused  blocks of selection count their own slots, a second launch sorts: while that many blocks fill the device;
-//   apart  selection over as many blocks as it likes, then histograms, then the scatter.
+//   one    a single block selects and sorts, while it needs at most four passes over the tokens (each a few hundred
+//          nanoseconds: less than a second launch) and has 4096 slots, four steps of its warps;
+//   fused  blocks of selection count their own slots, a second launch sorts: while that is as many blocks as the tokens
+//          fill, or 96, three quarters of the multiprocessors: the last quarter is worth less than the launch it costs;
+//   apart  selection over as many blocks as it likes, up to eight rounds of one a multiprocessor (their starting costs
+//          nothing beside their tokens then), then histograms, then the scatter.
 enum class Launches { one, fused, apart };
 struct Route {
   Launches launches;

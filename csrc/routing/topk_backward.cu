@@ -7,12 +7,13 @@
 // Weights are computed again from the logits: nothing but logits and ids is kept for the backward. A row whose ids are
 // -1 has gradient zero; any other id outside [0, E) is treated like it, slot by slot.
 #include "routing/cuda.h"
+#include "routing/plan_cuda.h"
 #include "routing/scores.cuh"
 
 namespace moa {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = plan_cuda::kBackwardThreads;
 
 // What a row's gradients need beside the slot's own weight: dz_S = slope(z) (dw - c) / sum.
 template <class A>

@@ -6,6 +6,10 @@
 
 namespace moa {
 
+inline void check_experts(int64_t experts) {
+  STD_TORCH_CHECK(experts <= kMaxExpertsCuda, experts, " experts; the CUDA kernels take up to ", kMaxExpertsCuda);
+}
+
 Tensors4 topk_routing_cuda(const Tensor& logits, int64_t top_k, int64_t score_func, bool norm_topk_prob,
                            const OptionalTensor& selection_bias, const OptionalTensor& mask);
 Tensor topk_routing_backward_cuda(const Tensor& grad_weights, const Tensor& logits, const Tensor& indices,

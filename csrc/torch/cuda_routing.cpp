@@ -8,10 +8,6 @@
 
 namespace moa {
 
-static void check_experts(int64_t experts) {
-  STD_TORCH_CHECK(experts <= kMaxExpertsCuda, experts, " experts; the CUDA kernels take up to ", kMaxExpertsCuda);
-}
-
 Tensors4 topk_routing_cuda(const Tensor& logits, int64_t top_k, int64_t score_func, bool norm_topk_prob,
                            const OptionalTensor& selection_bias, const OptionalTensor& mask) {
   CudaCall call(place_of(logits));

@@ -27,11 +27,6 @@ struct DeviceAdapters {
   }
 };
 
-void forward(const ForwardParams& p, CudaCall* call) {
-  MOA_CUDA_CHECK(shrink_cuda(p, call->work(shrink_work(p)), call->stream()));
-  MOA_CUDA_CHECK(expand_cuda(p, call->work(expand_work(p)), call->stream()));
-}
-
 }  // namespace
 
 Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
@@ -41,9 +36,11 @@ Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& 
   CudaCall call(place_of(x));
   ForwardParams p{};
   const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
+  check_experts(p.seg.experts);
   const DeviceAdapters adapters(&p, a, scaling);
   const Output out(&p, a, base, bias);
-  forward(p, &call);
+  MOA_CUDA_CHECK(shrink_cuda(p, call.work(shrink_work(p)), call.stream()));
+  MOA_CUDA_CHECK(expand_cuda(p, call.work(expand_work(p)), call.stream()));
   return {out.y, out.h};
 }
 
@@ -64,10 +61,11 @@ Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const
   CudaCall call(place_of(x));
   ForwardParams p{};
   const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
+  check_experts(p.seg.experts);
   const DeviceAdapters adapters(&p, a, scaling);
   if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
-  const Output out(&p, a, base_rows(base, x_), bias);
-  forward(p, &call);
+  const Output out(&p, a, base_rows(base, x_), bias, /*keep_h=*/false);
+  MOA_CUDA_CHECK(mixture_cuda(p, call.work(mixture_work(p)), call.stream()));
   // The mixture with its bias is there, and the base is added to it, as on the CPU.
   if (weight.has_value()) base_gemm(out.y, a.x, *weight, std::nullopt, true);
   return with_leading(out.y, x_);
@@ -134,6 +132,12 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
     MOA_CUDA_CHECK(decode_cuda(p, call.work(decode_work(p)), call.stream()));
     return with_leading(y, x_);
   }
+  if (!routed_shrink_fits(p)) {
+    const auto [logits, weights, indices, offsets, order] =
+        linear_routing_cuda(a.x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
+    return segment_linear_cuda(x_, weight, bias, std::nullopt, lora_A, lora_B, weights, offsets, order, std::nullopt,
+                               scaling, std::nullopt);
+  }
   const Tensor y = std::get<0>(
       routed_lora_cuda(a.x, lora_A, lora_B, router_weight, top_k, score_func, norm_topk_prob, scaling, bias));
   base_gemm(y, a.x, weight, std::nullopt, true);
@@ -149,6 +153,7 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
   CudaCall call(place_of(x));
   BackwardParams p{};
   const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
+  check_experts(p.seg.experts);
   const DeviceAdapters adapters(&p, a, scaling);
   const Gradients g(&p, a, grad_y, h, router_weight, logits, score_func, norm_topk_prob, need_x, need_A, need_B,
                     need_weights, need_router);

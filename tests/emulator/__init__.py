@@ -28,11 +28,18 @@ In ``plain`` every launch runs twice, in two orders, and what it writes must be 
 (``repeated.py``). ``MOA_EMULATOR=cuda:0`` runs the same tests on a card, through the operators
 (``operators.py``); ``make gpu-check`` does so.
 
+``test_launches.py`` counts what launchers put on a stream, checks grids of sizes that nothing could run
+here (``dry``: launches are checked and noted, and nothing runs), and that every kernel in
+``tests/cuda_budget.txt`` has run. ``test_offsets.py`` has arrays of more than 2^31 elements whose pages are
+not there until they are touched.
+
 How it works. Each CUDA thread is a fiber; blocks run one after another. The last lane to reach a warp
 operation computes it for all (``collectives.h``, ``fragments.h``); lanes that meet in different lines,
 masks or operations, and waits that nobody can end, are errors that name the lines. Shared memory is fresh
 for every block and full of 0xFF: NaN, or -1. A ``cp.async`` poisons its destination and delivers at its
-wait, never earlier. Global memory is a copy of exactly the array's size. The build ``tsan`` uses the
+wait, never earlier. A launch is refused where a device would refuse it: grids, threads, shared memory beyond
+48 KB that was not asked for, or beyond the 99 KB of the smallest card. Global memory is a copy of exactly the
+array's size. The build ``tsan`` uses the
 compiler's ThreadSanitizer instrumentation, with a run time of its own that knows CUDA's threads
 (``races.cpp``): no library is preloaded for it.
 

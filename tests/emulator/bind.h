@@ -4,7 +4,7 @@
 //     m.def("shrink", [](py::array x, py::array h) {
 //       emu::Device device;                        // this call's global memory
 //       ShrinkParams p;
-//       p.x = device.in(x);                        // an exact copy, strides and alignment included
+//       p.x = device.in(x);                        // an exact copy, strides and alignment included (1 GB: x itself)
 //       p.h = device.out(h);                       // the same, and copied back by finish
 //       void* work = device.work(bytes);           // poisoned
 //       device.finish(shrink_cuda(p, nullptr));

@@ -35,6 +35,27 @@ MOA_BIND(m) {
     p.bias = device.in(bias);
     device.finish(moa::expand_cuda(p, device.work(moa::expand_work(p)), nullptr));
   });
+  m.def("mixture", [](const py::array& x, const py::array& lora_A, const py::array& lora_B, const py::array& offsets,
+                      const py::array& order, const py::array& weights, const py::object& scale, double scaling,
+                      const py::object& ranks, const py::object& base, const py::object& bias, const py::array& y) {
+    emu::Device device;
+    moa::ForwardParams p{};
+    emu::fill(&device, &p, y.shape(0), lora_A, offsets, order, scale, scaling, ranks);
+    p.x_type = emu::dtype_of(x);
+    p.rank = lora_A.shape(1);
+    p.in = x.shape(1);
+    p.out = y.shape(1);
+    p.weights = device.in(weights);
+    p.x = device.in(x);
+    p.ldx = row_stride(x);
+    p.lora_A = device.in(lora_A);
+    p.lora_B = device.in(lora_B);
+    p.y = device.out(y);
+    p.base = device.in(base);
+    p.ldbase = base.is_none() ? 0 : row_stride(base.cast<py::array>());
+    p.bias = device.in(bias);
+    device.finish(moa::mixture_cuda(p, device.work(moa::mixture_work(p)), nullptr));
+  });
   m.def("backward_expand",
         [](const py::array& u, const py::array& lora_A, const py::array& offsets, const py::array& order,
            const py::array& weights, const py::object& scale, double scaling, const py::object& ranks,

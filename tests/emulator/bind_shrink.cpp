@@ -91,6 +91,9 @@ MOA_BIND(m) {
     const auto p = moa::plan_cuda::dense(tokens, lora_rows, experts, width, static_cast<moa::DType>(type));
     return py::make_tuple(p.frags, p.mixed, p.column_tiles, p.splits);
   });
+  m.def("decode_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in, int64_t size) {
+    return moa::plan_cuda::decode(tokens, top_k, experts, rank, in, size);
+  });
   m.def("dense_shrink_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, bool half) {
     return moa::plan_cuda::dense_shrink(tokens, top_k, experts, rank, half);
   });

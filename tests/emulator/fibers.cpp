@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 
+#include "common/cuda_api.h"
 #include "emulator/collectives.h"
 #include "emulator/internal.h"
 
@@ -346,13 +347,21 @@ void maybe_yield() {
   to_scheduler(false);
 }
 
-cudaError_t run_grid(const char* kernel, dim3 grid, dim3 size, size_t dynamic_bytes, Body run, void* with) {
+std::vector<Launch>& launches() {
+  static std::vector<Launch> all;
+  return all;
+}
+
+cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 size, size_t dynamic_bytes, Body run,
+                     void* with) {
   const unsigned long long count = 1ull * size.x * size.y * size.z, blocks = 1ull * grid.x * grid.y * grid.z;
   if (blocks == 0) return cudaSuccess;
   if (count == 0 || count > kMaxThreads || size.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (dynamic_bytes > settings.shared_limit) return cudaErrorInvalidValue;
+  if (dynamic_bytes > moa::kSharedMost) return cudaErrorInvalidValue;
+  launches().push_back({kernel, function});
+  if (settings.dry) return cudaSuccess;
   static std::unique_ptr<Thread[]> pool(new Thread[kMaxThreads]());
   threads = pool.get();
   body = run;

@@ -11,8 +11,16 @@ struct Settings {
   unsigned long long seed = 0;      // 0: threads and blocks in index order; others: a random interleaving
   size_t shared_limit = 99 * 1024;  // static and dynamic; the least of the architectures we ship (sm_86, 89, 120)
   int multiprocessors = 132;
+  unsigned char poison = 0xff;  // of work memory
+  bool dry = false;             // launches are checked and noted, and nothing runs
 };
 extern Settings settings;
+
+struct Launch {
+  const char* kernel;  // as the source says it
+  const void* function;
+};
+std::vector<Launch>& launches();
 
 // Threads of the running block.
 extern Thread* threads;

@@ -4,6 +4,7 @@
 #include <map>
 #include <string>
 
+#include "common/cuda_api.h"
 #include "emulator/conflicts.h"
 #include "emulator/internal.h"
 
@@ -77,9 +78,12 @@ void* shared_array(const void* site, const char* name, size_t bytes) {
   }
   static_bytes = round_up(static_bytes, 16) + bytes;
   if (static_bytes > kStaticLimit) fail(MOA_SITE, "%zu bytes of static shared memory; 48 KB are allowed", static_bytes);
-  if (static_bytes + block.dynamic_bytes > settings.shared_limit) {
-    fail(MOA_SITE, "%zu bytes of shared memory, %zu of them dynamic; the limit is %zu",
-         static_bytes + block.dynamic_bytes, block.dynamic_bytes, settings.shared_limit);
+  const bool asks = block.dynamic_bytes > moa::kSharedUnasked;
+  const size_t limit = asks ? settings.shared_limit - moa::kSharedMost : kStaticLimit - block.dynamic_bytes;
+  if (static_bytes > limit) {
+    fail(MOA_SITE,
+         "%zu bytes of static shared memory beside %zu dynamic ones, for which the launch %s; %zu are allowed",
+         static_bytes, block.dynamic_bytes, asks ? "asks" : "does not ask", limit);
   }
   const size_t begin = static_end;
   static_end = round_up(begin + bytes, 128) + 2 * kGap;
@@ -116,7 +120,7 @@ __attribute__((noinline)) void copy_async(void* shared, const void* global, unsi
   maybe_yield();
   check_shared(shared, bytes, bytes, "the destination of cp.async", site);
   if (is_shared(global) && valid) fail(site, "the source of cp.async is in shared memory");
-  if (reinterpret_cast<uintptr_t>(global) % bytes != 0 && valid) {
+  if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
     fail(site, "the source of cp.async is misaligned: %p; %u-byte aligned is allowed", global, bytes);
   }
   Copy copy{shared, {}, bytes, self->group};
@@ -192,6 +196,7 @@ namespace {
 struct Buffer {
   unsigned char *begin, *data;
   size_t bytes, gap_before;
+  bool adopted;  // somebody else's, without gaps
 };
 std::vector<Buffer> buffers;
 constexpr size_t kBufferGap = 256;
@@ -210,11 +215,15 @@ void* device_alloc(size_t bytes, size_t offset) {
   if (posix_memalign(&p, 256, before + bytes + behind) != 0) throw std::bad_alloc();
   auto* begin = static_cast<unsigned char*>(p);
   memset(begin, kCanary, before);
-  memset(begin + before, kPoison, bytes);
+  memset(begin + before, settings.poison, bytes);
   memset(begin + before + bytes, kCanary, behind);
   ASAN_POISON_MEMORY_REGION(begin, before);
-  buffers.push_back({begin, begin + before, bytes, before});
+  buffers.push_back({begin, begin + before, bytes, before, false});
   return begin + before;
+}
+
+void device_adopt(void* data, size_t bytes) {
+  buffers.push_back({static_cast<unsigned char*>(data), static_cast<unsigned char*>(data), bytes, 0, true});
 }
 
 Region region_of(const void* p) {
@@ -235,6 +244,7 @@ Region region_of(const void* p) {
 void device_check() {
 #if !defined(__SANITIZE_ADDRESS__)
   for (const Buffer& b : buffers) {
+    if (b.adopted) continue;
     check_canary(b.begin, b.gap_before, "into the gap before a buffer in global memory");
     check_canary(b.data + b.bytes, kBufferGap,
                  "behind the end of a buffer in global memory of " + std::to_string(b.bytes) + " bytes");
@@ -244,6 +254,7 @@ void device_check() {
 
 void device_free_all() {
   for (const Buffer& b : buffers) {
+    if (b.adopted) continue;
     ASAN_UNPOISON_MEMORY_REGION(b.begin, b.gap_before);
     free(b.begin);
   }

@@ -1,4 +1,6 @@
 // The Python module: every bound kernel, the emulator's settings and what it counted.
+#include <dlfcn.h>
+
 #include "emulator/bind.h"
 #include "emulator/conflicts.h"
 #include "emulator/internal.h"
@@ -41,6 +43,8 @@ void* Device::place(const py::object& object, const char* dtype, bool writable) 
   }
   if (writable && !array.writeable()) throw py::value_error("an output array that is read-only");
   const Span span = span_of(array);
+  // So much that the test has it as pages which are not there until they are touched: no copy, no canaries.
+  if (!writable && span.bytes >= size_t{1} << 30) return device_adopt(span.data, span.bytes), span.data;
   // NumPy aligns to 16 bytes at least; beyond that nothing a kernel could see depends on the address.
   void* copy = device_alloc(span.bytes, reinterpret_cast<uintptr_t>(span.data) % 16);
   if (span.bytes > 0) memcpy(copy, span.data, span.bytes);
@@ -64,8 +68,23 @@ PYBIND11_MODULE(MOA_MODULE, m) {
       "seed", [](unsigned long long n) { emu::settings.seed = n; },
       "0: threads and blocks in index order; anything else: a random interleaving of its own.");
   m.def(
-      "limit_shared", [](size_t bytes) { emu::settings.shared_limit = bytes; },
-      "Shared memory a block may use, static and dynamic.");
+      "poison", [](unsigned char byte) { emu::settings.poison = byte; },
+      "What work memory is full of before a kernel writes it: 255, so that numbers are NaN and ids -1.");
+  m.def("dry", [](bool on) { emu::settings.dry = on; }, "Launches are checked and noted, and nothing runs.");
+  m.def(
+      "take_launches",
+      [] {
+        py::list result;
+        for (const emu::Launch& l : emu::launches()) {
+          Dl_info where{};
+          dladdr(l.function, &where);
+          const auto at = static_cast<const char*>(l.function) - static_cast<const char*>(where.dli_fbase);
+          result.append(py::make_tuple(l.kernel, at));
+        }
+        emu::launches().clear();
+        return result;
+      },
+      "[(kernel, its address in this module)] of the launches since the last call.");
   m.def(
       "take_conflicts",
       [] {

@@ -136,6 +136,13 @@ class Operators:
         given = self.forward(x, rounded(picks, lora_B.dtype), lora_B, *segments, base, bias)
         self.store(given, (y, None))
 
+    def mixture(
+        self, x, lora_A, lora_B, offsets, order, weights, scale, scaling, ranks, base, bias, y
+    ) -> None:
+        given = (x, None, bias, base, lora_A, lora_B, weights, offsets, order, scale)
+        y_there = moa.segment_linear(*map(self.tensor, given), scaling, self.tensor(ranks))
+        self.store((y_there,), (y,))
+
     def backward_expand(
         self, u, lora_A, offsets, order, weights, scale, scaling, ranks, dz, router, dx
     ) -> None:

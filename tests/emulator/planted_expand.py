@@ -105,3 +105,19 @@ pairs(
     "tsan:0",
     RACE,
 )
+
+plant("csrc/lora/expand_coefficients.cuh", "test_mixture.py -k 'test_tokens and bf16'", unit=EXPAND)(
+    "mixture-first-plane-alone", "s < p.c.planes; ++s) {", "s < 1; ++s) {", "plain:0", WRONG
+)
+plant("csrc/lora/combine.cuh", "test_mixture.py -k 'test_tokens and f32'", unit=EXPAND)(
+    "mixture-planes-of-slots", "at[s * slots * rank]", "at[s * slots]", "plain:0", WRONG
+)
+wild = plant("csrc/lora/expand_coefficients.cuh", "test_expand.py -k wild_order", unit=EXPAND)
+wild("expand-twins-of-chance", "clamp(place[i].twins, 0, p.c.slots - 1)", "place[i].twins", "asan:0", OUT)
+plant("csrc/lora/expand_tile.cuh", "test_offsets.py -k 'adapters and bf16'", unit=EXPAND)(
+    "expand-offset-of-32-bits",
+    "s.expert * p.c.rank * p.width",
+    "int(unsigned(s.expert * p.c.rank * p.width))",
+    "plain:0",
+    f"{WRONG}|exit status -|{OUT}",
+)

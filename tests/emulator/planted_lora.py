@@ -134,3 +134,18 @@ decode(
 decode("decode-token-tail", "if (there && t < tokens) y", "if (there) y", "plain:0", f"{OUT}|{RACE}|{WRONG}")
 decode("decode-output-tail", "there = o < p.out", "there = o <= p.out", "asan:0", OUT)
 decode("decode-unused-planes", "s < p.splits; ++s", "s < p.splits - 1; ++s", "plain:0", WRONG)
+
+plant("csrc/lora/shrink.cu", "test_offsets.py -k 'rows and bf16'")(
+    "shrink-offset-of-32-bits",
+    "x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;\n  });\n  tile.frags",
+    "x + int(unsigned(slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx)) : nullptr;\n  });\n  tile.frags",
+    "plain:0",
+    f"{WRONG}|{OUT}",
+)
+plant("csrc/lora/simt_tile.cuh", "test_shrink.py -k 'misaligned and f32'", unit="csrc/lora/shrink.cu")(
+    "simt-misaligned-source",
+    "n <= 0      ? none",
+    "n <= 0      ? any",
+    "plain:0",
+    "source of cp.async is misaligned",
+)

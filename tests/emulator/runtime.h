@@ -79,6 +79,7 @@ void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site 
 
 // Global memory of one test: exact sizes, poisoned, with canaries; bind.h gives it to kernels.
 void* device_alloc(size_t bytes, size_t offset_in_line);
+void device_adopt(void* data, size_t bytes);  // memory of the test's own, taken where it lies
 void device_free_all();
 
 // ---- The race detector, in the build that has one. The compiler calls it before plain accesses in a kernel; what the
@@ -94,7 +95,8 @@ void record_access(const void* p, size_t bytes, Access access, Site site);
 
 // ---- Launch.
 using Body = void (*)(void* closure);
-cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, Body body, void* closure);
+cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block, size_t dynamic_bytes, Body body,
+                     void* closure);
 
 template <class... P, class... A>
 cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
@@ -107,7 +109,7 @@ cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
     auto* closure = static_cast<Closure*>(c);
     std::apply(closure->kernel, closure->args);
   };
-  return run_grid(name, grid, block, dynamic_bytes, body, &closure);
+  return run_grid(name, reinterpret_cast<const void*>(kernel), grid, block, dynamic_bytes, body, &closure);
 }
 
 }  // namespace emu

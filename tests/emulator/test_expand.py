@@ -106,7 +106,7 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 64, 128])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 64, 128, 256])
 def test_ranks(emulator: ModuleType, rng, dtype: np.dtype, rank: int) -> None:
     check(emulator, rng, route(rng, 40, 2, 3, 0.1), rank, 72, dtype, experts=3)
 
@@ -124,6 +124,17 @@ def test_widths(emulator: ModuleType, rng, dtype: np.dtype, width: int) -> None:
 def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts: int, tokens: int) -> None:
     for k in sorted({1, min(2, experts), min(experts, 7)}):
         check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 72, dtype, experts=experts)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_4096_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
+    check(emulator, rng, route(rng, 40, 3, 4096, 0.1), 3, 9, dtype, experts=4096)
+    check(emulator, rng, route(rng, 2100, 1, 4096), 3, 9, dtype, experts=4096)  # by pairs
+
+
+def test_no_columns(emulator: ModuleType, rng) -> None:
+    for dtype in (F32, BF16):
+        check(emulator, rng, route(rng, 9, 2, 3), 8, 0, dtype, experts=3)
 
 
 def test_every_expert_selected(emulator: ModuleType, rng) -> None:
@@ -331,3 +342,22 @@ def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
                 normal(rng, 3, 64),
                 y,
             )
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+def test_wild_order_leaves_places_to_chance(emulator: ModuleType, rng, dtype: np.dtype) -> None:
+    """Slots that no position names are looked up in memory that holds anything, such as 2313 twins."""
+    if not isinstance(emulator, ModuleType):
+        pytest.skip("the memory is the allocator's")
+    emulator.poison(9)
+    tokens, experts, width = 1100, 2400, 8
+    order = np.full(2 * tokens, 2**31 - 1, np.int32)
+    order[::3] = rng.permutation(2 * tokens)[: len(order[::3])]
+    offsets = np.minimum(np.arange(experts + 1), 2 * tokens).astype(np.int32)
+    y, values = unwritten(tokens, width, dtype=dtype), normal(rng, 2 * tokens, 4)
+    panels, dz = normal(rng, experts, width, 4, dtype=dtype), normal(rng, 2 * tokens)
+    assert not emulator.expand_plan(tokens, 2, experts, 4, width, False)["inside"]
+    given = (offsets, order, normal(rng, tokens, 2), None, 1.0, None)
+    emulator.expand(values, panels, *given, None, None, y)
+    router = normal(rng, experts, width)
+    emulator.backward_expand(values, panels.reshape(experts, 4, width), *given, dz, router, y)

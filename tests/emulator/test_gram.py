@@ -111,7 +111,7 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 64, 128])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 64, 128, 256])
 def test_ranks(emulator: ModuleType, rng, dtype: np.dtype, rank: int) -> None:
     check(emulator, rng, route(rng, 40, 2, 3, 0.1), rank, 72, dtype, experts=3, out=40)
 
@@ -129,6 +129,16 @@ def test_widths(emulator: ModuleType, rng, dtype: np.dtype, width: int) -> None:
 def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts: int, tokens: int) -> None:
     for k in sorted({1, min(2, experts), min(experts, 7)}):
         check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 40, dtype, experts=experts)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_4096_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
+    check(emulator, rng, route(rng, 40, 3, 4096, 0.1), 3, 5, dtype, experts=4096)
+
+
+def test_no_columns(emulator: ModuleType, rng) -> None:
+    for dtype in (F32, BF16):
+        check(emulator, rng, route(rng, 9, 2, 3), 8, 0, dtype, experts=3, out=8)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
@@ -198,7 +208,15 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "experts", "width", "pad"),
-    [(0, 4, 8, 0), (1, 1, 1, 0), (7, 3, 33, 3), (65, 64, 40, 0), (130, 33, 200, 8), (1100, 5, 9, 0)],
+    [
+        (0, 4, 8, 0),
+        (1, 1, 1, 0),
+        (7, 3, 33, 3),
+        (65, 64, 40, 0),
+        (130, 33, 200, 8),
+        (1100, 5, 9, 0),
+        (3, 4096, 24, 0),
+    ],
 )
 @pytest.mark.parametrize("size", [1e-20, 1e-6, 1.0])
 def test_router(

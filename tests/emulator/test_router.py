@@ -44,6 +44,8 @@ def test_experts(emulator: ModuleType, rng, dtype: np.dtype, experts: int) -> No
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_many_experts_and_splits(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     check(emulator, normal(rng, 3, 24, dtype=dtype), normal(rng, 513, 24, dtype=accumulator(dtype)))
+    check(emulator, normal(rng, 3, 24, dtype=dtype), normal(rng, 4096, 24, dtype=accumulator(dtype)))
+    check(emulator, normal(rng, 3, 0, dtype=dtype), normal(rng, 5, 0, dtype=accumulator(dtype)))
     check(emulator, normal(rng, 70, 2049, dtype=dtype), normal(rng, 8, 2049, dtype=accumulator(dtype)))
     assert emulator.dense_plan(70, 0, 8, 2049, TYPE[dtype])[3] > 1
 

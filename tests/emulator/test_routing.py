@@ -206,7 +206,8 @@ def test_one_launch_while_there_is_little(emulator: ModuleType) -> None:
 # ---- sort ----
 
 
-@pytest.mark.parametrize("experts", [1, 3, 64, 513, 4096])
+# 360, 744: shared memory just below what a launch has unasked, and what a block may have at all.
+@pytest.mark.parametrize("experts", [1, 3, 64, 360, 513, 744, 4096, 8192])
 @pytest.mark.parametrize("slots", [0, 1, 31, 1000, 8192, 8193, 20011])
 def test_sort(emulator: ModuleType, rng, experts: int, slots: int) -> None:
     kinds = [rng.integers(-1, experts, slots)]
@@ -245,7 +246,15 @@ def test_sort_refuses_more_experts_than_fit(emulator: ModuleType) -> None:
 @pytest.mark.parametrize(("score_func", "norm"), FLAGS)
 def test_backward(emulator: ModuleType, rng, dtype, score_func: int, norm: bool) -> None:
     acc = F64 if dtype == F64 else F32
-    for tokens, experts, k in [(0, 3, 2), (1, 1, 1), (7, 3, 3), (33, 65, 2), (9, 130, 40), (5, 513, 8)]:
+    for tokens, experts, k in [
+        (0, 3, 2),
+        (1, 1, 1),
+        (7, 3, 3),
+        (33, 65, 2),
+        (9, 130, 40),
+        (5, 513, 8),
+        (2, 4096, 3),
+    ]:
         logits = normal(rng, tokens, experts + 3, dtype=dtype)[:, :experts]
         mask = rng.random(tokens) < 0.8
         _, ids = expected_topk(logits, k, score_func, norm, None, mask)

@@ -138,6 +138,17 @@ def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts:
         check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 40, dtype, experts=experts)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_4096_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
+    check(emulator, rng, route(rng, 40, 3, 4096, 0.1), 3, 9, dtype, experts=4096)
+    check(emulator, rng, route(rng, 4200, 1, 4096), 3, 9, dtype, experts=4096)  # tiles by expert
+
+
+def test_no_columns(emulator: ModuleType, rng) -> None:
+    for dtype in (F32, BF16):
+        check(emulator, rng, route(rng, 9, 2, 3), 8, 0, dtype, experts=3)
+
+
 def test_every_expert_selected(emulator: ModuleType, rng) -> None:
     check(emulator, rng, route(rng, 9, 65, 65), 8, 40, BF16, experts=65)
     check(emulator, rng, route(rng, 70, 7, 7), 8, 40, F32, experts=7)

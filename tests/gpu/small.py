@@ -25,7 +25,8 @@ def layer_step(
         layer(x, mask=mask).float().square().sum().backward()
     with torch.no_grad():
         y = layer(x)
-    for tensor in (y, x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.router.weight.grad):
+        given = layer(x, routing=layer.route(x)[1])
+    for tensor in (y, given, x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.router.weight.grad):
         assert tensor.isfinite().all()
 
 

@@ -37,6 +37,22 @@ def test_graph_replay_with_changed_routing(cuda, tokens: int) -> None:
             assert torch.equal(y, layer(x))
 
 
+def test_graph_replay_with_another_routing_given(cuda) -> None:
+    layer, x = layer_of(cuda), torch.randn(16, 256, device=cuda, dtype=torch.bfloat16)
+    ids = torch.rand(4, 16, 8, device=cuda).argsort(-1)[..., :2]
+    routing, *others = (moa_ops.Routing.from_indices(i, num_experts=8) for i in ids)
+    with torch.no_grad():
+        layer(x, routing=routing)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x, routing=routing)
+        for other in others:
+            for name in ("weights", "indices", "expert_offsets", "order"):
+                getattr(routing, name).copy_(getattr(other, name))
+            graph.replay()
+            assert torch.equal(y, layer(x, routing=other))
+
+
 def test_training_step_in_a_graph(cuda) -> None:
     layer = layer_of(cuda, norm_topk_prob=False)
     x = torch.randn(200, 256, device=cuda, dtype=torch.bfloat16, requires_grad=True)

@@ -8,17 +8,19 @@ copy bandwidth measured in the same run, over the measured base.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import moa_ops
 from benchmarks import gpu_timer
-from benchmarks.alternatives import ALTERNATIVES, YARDSTICKS
+from benchmarks.alternatives import ALTERNATIVES, YARDSTICKS, Alternative
 from benchmarks.inputs import DTYPES, Problem, Shape, check
 from benchmarks.record import BASE, OURS, Case
 
@@ -64,19 +66,54 @@ def peft_layer(problem: Problem) -> Callable[[Tensor], Tensor] | str:
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(problem.x)
 
 
+class FlashInfer(Alternative):
+    """Tokens gathered in expert order, and two segment products of flashinfer's. It has no gradients.
+
+    Of the libraries of expert kernels it is the one that installs by name and takes any rank.
+    """
+
+    name = "flashinfer"
+
+    def __init__(self, problem: Problem, train: bool = False) -> None:
+        from flashinfer import SegmentGEMMWrapper
+
+        super().__init__(problem, train)
+        workspace = torch.empty(128 << 20, dtype=torch.int8, device=problem.x.device)
+        self.product = SegmentGEMMWrapper(workspace)
+
+    @staticmethod
+    def why_not(problem: Problem, train: bool) -> str | None:
+        if train:
+            return "has no gradients"
+        if problem.dtype.itemsize != 2:
+            return "takes bfloat16 and float16 only"
+        return None if importlib.util.find_spec("flashinfer") else "flashinfer is not installed"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gates, tokens, counts = self.sorted_gates(x)
+        segments = {"seg_indptr": F.pad(counts.cumsum(0), (1, 0))}
+        experts = self.shape.experts
+        h = self.product.run(x[tokens], self.lora_A, experts, True, **segments) * gates
+        y = self.product.run(h, self.lora_B, experts, False, **segments)
+        return F.linear(x, self.weight).index_add_(0, tokens, y)
+
+
 def variants(problem: Problem, train: bool, expected: Tensor) -> tuple[dict[str, Callable], dict[str, dict]]:
     """Functions of x by name, results checked, and what is known of each before timing."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {BASE: problem.linear, OURS: problem.layer}
     known = {OURS: {"error": check(OURS, problem.layer(problem.x), expected, problem.dtype)}}
-    for kind in ALTERNATIVES:
+    for kind in (*ALTERNATIVES, FlashInfer):
         if absent := kind.why_not(problem, train=train):
             known[kind.name] = {"absent": absent}
             continue
-        alternative = kind(problem, train)
         known[kind.name] = {}
         try:
+            alternative = kind(problem, train)
             y = alternative(problem.x)
-        except RuntimeError as error:  # a form that this card or this torch does not have
+        except (
+            RuntimeError,
+            ImportError,
+        ) as error:  # a form that this card or what is installed does not have
             known[kind.name] = {"absent": str(error).splitlines()[0][:120]}
             continue
         if kind.same_result:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from benchmarks import gpu, gpu_check, gpu_record, gpu_timer, record
 from benchmarks.gpu_check import Step, run_step
-from benchmarks.inputs import Problem, Shape
+from benchmarks.inputs import Problem, Shape, check
 from benchmarks.record import OURS
 
 CPU = torch.device("cpu")
@@ -70,6 +72,42 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_python(code: str, most: float = 30, left: float = 60, **more: object) -> dict:
     return run_step(Step("step", "tests", [sys.executable, "-c", code], most, **more), left)
+
+
+class Product:
+    """``flashinfer.SegmentGEMMWrapper`` in plain PyTorch, with its arguments."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, backend: str = "auto") -> None:
+        assert float_workspace_buffer.dtype is torch.int8
+
+    def run(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        batch_size: int,
+        weight_column_major: bool,
+        seg_indptr: torch.Tensor,
+    ) -> torch.Tensor:
+        assert len(weights) == batch_size and seg_indptr.dtype is torch.int64
+        weights = weights.transpose(1, 2) if weight_column_major else weights
+        ends = seg_indptr.tolist()
+        return torch.cat([x[a:b] @ w for a, b, w in zip(ends[:-1], ends[1:], weights, strict=True)])
+
+
+def test_flashinfer_beside_it_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(Shape(24, 64, 48, 4), torch.bfloat16)
+    assert gpu.FlashInfer.why_not(problem, train=True) == "has no gradients"
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu.FlashInfer.why_not(problem, train=False) == "flashinfer is not installed"
+    module = types.ModuleType("flashinfer")
+    module.SegmentGEMMWrapper = Product
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: module)
+    assert gpu.FlashInfer.why_not(problem, train=False) is None
+    with torch.no_grad():
+        y = gpu.FlashInfer(problem)(problem.x)
+    assert check("flashinfer", y, problem.expected(), problem.dtype) > 0
 
 
 def test_step_outcomes() -> None:

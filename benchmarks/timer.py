@@ -24,10 +24,7 @@ import torch
 MIN_SAMPLE = 1e-3  # seconds: faster functions are called several times per sample
 WARM_UP = 2e-3  # seconds of untimed calls before a warm sample, one call at least
 LONG = 0.05  # seconds of a call beyond which it fills the caches itself: no warm-up, and one to calibrate
-OUTSIDER, OUTSIDER_ROUNDS = (
-    1.5,
-    5,
-)  # who takes more than so many times as long as ``beside``: sampled so often
+OUTSIDER, OUTSIDER_ROUNDS = 1.5, 5  # beyond so many times ``beside``'s time: sampled so often
 MIN_ROUNDS = 6  # the fewest of which the least and the greatest enclose the median in 95 of 100 runs
 FLUSH_BYTES = 128 << 20  # beyond the share of the last cache that a core or two get
 

@@ -108,6 +108,10 @@ def test_flashinfer_beside_it_where_it_is_installed(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         y = gpu.FlashInfer(problem)(problem.x)
     assert check("flashinfer", y, problem.expected(), problem.dtype) > 0
+    monkeypatch.setattr(gpu.FlashInfer, "__call__", lambda self, x: 2 * y)
+    with torch.no_grad():
+        functions, known = gpu.variants(problem, False, problem.expected())
+    assert "flashinfer" not in functions and "off by" in known["flashinfer"]["absent"]
 
 
 def test_step_outcomes() -> None:

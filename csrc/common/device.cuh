@@ -57,7 +57,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 }
 
 // 16 bytes from global to shared memory, both 16-byte aligned, past L1. Not valid: zeros, and nothing is read, but the
-// address must be aligned all the same. They are there after a cp_async_wait of this thread, and for the others after a barrier behind it.
+// address must be aligned all the same. They are there after a cp_async_wait of this thread, and for the others after a
+// barrier behind it.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)

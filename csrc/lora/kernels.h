@@ -50,7 +50,7 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
   }
 }
 
-// Brings n elements in for writing.
+// Brings n elements in for writing: of y, or of a base, which y overwrites as a rule.
 template <class T>
 static inline void prefetch_row(const T* row, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 1, 2);

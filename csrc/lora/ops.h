@@ -280,7 +280,8 @@ struct Lora {
   }
 
   // dB of an expert of one or two slots, along its rows: dB[o][:] = sum dy[p][o] coef[p][:], the same products in the
-  // same order without a transposition, which costs more than they do.
+  // same order without a transposition, which costs more than they do. Two rows of dy are always one distance apart, as
+  // the tile wants them; three need not be.
   bool few_slots_dB(const BackwardParams& b, const In* coef, TA* dB, int64_t e, int64_t c0, int64_t cols) const {
     if constexpr (V::kPack == 1 && kDirect && Same<TX, In>::value && Same<TA, Acc>::value) {
       const Segments& s = p.seg;

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    compiling,
     decode,
     expand_combine,
     gram,
@@ -140,21 +141,22 @@ def run(words: list[str]) -> None:
     print(report.header(document), flush=True)
 
     options.keep = lambda: record.save(path, document, options.done.values())
-    order: dict[tuple[str, ...], int] = {}
-    for section in only:
-        trials = list(SECTIONS[section](options))
-        order.update({trial.case.key: len(order) + number for number, trial in enumerate(trials)})
-        for table in report.tables(document, options.run(trials)):
-            print(f"\n{table.text()}", flush=True)
+    trials = [trial for section in only for trial in SECTIONS[section](options)]
+    compiling.ahead(options, trials)
+    options.run(trials)
+    order = {trial.case.key: number for number, trial in enumerate(trials)}
     cases = sorted(options.done.values(), key=lambda case: order.get(case.key, len(order)))
+    document["noise"] = noise.state(cases)
     document["company"] = company.percent()
     seconds = time.perf_counter() - options.started
     document["settings"]["wall_seconds"] = round(seconds + document["settings"].get("wall_seconds", 0))
+    for table in report.tables(document, cases):
+        print(f"\n{table.text()}")
     print(f"\n{verdict.verdict(cases, document)}\n\n{report.header(document)}")
     for written in write(path, document, cases):
         print(f"wrote {written}")
     if options.left:
-        print(f"{options.left} cases were not begun within {args.limit:g} s; --resume goes on with them")
+        print(f"{options.left} visits were not begun within {args.limit:g} s; --resume goes on with them")
 
 
 def write(path: Path, document: dict[str, Any], cases: list[Case]) -> list[Path]:

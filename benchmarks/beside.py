@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from benchmarks.alternatives import ALTERNATIVES, COMPILED, YARDSTICKS, Alternative, Loop, compiled
+from benchmarks.alternatives import ALTERNATIVES, COMPILABLE, COMPILED, YARDSTICKS, Alternative
 from benchmarks.inputs import CACHE, DTYPES, Problem, Shape, check
 from benchmarks.options import Functions, Trial
 from benchmarks.record import BASE, OURS, Case
@@ -18,6 +18,8 @@ from benchmarks.record import BASE, OURS, Case
 LONG = 0.2  # seconds of a call beyond which warming up does not matter
 HOPELESS, WORTH = 4.0, 0.1  # left out: a call beyond so many times the best one's, and so many seconds
 CERTAIN = 3.0  # so many times beyond both, chance is no explanation: it is not called again
+COMPILED_GAINS = 3.0  # compiled are forms whose time uncompiled is within so many times the best one's
+COMPARED = 5  # calls of each compiled form, to find the fastest
 NAMES = (BASE, OURS, *(kind.name for kind in ALTERNATIVES), COMPILED)
 
 
@@ -38,6 +40,7 @@ def trial(
     label: str | None = None,
     share: float = 1.0,
     sure: bool = False,
+    visits: int = 2,
 ) -> Trial:
     """Forward without gradients; with ``train`` a step, base frozen, gradients of x, router, adapters."""
     case = Case(section, label or shape.label, dtype, BASE, cache, yardsticks=list(YARDSTICKS))
@@ -50,20 +53,31 @@ def trial(
         "shape": asdict(shape),
     }
     names = NAMES if compile else NAMES[:-1]
-    return Trial(case, lambda: _prepare(case, shape, train, compile), names, share, train, sure)
+    job = (shape, dtype, train) if compile else None
+    prepare = lambda: _prepare(case, shape, train, compile)  # noqa: E731
+    return Trial(case, prepare, names, share, train, sure, job, visits)
 
 
-class _Point:
-    """The tensors of a point, and what is expected of whoever is timed there."""
+class Point:
+    """The tensors of a point, and what is called there."""
 
-    def __init__(self, shape: Shape, dtype: str, train: bool) -> None:
-        self.problem, self.train = Problem(shape, DTYPES[dtype]), train
-        self.x = self.problem.x.clone().requires_grad_() if train else self.problem.x
-        self.expected = self.problem.expected_gradients() if train else {"y": self.problem.expected()}
+    def __init__(self, problem: Problem, train: bool) -> None:
+        self.problem, self.train = problem, train
+        self.x = problem.x.clone().requires_grad_() if train else problem.x
 
     def call(self, function: Callable[[Tensor], Tensor], parameters: list[Tensor]) -> Callable[[], object]:
         x, grad_y = self.x, self.problem.grad_y
         return (lambda: step(function, x, parameters, grad_y)) if self.train else (lambda: function(x))
+
+    def seconds(self, function: Callable[[Tensor], Tensor], parameters: list[Tensor]) -> float:
+        """Roughly how long a call takes: the shorter of the first two."""
+        call = self.call(function, parameters)
+        return _again(call, _timed(call)[0])
+
+    @cached_property
+    def expected(self) -> dict[str, Tensor]:
+        """What everybody is to find, in float64."""
+        return self.problem.expected_gradients() if self.train else {"y": self.problem.expected()}
 
     def check(self, name: str, result: object) -> float:
         """The largest relative error; raises where one is too large."""
@@ -76,7 +90,7 @@ class _Point:
 
 def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
     """Every result, and every gradient, is compared with float64 before it is timed."""
-    point = _Point(shape, case.dtype, train)
+    point = Point(Problem(shape, DTYPES[case.dtype]), train)
     problem, layer = point.problem, point.problem.layer
     ours = point.call(layer, [layer.lora_A, layer.lora_B, layer.router.weight])
     functions: Functions = {BASE: point.call(problem.linear, []), OURS: ours}
@@ -89,8 +103,7 @@ def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
         alternative = kind(problem, train)
         function = point.call(alternative, alternative.parameters())
         took, result = _timed(function)
-        if took < LONG:
-            took = min(took, _timed(function)[0])
+        took = _again(function, took)
         case.variants[kind.name] = {"error": point.check(kind.name, result)} if kind.same_result else {}
         functions[kind.name] = function
         if kind.same_result:
@@ -104,7 +117,7 @@ def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
             case.variants[kind.name]["absent"] = f"a call took {took / least:.0f} × the best one's"
             del functions[kind.name], seconds[kind]
     if compile:
-        _add_compiled(case, point, functions, sorted(seconds, key=seconds.get))
+        _add_compiled(case, point, functions, seconds)
     return functions
 
 
@@ -114,24 +127,39 @@ def _timed(function: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def _add_compiled(case: Case, point: _Point, functions: Functions, kinds: list[type[Alternative]]) -> None:
-    """``torch.compile`` of the fastest one it can compile; not the loop, unrolled anew for every batch."""
-    failed = []
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
-        logging.CRITICAL
-    )  # what fails is reported here
-    for kind in (kind for kind in kinds if kind is not Loop):
+def _again(function: Callable[[], object], took: float) -> float:
+    """The shorter of what it took and what it takes again, if that is not long."""
+    return min(took, _timed(function)[0]) if took < LONG else took
+
+
+def _add_compiled(
+    case: Case, point: Point, functions: Functions, seconds: dict[type[Alternative], float]
+) -> None:
+    """``torch.compile`` of the forms that may win by it; the fastest of them stays."""
+    torch.compiler.reset()  # what was compiled for the case before
+    failed, found = [], {}
+    for kind in worth_compiling(seconds):
         alternative = kind(point.problem, point.train)
-        function = point.call(compiled(alternative), alternative.parameters())
+        function = point.call(torch.compile(alternative, dynamic=False), alternative.parameters())
         try:
             error = point.check(COMPILED, function())
         except Exception as reason:  # whatever stops the compiler is what is to be reported
             failed.append(f"{kind.name}: {_gist(reason)}")
             continue
-        case.variants[COMPILED] = {"error": error, "of": kind.name, "failed": failed}
-        functions[COMPILED] = function
-        return
-    case.variants[COMPILED] = {"absent": "; ".join(failed) or "nothing to compile"}
+        took = min(_timed(function)[0] for _ in range(COMPARED))
+        found[took] = function, {"error": error, "of": kind.name}
+    if found:
+        functions[COMPILED], values = found[min(found)]
+        case.variants[COMPILED] = {**values, "failed": failed}
+    else:
+        behind = f"what compiles takes over {COMPILED_GAINS:g} × the best one's time uncompiled"
+        case.variants[COMPILED] = {"absent": "; ".join(failed) or behind}
+
+
+def worth_compiling(seconds: dict[type[Alternative], float]) -> list[type[Alternative]]:
+    """The forms that may win by being compiled: which compile at all, and are near the best uncompiled."""
+    near = COMPILED_GAINS * min(seconds.values())
+    return [kind for kind in COMPILABLE if seconds.get(kind, near + 1) <= near]
 
 
 def _gist(reason: Exception) -> str:

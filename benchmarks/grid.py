@@ -9,8 +9,8 @@ The full product of these has some hundred thousand points. Measured are, each f
 
 Two limits keep it to half an hour and 6 GB: adapters of at most ``VALUES`` elements (a larger point is
 measured with a lower r), and a base of at most ``FLOP`` operations (with a lower T). bfloat16 takes every
-``BFLOAT16_EVERY``-th point. Compiling takes seconds a case, so the best form is compiled at the points of
-``compiled`` only. A point that seems lost is measured again for four times as long, alone with what came
+``BFLOAT16_EVERY``-th point. The forms that may win by it are compiled too, all before anything is measured
+(``compiling.py``). A point that seems lost is measured again for four times as long, alone with what came
 near, before it is called lost.
 """
 
@@ -20,6 +20,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from benchmarks.beside import trial
 from benchmarks.inputs import Shape
@@ -28,6 +29,7 @@ from benchmarks.options import Options, Trial
 VALUES = 64 << 20
 FLOP = 2**34
 BFLOAT16_EVERY = 3
+VISITED_AGAIN = 6  # every so many points: enough to know how far two visits are apart, see noise.py
 SHARE = 0.2  # of the budget per case, for a forward; a training step takes SHARE_STEP
 SHARE_STEP = 0.3
 
@@ -109,22 +111,16 @@ def points() -> list[Shape]:
     return list(dict.fromkeys([*scans(), *decoding(), *corners(), *sample(), LARGEST]))
 
 
-def compiled() -> list[Shape]:
-    """Where ``torch.compile`` of the best form is measured too: both centres, and eight corners."""
-    return [CENTRE, DECODE, *(s for s in corners() if s.r == 4 and s.top_k == min(4, s.experts))]
-
-
-def both_directions(section: str, shape: Shape, dtype: str, compile: bool = False) -> Iterator[Trial]:
-    """A forward and a training step at this point; ``compile``: beside the best form compiled, too."""
+def both_directions(section: str, shape: Shape, dtype: str, **settings: Any) -> Iterator[Trial]:
+    """A forward and a training step at this point; ``settings`` as :func:`benchmarks.beside.trial` has."""
     for train, share in ((False, SHARE), (True, SHARE_STEP)):
         label = f"{shape.label} {'step' if train else 'forward'}"
-        settings = {"train": train, "label": label, "share": share, "sure": True, "compile": compile}
-        yield trial(section, shape, dtype, **settings)
+        yield trial(section, shape, dtype, train=train, label=label, share=share, sure=True, **settings)
 
 
 def trials(options: Options) -> Iterator[Trial]:
     """All of it, whether quick or not: quick only lowers the budget."""
-    compile = compiled()
     for dtype in options.dtypes:
-        for shape in points()[:: 1 if dtype == "float32" else BFLOAT16_EVERY]:
-            yield from both_directions("grid", shape, dtype, dtype == "float32" and shape in compile)
+        for number, shape in enumerate(points()[:: 1 if dtype == "float32" else BFLOAT16_EVERY]):
+            visits = 2 if number % VISITED_AGAIN == 0 else 1
+            yield from both_directions("grid", shape, dtype, compile=True, visits=visits)

@@ -41,18 +41,23 @@ class Shape:
     @property
     def extra(self) -> float:
         """Arithmetic of router and mixture over that of the base: k·r·(in+out)/(in·out) + E/out."""
+        return self.extra_by_id + self.experts / self.out_features
+
+    @property
+    def extra_by_id(self) -> float:
+        """That of the mixture alone, where nobody has to decide: k·r·(in+out)/(in·out)."""
         i, o = self.in_features, self.out_features
-        return self.top_k * self.r * (i + o) / (i * o) + self.experts / o
+        return self.top_k * self.r * (i + o) / (i * o)
 
     @property
     def floor(self) -> float:
         """Layer / nn.Linear, if every operation cost the same: 1 + extra."""
-        return 1 + self.extra
+        return floor(self.extra, train=False)
 
     @property
     def training_floor(self) -> float:
-        """The base does its forward and dX; the mixture its forward and about twice that in the backward."""
-        return (2 + 3 * self.extra) / 2
+        """The same of a training step."""
+        return floor(self.extra, train=True)
 
     def extra_bytes(self, size: int, train: bool = False) -> int:
         """What router and mixture must move beyond the base's x and y: adapters that are chosen, the router.
@@ -77,6 +82,14 @@ class Shape:
     def adapter_values(self) -> int:
         """Elements of all A and B."""
         return self.experts * self.r * (self.in_features + self.out_features)
+
+
+def floor(extra: float, train: bool) -> float:
+    """The least time over the base's if all arithmetic costs the same, ``extra`` beside that of the base.
+
+    In training the base does its forward and dX, the mixture its forward and about twice that backward.
+    """
+    return (2 + 3 * extra) / 2 if train else 1 + extra
 
 
 class Problem:

@@ -2,15 +2,19 @@
 
 The kernels are reached through their operators. "GEMMs, same FLOPs" are products of the same arithmetic with
 one plain LoRA of rank k·r: nothing is routed, gathered or combined, so they are a ceiling, not an opponent.
+Opponents are the mixture's forms in plain PyTorch, given the same routing as ours, sorted ids included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.alternatives import DenseMasked, GroupedMM
 from benchmarks.inputs import DTYPES, Problem, Shape, check
 from benchmarks.options import Functions, Options, Trial
 from benchmarks.record import GEMMS, OURS, Case
@@ -21,6 +25,7 @@ TINY = 16  # a width at which next to nothing is left of one half of the mixture
 SHARE = 0.12  # of the budget per case
 
 Call = Callable[[], tuple[Tensor, ...]]
+Make = Callable[[Problem], tuple[Functions, dict[int, Tensor]]]
 
 
 def points(options: Options) -> Iterator[tuple[str, Shape]]:
@@ -37,32 +42,89 @@ def beside_gemms(
     flop: int,
     moved: int,
     dtype: str,
-    make: Callable[[Problem], tuple[Call, Callable[[], object], dict[int, Tensor]]],
+    make: Make,
 ) -> Trial:
-    """Ours beside GEMMs. ``make`` gives our call, theirs, and what ours must return, by place, in float64."""
+    """Ours beside GEMMs and plain PyTorch.
+
+    ``make`` gives the calls by name and what all but the GEMMs must return, by place, in float64.
+    """
     case = Case(section, label, dtype, GEMMS, facts={"flop": flop, "bytes": moved})
 
     def prepare() -> Functions:
-        ours, gemms, expected = make(problem())
-        found = ours()
-        errors = [check(label, found[i], want, DTYPES[dtype]) for i, want in expected.items()]
-        case.variants[OURS] = {"error": max(errors)}
-        return {GEMMS: gemms, OURS: ours}
+        functions, wanted = make(problem())
+        for name, function in functions.items():
+            if name == GEMMS:
+                continue
+            found = function()
+            errors = [check(f"{label}, {name}", found[i], want, DTYPES[dtype]) for i, want in wanted.items()]
+            case.variants[name] = {"error": max(errors)}
+        return functions
 
-    return Trial(case, prepare, (GEMMS, OURS), SHARE)
+    return Trial(case, prepare, (GEMMS, OURS, GroupedMM.name, DenseMasked.name), SHARE)
 
 
 def mixture(section: str, label: str, shape: Shape, dtype: str, popularity: str = "uniform") -> Trial:
     """``segment_lora`` with a given routing: shrink, then expand-combine."""
 
-    def make(problem: Problem) -> tuple[Call, Callable[[], object], dict[int, Tensor]]:
+    def make(problem: Problem) -> tuple[Functions, dict[int, Tensor]]:
         routing = problem.routing(popularity)
         x, (a, b) = problem.x, plain(problem)
-        return segment_lora(problem, routing), lambda: (x @ a) @ b, {0: expected(problem, routing)[0]}
+        functions: Functions = {GEMMS: lambda: (x @ a) @ b, OURS: segment_lora(problem, routing)}
+        for name, form in forms(problem, routing).items():
+            tensors = Tensors(x, problem.lora_A, problem.lora_Bt, routing.weights)
+            functions[name] = lambda form=form, tensors=tensors: (form(tensors),)
+        return functions, {0: expected(problem, routing)[0]}
 
     moved = mixture_bytes(shape, dtype, popularity)
     problem = lambda: Problem(shape, DTYPES[dtype])  # noqa: E731
     return beside_gemms(section, label, problem, shape.mixture_flop, moved, dtype, make)
+
+
+class Tensors(NamedTuple):
+    """Of what the mixture is a function: x ``[T, in]``, A ``[E, r, in]``, B ``[E, r, out]``, gates."""
+
+    x: Tensor
+    lora_A: Tensor
+    lora_Bt: Tensor
+    gates: Tensor
+
+
+def forms(problem: Problem, routing: Routing) -> dict[str, Callable[[Tensors], Tensor]]:
+    """The mixture alone in plain PyTorch, its routing given: the best forms of ``alternatives.py``."""
+    shape, dtype = problem.shape, problem.dtype
+    slots = routing.order.long()
+    tokens, ends = slots // shape.top_k, routing.expert_offsets[1:]
+
+    def grouped(t: Tensors) -> Tensor:
+        gates = (t.gates.view(-1)[slots, None] * problem.scaling).to(dtype)
+        h = F.grouped_mm(t.x[tokens], t.lora_A.transpose(1, 2), offs=ends) * gates
+        y = t.x.new_zeros(shape.tokens, shape.out_features)
+        return y.index_add(0, tokens, F.grouped_mm(h, t.lora_Bt, offs=ends))
+
+    def dense(t: Tensors) -> Tensor:
+        mask = t.gates.new_zeros(shape.tokens, shape.experts).scatter(1, routing.indices, t.gates)
+        h = (t.x @ t.lora_A.flatten(0, 1).t()).view(shape.tokens, shape.experts, shape.r)
+        h = h * (mask * problem.scaling).to(dtype)[..., None]
+        return h.flatten(1) @ t.lora_Bt.flatten(0, 1)
+
+    found = {GroupedMM.name: grouped} if GroupedMM.why_not(problem, train=False) is None else {}
+    return {**found, DenseMasked.name: dense}
+
+
+def backward_of(form: Callable[[Tensors], Tensor], tensors: Tensors, needed: str, grad_y: Tensor) -> Call:
+    """The backward of a form alone, again and again over one graph: gradients of "x", "A", "B", "w"."""
+    leaves = {n: t.detach().requires_grad_(n in needed) for n, t in zip("xABw", tensors, strict=True)}
+    with torch.enable_grad():
+        y = form(Tensors(*leaves.values()))
+    wanted = [leaves[name] for name in needed]
+
+    def call() -> tuple[Tensor, ...]:
+        found = dict(zip(needed, torch.autograd.grad(y, wanted, grad_y, retain_graph=True), strict=True))
+        if "B" in found:
+            found["B"] = found["B"].transpose(1, 2)
+        return tuple(found.get(name) for name in "xABw")
+
+    return call
 
 
 def segment_lora(problem: Problem, routing: Routing) -> Call:

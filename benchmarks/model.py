@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.inputs import floor
 from benchmarks.options import Functions, Options, Trial
 from benchmarks.record import OURS, PLAIN, Case
 from moa_ops import MoAConfig, MoAModel, get_moa_model
 
 PEFT_ONE, PEFT_MIXED, PEFT_ARROW = "PEFT, one adapter", "PEFT, mixed batch", "PEFT, Arrow top-2"
 ROWS, TOKENS, PROMPT, NEW = 4, 128, 32, 16
+RANK = 16
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "vocab_size": 1024}
 
 
@@ -75,6 +77,21 @@ def _base() -> nn.Module:
     )
 
 
+def model_floor(base: nn.Module, point: Point) -> float:
+    """The least time over the plain model's: arithmetic of all adapters and routers over that of all linears.
+
+    Left out: attention, norms, embeddings and Python, which the plain model has too, so that the true floor
+    is nearer to 1; and routers that decide once per sequence. In decoding it is the ratio of the bytes, too.
+    """
+    sizes = {name: m.weight.shape for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    routing = dict(point.routing)
+    adapters = sum(sum(size) for name, size in sizes.items() if name != "lm_head")
+    extra = routing.get("top_k", 1) * RANK * adapters
+    if routing.get("routing_level") == "token":  # one per block
+        extra += point.experts * SIZES["hidden_size"] * SIZES["num_hidden_layers"]
+    return floor(extra / sum(size.numel() for size in sizes.values()), point.kind == "training")
+
+
 def _share(base: nn.Module) -> nn.Module:
     """Another tree of modules over the same parameters."""
     return copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
@@ -83,7 +100,7 @@ def _share(base: nn.Module) -> nn.Module:
 def mixture(base: nn.Module, experts: int, **routing: Any) -> MoAModel:
     """The base with filled adapters and routers that prefer no expert."""
     model = get_moa_model(
-        _share(base), MoAConfig(r=16, target_modules="all-linear", num_experts=experts, **routing)
+        _share(base), MoAConfig(r=RANK, target_modules="all-linear", num_experts=experts, **routing)
     )
     with torch.no_grad():
         for layer in model.layers.values():
@@ -99,7 +116,8 @@ def _prepare(point: Point, case: Case) -> Functions:
     others = _peft(model, base, point) if importlib.util.find_spec("peft") else {}
     if not others:
         case.variants[PEFT_ONE] = {"absent": "peft is not installed"}
-    case.yardsticks = list(others)
+    case.facts["floor"] = model_floor(base, point)
+    case.yardsticks = [name for name in others if name != PEFT_MIXED]
     names = [f"expert_{2 * row + 1}" for row in range(ROWS)]
     ours = {"adapter_names": names[: 1 if point.kind == "decode" else ROWS]} if point.by_id else {}
     runs = {PLAIN: (base, {}), OURS: (model, ours), **others}

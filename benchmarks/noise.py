@@ -1,19 +1,27 @@
-"""How far two runs of the same code are apart, and what of a difference is more than that.
+"""How far two runs of the same code are apart: the spread that a record states, and how it is found.
 
-The rounds of one run say how well its median is known *for the memory that its tensors happened to get*.
-Other memory, or another process, gives another median: 9 medians of each of 12 figures (3 processes, 3 times
-fresh tensors in each; T = 1 to 512, E = 8 and 64, float32, two Zen 4 cores) scattered by 1 to 10 %, where the
-rounds of each promised 0.4 to 1.1 %. The rounds are uncorrelated (+0.03), so blocks of them promise the same.
-What describes the 12 figures is a part of the whole time, ``COMMON``, and a larger one of what the baseline
-has no share in, ``EXTRA``. Tried on four other runs (12 points, float32 and bfloat16, 384 pairs of figures):
-by the rounds alone 66 % of the pairs agree within their 95 % intervals, with these two terms 94 %.
+The rounds of one measurement say how well its median is known for the memory that its tensors happened to get
+and for the minute in which it was taken. Other memory, or another minute on a host shared with others, gives
+another median. So a run visits its cases twice: all of them, then all of them again, with fresh tensors. Of a
+figure (a ratio within pairs) with medians m1, m2 of its visits, and w1, w2 the standard deviations of their
+logarithms by the rounds (the 95 % interval of order statistics over 2 · 1.96):
 
-A record holds what the rounds say; every judgement on it uses the wider interval.
+- the figure is the geometric mean of m1 and m2;
+- log(m1/m2) has the variance 2·b² + w1² + w2², with b the deviation *between* visits. Two visits of one case
+  say little of its b, many cases much: b is one number for all figures of a class, the one with which 95 of
+  100 pairs of visits of the class lie within 1.96 standard deviations (:func:`between`);
+- the stated interval, 95 %, is figure · exp(±1.96 · √(b² + (w1² + w2²)/4)). That b² is not halved, as it
+  might be for the mean of two visits, leaves room for what a whole run shares and the next one does not.
+
+Classes: ratios to the baseline near it (within ``NEAR``), others, and ratios to ours; each apart by the time
+of the baseline (``SLOW``), as far as a class has ``ENOUGH`` pairs of visits. A kind with fewer than that
+takes ``UNKNOWN``. A case that was visited once (most of the grid) takes the b of its class, and w1 alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,37 +29,93 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.record import Case
 
-COMMON = 0.01  # relative standard deviation between runs, of the time as a whole
-EXTRA = 0.12  # and of the part by which it differs from the baseline's
 NORMAL = 1.96  # standard deviations in half of a 95 % interval
+NEAR = 1.2  # times the baseline
+SLOW = (1e-3, 1e-2)  # seconds of the baseline: what divides the classes
+DURATIONS = ("under 1 ms", "1 to 10 ms", "over 10 ms")
+ENOUGH = 20  # pairs of visits
+UNKNOWN = {"near": 0.015, "far": 0.04, "to ours": 0.04}  # b, from runs of two Zen 4 cores on a shared host
+OF = ("ratio", "beside")  # the figures that have visits
+
+Class = tuple[str, str]  # kind, duration
 
 
-def between_runs(ratio: float) -> float:
-    """Relative standard deviation of a ratio to the baseline from run to run, beside what its rounds say."""
-    return math.hypot(COMMON, EXTRA * (1 - 1 / ratio))
+def visit(values: dict[str, Any]) -> None:
+    """Files the median and interval of one measurement as its first visit."""
+    values["visits"] = [[values["median"], values["low"], values["high"]]]
 
 
-def stated(values: dict[str, float], further: float) -> dict[str, float]:
-    """A spread of the record, its interval widened by a relative standard deviation; if none, unbounded."""
-    median, wider = values["median"], NORMAL * further
-    down = math.hypot(math.log(median / values["low"]), wider) if values.get("low") else math.inf
-    up = math.hypot(math.log(values["high"] / median), wider) if "high" in values else math.inf
-    return {**values, "low": median * math.exp(-down), "high": median * math.exp(up)}
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """A spread of two visits: geometric means; the least of both. Its interval is given by :func:`state`."""
+    means = {key: math.sqrt(first[key] * second[key]) for key in ("median", "q1", "q3", "low", "high")}
+    both = {**means, "least": min(first["least"], second["least"])}
+    return {**both, "visits": first["visits"] + second["visits"]} if "visits" in first else both
 
 
-def stated_ratio(values: dict[str, float]) -> dict[str, float]:
-    """A variant's ratio to the baseline with the interval in which another run has it."""
-    return stated(values, between_runs(values["median"]))
+def between(pairs: list[list[list[float]]]) -> float:
+    """b: with it, 95 of 100 pairs of visits lie within 1.96 standard deviations of their difference."""
+    needed = sorted(
+        max(0.0, (math.log(a[0] / b[0]) / NORMAL) ** 2 - _rounds(a) ** 2 - _rounds(b) ** 2) / 2
+        for a, b in pairs
+    )
+    return math.sqrt(needed[min(math.ceil(0.95 * len(needed)), len(needed) - 1)])
+
+
+def _rounds(visit: list[float]) -> float:
+    """w: the standard deviation of the logarithm of a visit's median, by its rounds."""
+    return math.log(visit[2] / visit[1]) / (2 * NORMAL)
+
+
+def state(cases: Iterable[Case]) -> dict[str, dict[str, float]]:
+    """Gives every figure its interval, and says b of each class. Twice does the same as once."""
+    found: list[tuple[Class, dict[str, Any]]] = []
+    for case in cases:
+        for name, values in case.timed().items():
+            for of in set(OF) & values.keys():
+                if "low" in values[of] and name != case.baseline:
+                    if "visits" not in values[of]:
+                        visit(values[of])
+                    found.append((_class(case, of, values[of]["median"]), values[of]))
+    pairs: dict[Class, list[list[list[float]]]] = defaultdict(list)
+    for (kind, duration), values in found:
+        if len(values["visits"]) == 2:
+            pairs[kind, duration].append(values["visits"])
+            pairs[kind, ""].append(values["visits"])
+    known = {key: between(of) for key, of in pairs.items() if len(of) >= ENOUGH}
+    for (kind, duration), values in found:
+        b = known.get((kind, duration), known.get((kind, ""), UNKNOWN[kind]))
+        values["low"], values["high"] = _interval(values["visits"], b)
+    return {
+        f"{kind}, {duration or 'any'}": {"between": b, "pairs": len(pairs[kind, duration])}
+        for (kind, duration), b in sorted(known.items())
+    }
+
+
+def _class(case: Case, of: str, median: float) -> Class:
+    base = case.variants[case.baseline]["seconds"]["median"]
+    duration = DURATIONS[sum(base >= limit for limit in SLOW)]
+    if of == "beside":
+        return "to ours", duration
+    return "near" if 1 / NEAR <= median <= NEAR else "far", duration
+
+
+def _interval(visits: list[list[float]], b: float) -> tuple[float, float]:
+    """The 95 % interval of the visits' geometric mean, skewed as those of the rounds are."""
+    count = len(visits)
+    mean = math.exp(sum(math.log(median) for median, _, _ in visits) / count)
+    down = math.hypot(NORMAL * b, *(math.log(median / low) / count for median, low, _ in visits))
+    up = math.hypot(NORMAL * b, *(math.log(high / median) / count for median, _, high in visits))
+    return mean * math.exp(-down), mean * math.exp(up)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A ratio to the baseline in two runs."""
+    """A ratio to the baseline in two runs, each with its stated interval."""
 
     key: tuple[str, str, str, str]
     variant: str
-    before: dict[str, float]
-    after: dict[str, float]
+    before: dict[str, Any]
+    after: dict[str, Any]
 
     @property
     def factor(self) -> float:
@@ -61,16 +125,19 @@ class Change:
     @property
     def certain(self) -> bool:
         """The intervals do not touch, which two runs of the same code do in one of 150 cases."""
-        a, b = stated_ratio(self.before), stated_ratio(self.after)
-        return a["high"] < b["low"] or b["high"] < a["low"]
+        return self.before["high"] < self.after["low"] or self.after["high"] < self.before["low"]
 
     @property
     def expected(self) -> bool:
         """Within what 95 of 100 pairs of runs of the same code show."""
-        lower, upper = sorted((self.before, self.after), key=lambda values: values["median"])
-        a, b = stated_ratio(lower), stated_ratio(upper)
+        a, b = sorted((self.before, self.after), key=lambda values: values["median"])
         reach = math.hypot(math.log(a["high"] / a["median"]), math.log(b["median"] / b["low"]))
         return math.log(b["median"] / a["median"]) <= reach
+
+    @property
+    def spread(self) -> float:
+        """Half of the wider interval, relative."""
+        return max(math.log(values["high"] / values["low"]) / 2 for values in (self.before, self.after))
 
 
 def pairs(before: Iterable[Case], after: Iterable[Case]) -> Iterator[Change]:

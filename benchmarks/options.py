@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -25,6 +26,9 @@ class Trial:
     prepare: makes the tensors, checks the results, files what it finds out in ``case`` and returns what is
         to be timed by name; nothing, if there is nothing to time. names: what it may return.
     share: of the budget per case. grad: with gradients. sure: what seems to be lost is measured again.
+    compiled: what ``compiling.ahead`` is to compile for it, if anything.
+    visits: how often it is measured, all other cases in between; each visit makes its tensors anew and has
+        its part of the budget.
     """
 
     case: Case
@@ -33,6 +37,8 @@ class Trial:
     share: float = 1.0
     grad: bool = False
     sure: bool = False
+    compiled: tuple[Any, ...] | None = None
+    visits: int = 2
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Options:
     budget: seconds of timing per case. dtypes: names. points: parts of labels, "T=1+step" for one with both,
     or "2/8": the second of eight parts of every section; empty selects all. limit: seconds after which no
     further case is begun. done: what is measured, by key; a case that is there already is taken as it is.
-    keep: called every KEPT seconds, and after the last case of a section. build: time the build too.
+    keep: called every KEPT seconds, and after the last case. build: time the build too.
     """
 
     quick: bool = False
@@ -54,7 +60,7 @@ class Options:
     done: dict[tuple[str, ...], Case] = field(default_factory=dict)
     keep: Callable[[], None] = lambda: None
     build: bool = False
-    left: int = 0  # cases that the limit cut off
+    left: int = 0  # visits that the limit cut off
     started: float = field(default_factory=time.perf_counter)
 
     def select(self, trials: Iterable[Trial]) -> list[Trial]:
@@ -63,19 +69,27 @@ class Options:
         return [t for i, t in numbered if not self.points or any(_asked(t, i, p) for p in self.points)]
 
     def run(self, trials: Iterable[Trial]) -> list[Case]:
-        """The cases of the trials that are asked for, measured as far as the time limit allows."""
-        cases, kept = [], time.perf_counter()
-        for trial in self.select(trials):
-            key = trial.case.key
-            if key not in self.done:
+        """The cases of the trials that are asked for, measured as far as the time limit allows.
+
+        First all of them, then, far from their first visit, those that are visited again.
+        """
+        chosen, kept = self.select(trials), time.perf_counter()
+        for trial in chosen:
+            if was := self.done.get(trial.case.key):  # by an earlier run: its case takes over what it found
+                trial.case.variants, trial.case.facts, trial.case.visits = was.variants, was.facts, was.visits
+                self.done[trial.case.key] = trial.case
+        for visit in range(max((trial.visits for trial in chosen), default=0)):
+            for trial in chosen:
+                if trial.visits <= visit or trial.case.visits > visit:
+                    continue
                 if time.perf_counter() - self.started > self.limit:
                     self.left += 1
                     continue
-                self.done[key] = self._run(trial)
+                self._visit(trial)
+                self.done[trial.case.key] = trial.case
                 kept = self._keep(kept)
-            cases.append(self.done[key])
         self.keep()
-        return cases
+        return [trial.case for trial in chosen if trial.case.key in self.done]
 
     def _keep(self, last: float) -> float:
         """Keeps what is measured, if not just done: a grid takes long to write. When it was done last."""
@@ -85,8 +99,10 @@ class Options:
         self.keep()
         return now
 
-    def _run(self, trial: Trial) -> Case:
-        case, budget = trial.case, self.budget * trial.share
+    def _visit(self, trial: Trial) -> None:
+        """Measures the case; if it was before, both count."""
+        case, budget = trial.case, self.budget * trial.share / trial.visits
+        before, case.variants = case.variants, {}
         with torch.set_grad_enabled(trial.grad):
             functions = trial.prepare()
             if functions:
@@ -96,7 +112,8 @@ class Options:
                 near = {case.baseline, OURS, *near}.difference(case.yardsticks)
                 self._timed(case, {name: functions[name] for name in functions if name in near}, 4 * budget)
         self._say(case)
-        return case
+        case.join(before)
+        case.visits += 1
 
     def _timed(self, case: Case, functions: Functions, budget: float) -> None:
         """Times the case, once more if others were at work meanwhile."""
@@ -105,7 +122,9 @@ class Options:
             again = replace(case, variants={name: dict(values) for name, values in case.variants.items()})
             if (calmer := self._once(again, functions, budget)) < others:
                 case.variants, others = again.variants, calmer
-        case.facts["others_percent"] = others
+        case.facts["others_percent"] = max(
+            others, case.facts.get("others_percent", 0.0) if case.visits else 0.0
+        )
 
     def _once(self, case: Case, functions: Functions, budget: float) -> float:
         """Times the case; the per cent of the cores that others took meanwhile."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moa_ops
-from benchmarks.inputs import DTYPES, LORA_ALPHA, Problem, Shape, check
+from benchmarks.inputs import DTYPES, LORA_ALPHA, Problem, Shape, check, floor
 from benchmarks.options import Functions, Options, Trial
 from benchmarks.record import BASE, OURS, PEFT, Case
 from moa_ops import Routing
@@ -41,7 +42,7 @@ def trials(options: Options) -> Iterator[Trial]:
     """Forward, and training steps in float32."""
     for dtype in options.dtypes:
         for way, make in WAYS.items():
-            if dtype == "float32" or make not in (arrow, x_lora):
+            if dtype == "float32" or make not in ROUTED:
                 yield _trial(way, make, dtype, train=False)
     if "float32" in options.dtypes and not options.quick:
         for way in ("one adapter", "Arrow", "X-LoRA"):
@@ -136,13 +137,15 @@ WAYS: dict[str, Callable[[Problem, bool], tuple[Layer, Layer, nn.Module]]] = {
     "Arrow": arrow,
     "X-LoRA": x_lora,
 }
+ROUTED = (arrow, x_lora)  # the others go by id, one adapter per token
 
 
 def _trial(
     way: str, make: Callable[[Problem, bool], tuple[Layer, Layer, nn.Module]], dtype: str, train: bool
 ) -> Trial:
     case = Case("peft", f"{way}{', training step' if train else ''}, {SHAPE.label}", dtype, BASE)
-    case.facts = {"train": train}
+    extra = SHAPE.extra if make in ROUTED else replace(SHAPE, top_k=1).extra_by_id
+    case.facts = {"train": train, "floor": floor(extra, train)}
 
     def prepare() -> Functions:
         if importlib.util.find_spec("peft") is None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.noise import between_runs, stated
+from benchmarks import noise
 from benchmarks.timer import MIN_ROUNDS, measure
 
 SCHEMA = 1
@@ -37,6 +37,7 @@ class Case:
     facts: dict[str, Any] = field(default_factory=dict)
     yardsticks: list[str] = field(default_factory=list)  # variants that compute something else or less
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    visits: int = 0  # how often it was measured, apart in time; in records before there were any, 0
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -53,7 +54,26 @@ class Case:
         settings = {"budget": budget, "min_rounds": min_rounds, "cold": self.cache == "cold"}
         timings = measure(functions, self.baseline, beside=beside, **settings)
         for name, timing in timings.items():
-            self.variants.setdefault(name, {}).update(timing.to_dict())
+            values = timing.to_dict()
+            for of in set(noise.OF) & values.keys():
+                noise.visit(values[of])
+            self.variants.setdefault(name, {}).update(values)
+
+    def join(self, before: dict[str, dict[str, Any]]) -> None:
+        """Joins the variants of an earlier visit to those of this one, which made the same tensors anew."""
+        for name, was in before.items():
+            now = self.variants.setdefault(name, was)
+            if now is was or "ratio" not in was:
+                continue
+            if "ratio" not in now or was.get("of") != now.get(
+                "of"
+            ):  # left out by chance; another form compiled
+                self.variants[name] = min(
+                    was, now, key=lambda v: v["ratio"]["median"] if "ratio" in v else math.inf
+                )
+                continue
+            for of in {"seconds", *noise.OF} & was.keys() & now.keys():
+                now[of] = noise.joined(was[of], now[of])
 
     def ratio(self, variant: str) -> float | None:
         """Median of the paired ratios to the baseline."""
@@ -77,11 +97,9 @@ class Case:
         return self.beside(best[0]) if best and self.ratio(OURS) else None
 
     def beside(self, variant: str) -> dict[str, float] | None:
-        """The variant's time ÷ ours: median, and the 95 % interval in which another run has it."""
+        """The variant's time ÷ ours: median, and the stated 95 % interval; without one, unbounded."""
         pairs = self.variants[variant].get("beside")
-        if pairs is None:
-            return None
-        return stated(pairs, math.hypot(*(between_runs(self.ratio(name)) for name in (OURS, variant))))
+        return None if pairs is None else {"low": 0.0, "high": math.inf, **pairs}
 
     def floor(self, ceilings: dict[str, float]) -> float | None:
         """The least ratio to the baseline: by arithmetic, or by bytes at the rate of the measured copy."""
@@ -118,7 +136,9 @@ def load(path: Path) -> tuple[dict[str, Any], list[Case]]:
     document = json.loads(path.read_text())
     if document.get("schema") != SCHEMA:
         raise SystemExit(f"{path} has schema {document.get('schema')!r}; this version reads {SCHEMA}")
-    return document, [Case(**case) for case in document.pop("cases")]
+    cases = [Case(**case) for case in document.pop("cases")]
+    noise.state(cases)
+    return document, cases
 
 
 def resume(path: Path, record: dict[str, Any]) -> dict[tuple[str, ...], Case]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import grid
 from benchmarks.alternatives import COMPILED, PlainLora
+from benchmarks.inputs import CACHE
 from benchmarks.machine import DISTURBED
 from benchmarks.noise import Change
 from benchmarks.options import Options
-from benchmarks.record import BASE, GEMMS, OURS, PEFT, PLAIN, Case
+from benchmarks.record import BASE, GEMMS, NOT_OPPONENTS, OURS, PEFT, PLAIN, Case
 from benchmarks.verdict import BAR, mean_lead, parts
 
 LAYER_NOTE = (
-    "Times relative to nn.Linear: medians of paired ratios, for ours with the quartiles. floor: 1 + extra "
-    "arithmetic, or extra bytes at the rate of the copy if that is more. aim: what two AVX-512 cores should "
-    "reach. best ÷ ours: the fastest PyTorch form over ours."
+    "Times relative to nn.Linear: medians of paired ratios, for ours with the 95 % interval. floor: 1 + "
+    "extra arithmetic, or extra bytes at the rate of the copy if that is more. aim: what two AVX-512 cores "
+    "should reach. best ÷ ours: the fastest PyTorch form over ours."
 )
 
 
@@ -83,6 +85,9 @@ def header(record: dict[str, Any]) -> str:
             f"meanwhile other processes took {company['others_percent']:.1f} % of the cores, "
             f"other guests of the host {company['steal_percent']:.1f} %"
         )
+    if told := record.get("noise"):
+        classes = (f"{name} ±{196 * of['between']:.1f} %" for name, of in told.items() if of["pairs"])
+        lines.append(f"between two visits of a case, 95 % (benchmarks/noise.py): {', '.join(classes)}")
     return "\n".join(lines)
 
 
@@ -153,7 +158,11 @@ def comparison(pairs: list[Change], least: float = 0.01) -> str:
     for what, chosen in (("ours", ours), ("the others'", [p for p in pairs if p.variant != OURS])):
         if chosen:
             agree = sum(pair.expected for pair in chosen) / len(chosen)
-            lines.append(f"{agree:.0%} of {len(chosen)} figures, {what}, agree; of one code, 95 % do.")
+            spread = statistics.median(pair.spread for pair in chosen)
+            lines.append(
+                f"{agree:.0%} of {len(chosen)} figures, {what}, agree within their stated spread (of one "
+                f"code 95 % or more do); the median spread is ±{spread:.1%}."
+            )
     return "\n".join(lines)
 
 
@@ -174,7 +183,7 @@ def _beside_base(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
                     f"{base * 1e3:.3f}",
                     f"{case.variants[OURS]['seconds']['median'] * 1e3:.3f}",
                     f"{ours['median']:.3f}",
-                    f"{ours['q1']:.3f}–{ours['q3']:.3f}{_mark(case)}",
+                    f"{_interval(ours)}{_mark(case)}",
                     f"{aim:.3f}" if aim else "",
                     f"{floor:.3f}",
                     f"{ours['median'] / floor:.2f}",
@@ -182,7 +191,7 @@ def _beside_base(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
                     f"{lead['median']:.2f}" if lead else "",
                 ]
             )
-        ours = ["ours ms", "÷ nn.Linear", "quartiles", "aim", "floor", "÷ floor"]
+        ours = ["ours ms", "÷ nn.Linear", "95 %", "aim", "floor", "÷ floor"]
         columns = ["", "dtype", "nn.Linear ms", *ours, *others, "best ÷ ours"]
         return Table(title, columns, rows, LAYER_NOTE)
 
@@ -208,7 +217,7 @@ def _points(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
                     f"{case.ratio(OURS) / floor:.2f}",
                     *(_cell(case, name) for name in others),
                     case.called(best[0]) if best else "",
-                    f"{lead['median']:.2f} ({lead['low']:.2f}–{lead['high']:.2f})" if lead else "",
+                    f"{lead['median']:.2f} ({_interval(lead, 2)})" if lead else "",
                 ]
             )
         ours = ["ours ms", "÷ nn.Linear", "floor", "÷ floor"]
@@ -222,6 +231,15 @@ def _points(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
     return build
 
 
+def _interval(values: dict[str, float], digits: int = 3) -> str:
+    return f"{values['low']:.{digits}f}–{values['high']:.{digits}f}"
+
+
+def _beside_floor(ratio: float, floor: float | None) -> list[str]:
+    """The floor, and how many times it the ratio is; older records have none."""
+    return [f"{floor:.3f}", f"{ratio / floor:.2f}"] if floor else ["", ""]
+
+
 def _cell(case: Case, name: str) -> str:
     ratio = case.ratio(name)
     return "–" if ratio is None else f"{ratio:.2f}"
@@ -232,12 +250,26 @@ def _peft(cases: list[Case], record: dict[str, Any]) -> Table:
     for case in cases:
         if absent := case.variants[PEFT].get("absent"):
             return Table("Beside PEFT, one layer", ["way"], [[c.label] for c in cases], absent)
-        base, beside = case.variants[BASE]["seconds"]["median"], case.variants[PEFT]["beside"]
-        ratios = [f"{case.ratio(OURS):.3f}{_mark(case)}", f"{case.ratio(PEFT):.3f}"]
-        cells = [f"{base * 1e3:.3f}", *ratios, f"{beside['median']:.2f}"]
-        rows.append([case.label, case.dtype, *cells])
-    note = "Times relative to nn.Linear; the same adapters and the same result (benchmarks/peft_layer.py)."
-    columns = ["way", "dtype", "nn.Linear ms", OURS, PEFT, "PEFT ÷ ours"]
+        ours, lead, floor = case.variants[OURS]["ratio"], case.lead(), case.facts.get("floor")
+        rows.append(
+            [
+                case.label,
+                case.dtype,
+                f"{case.variants[BASE]['seconds']['median'] * 1e3:.3f}",
+                f"{case.variants[OURS]['seconds']['median'] * 1e3:.3f}",
+                f"{ours['median']:.3f}",
+                f"{_interval(ours)}{_mark(case)}",
+                *_beside_floor(ours["median"], floor),
+                f"{case.ratio(PEFT):.3f}",
+                f"{lead['median']:.2f} ({_interval(lead, 2)})",
+            ]
+        )
+    note = (
+        "Times relative to nn.Linear, with the 95 % interval; the same adapters and the same result "
+        "(benchmarks/peft_layer.py). floor: 1 + extra arithmetic."
+    )
+    ours = ["ours ms", "÷ nn.Linear", "95 %", "floor", "÷ floor"]
+    columns = ["way", "dtype", "nn.Linear ms", *ours, PEFT, "PEFT ÷ ours"]
     return Table("Beside PEFT, one layer", columns, rows, note)
 
 
@@ -248,40 +280,36 @@ def _kernels(title: str) -> Callable[[list[Case], dict[str, Any]], Table]:
 def _kernel_table(title: str, cases: list[Case], record: dict[str, Any]) -> Table:
     ceilings, rows = record["ceilings"], []
     for case in cases:
-        ours = case.variants[OURS]["seconds"]["median"]
-        flop = case.facts.get("flop", 0) * 1e-9 / ours
-        traffic = case.facts["bytes"] * 1e-9 / ours
-        peak, copy = ceilings[f"gemm_{case.dtype}_gflops"], ceilings["copy_gbytes_per_s"]
+        ours, best, lead = case.variants[OURS]["seconds"]["median"], case.best_alternative(), case.lead()
+        if case.baseline not in NOT_OPPONENTS:  # routing: its baseline is its only opponent
+            best, lead = (case.baseline, 1.0), case.beside(case.baseline)
+        flop, moved = 1e-9 * case.facts.get("flop", 0), 1e-9 * case.facts["bytes"]
+        arithmetic = flop / ceilings[f"gemm_{case.dtype}_gflops"]
+        traffic = moved / ceilings["copy_gbytes_per_s"] if 1e9 * moved > CACHE or not flop else 0.0
+        floor = max(arithmetic, traffic)
         rows.append(
             [
                 case.label,
                 case.dtype,
                 f"{ours * 1e6:.0f}{_mark(case)}",
-                f"{flop:.0f}" if flop else "",
-                f"{100 * flop / peak:.0f} %" if flop else "",
-                f"{traffic:.1f}",
-                f"{100 * traffic / copy:.0f} %",
+                f"{flop / ours:.0f}" if flop else "",
+                f"{moved / ours:.1f}",
+                f"{floor * 1e6:.0f}",
+                f"{ours / floor:.2f}",
                 f"{1 / case.ratio(OURS):.2f}" if case.baseline == GEMMS else "",
-                f"{1 / case.ratio(OURS):.2f}" if case.baseline != GEMMS else "",
+                best[0] if best else "",
+                f"{lead['median']:.2f} ({_interval(lead, 2)})" if lead else "",
             ]
         )
-    columns = [
-        "kernel",
-        "dtype",
-        "µs",
-        "GF/s",
-        "of GEMM",
-        "GB/s",
-        "of copy",
-        "GEMMs ÷ ours",
-        "PyTorch ÷ ours",
-    ]
+    columns = ["kernel", "dtype", "ours µs", "GF/s", "GB/s", "floor µs", "÷ floor", "GEMMs ÷ ours"]
     note = (
-        "GF/s of the chosen experts' products, beside a large GEMM in the same dtype; GB/s if everything "
-        "were read and written once, beside a large copy. GEMMs: products of the same FLOPs, nothing routed; "
-        "PyTorch: the same result."
+        "GF/s of the chosen experts' products; GB/s if everything were read and written once. floor: the "
+        "products at the rate of a large GEMM in the same dtype or, if longer, the bytes at that of a "
+        "large copy (what fits into the last cache is not counted, but where there are no products). "
+        "GEMMs: products of the same FLOPs, nothing routed: a ceiling. best ÷ ours: the fastest form in "
+        "plain PyTorch over ours, with the 95 % interval."
     )
-    return Table(title, columns, rows, note)
+    return Table(title, [*columns, "best", "best ÷ ours"], rows, note)
 
 
 def _memory(cases: list[Case], record: dict[str, Any]) -> Table:
@@ -300,11 +328,14 @@ def _overhead(cases: list[Case], record: dict[str, Any]) -> Table:
     names = _names(cases)
     rows = []
     for case in cases:
-        timed = case.timed()
+        timed, lead = case.timed(), case.lead()
         cells = (f"{timed[n]['seconds']['median'] * 1e6:.1f}" if n in timed else "–" for n in names)
-        rows.append([case.label, *cells])
-    note = "µs per call, one token through 32→32, E=8, r=4: almost nothing but Python and dispatch."
-    return Table("Overhead", ["", *names], rows, note)
+        rows.append([case.label, *cells, f"{case.ratio(OURS):.2f}", f"{lead['median']:.2f}" if lead else ""])
+    note = (
+        "µs per call, one token through 32→32, E=8, r=4: almost nothing but Python and dispatch, whose "
+        "floor is nn.Linear's own. best ÷ ours: gather+bmm, the one that computes the same."
+    )
+    return Table("Overhead", ["", *names, "ours ÷ nn.Linear", "best ÷ ours"], rows, note)
 
 
 def _model(cases: list[Case], record: dict[str, Any]) -> Table:
@@ -312,23 +343,30 @@ def _model(cases: list[Case], record: dict[str, Any]) -> Table:
     rows = []
     for case in cases:
         plain, ours = case.variants[PLAIN]["seconds"]["median"], case.variants[OURS]["ratio"]
+        nearest = [name for name in others if case.ratio(name)][-1:]
         rows.append(
             [
                 case.label,
                 f"{plain * 1e3:.0f}",
+                f"{case.variants[OURS]['seconds']['median'] * 1e3:.0f}",
                 f"{ours['median']:.3f}",
-                f"{ours['q1']:.3f}–{ours['q3']:.3f}{_mark(case)}",
+                f"{_interval(ours)}{_mark(case)}",
                 f"{case.facts['aim']:.2f}",
+                *_beside_floor(ours["median"], case.facts.get("floor")),
                 *(_cell(case, name) for name in others),
+                f"{case.beside(nearest[0])['median']:.2f}" if nearest else "",
             ]
         )
     note = (
-        "Times relative to the plain model: medians of paired ratios. Llama, 4 layers of 1024 (2816), "
-        "float32, adapters of r=16 on all seven linears, one router per block; 4 rows of 128 tokens; "
-        "decoding: 32 tokens of prompt and 16 more, one row. One adapter of PEFT's does less: it routes "
-        "nothing."
+        "Times relative to the plain model: medians of paired ratios, for ours with the 95 % interval. "
+        "Llama, 4 layers of 1024 (2816), float32, adapters of r=16 on all seven linears, one router per "
+        "block; 4 rows of 128 tokens; decoding: 32 tokens of prompt and 16 more, one row. floor: 1 + "
+        "arithmetic of adapters and routers over that of all linears; attention, norms and Python, which "
+        "only bring it nearer to 1, are left out. PEFT ÷ ours: what of PEFT does most of the same (its "
+        "mixed batch, Arrow, or one adapter, which does less: it routes nothing)."
     )
-    return Table("Whole model", ["", "plain ms", OURS, "quartiles", "aim", *others], rows, note)
+    ours = ["ours ms", "÷ plain", "95 %", "aim", "floor", "÷ floor"]
+    return Table("Whole model", ["", "plain ms", *ours, *others, "PEFT ÷ ours"], rows, note)
 
 
 def _startup(cases: list[Case], record: dict[str, Any]) -> Table:

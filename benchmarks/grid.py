@@ -7,11 +7,11 @@ The full product of these has some hundred thousand points. Measured are, each f
 - **sample**: a fixed Latin hypercube, in and out widths independent: every axis is covered evenly. It holds
   odd T, E that are no powers of two, and oblong layers.
 
-Two limits keep it to half an hour and 6 GB: adapters of at most ``VALUES`` elements (a larger point is
-measured with a lower r), and a base of at most ``FLOP`` operations (with a lower T). bfloat16 takes every
-``BFLOAT16_EVERY``-th point. The forms that may win by it are compiled too, all before anything is measured
-(``compiling.py``). A point that seems lost is measured again for four times as long, alone with what came
-near, before it is called lost.
+Two limits keep it to 40 minutes and 6 GB: adapters of at most ``VALUES`` elements (a larger point is measured
+with a lower r), and a base of at most ``FLOP`` operations (with a lower T). bfloat16 takes every
+``BFLOAT16_EVERY``-th point. Where compiling may gain something (``compiled``) the forms near the best are
+compiled too, all before anything is measured (``compiling.py``). A point that seems lost is measured again
+for four times as long, alone with what came near, before it is called lost.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ VALUES = 64 << 20
 FLOP = 2**34
 BFLOAT16_EVERY = 3
 VISITED_AGAIN = 6  # every so many points: enough to know how far two visits are apart, see noise.py
+COMPILED_TOKENS, COMPILED_RANKS = 256, 64  # to so many tokens, and to so many ranks of all experts
 SHARE = 0.2  # of the budget per case, for a forward; a training step takes SHARE_STEP
 SHARE_STEP = 0.3
 
@@ -111,6 +112,11 @@ def points() -> list[Shape]:
     return list(dict.fromkeys([*scans(), *decoding(), *corners(), *sample(), LARGEST]))
 
 
+def compiled(shape: Shape) -> bool:
+    """Whether forms are compiled here too: where passes over memory, not products, take most of the time."""
+    return shape.tokens <= COMPILED_TOKENS or shape.experts * shape.r <= COMPILED_RANKS
+
+
 def both_directions(section: str, shape: Shape, dtype: str, **settings: Any) -> Iterator[Trial]:
     """A forward and a training step at this point; ``settings`` as :func:`benchmarks.beside.trial` has."""
     for train, share in ((False, SHARE), (True, SHARE_STEP)):
@@ -123,4 +129,4 @@ def trials(options: Options) -> Iterator[Trial]:
     for dtype in options.dtypes:
         for number, shape in enumerate(points()[:: 1 if dtype == "float32" else BFLOAT16_EVERY]):
             visits = 2 if number % VISITED_AGAIN == 0 else 1
-            yield from both_directions("grid", shape, dtype, compile=True, visits=visits)
+            yield from both_directions("grid", shape, dtype, compile=compiled(shape), visits=visits)

@@ -129,7 +129,7 @@ class Options:
     def _once(self, case: Case, functions: Functions, budget: float) -> float:
         """Times the case; the per cent of the cores that others took meanwhile."""
         company = Company()
-        case.time(functions, budget, min_rounds=5 if self.quick else MIN_ROUNDS)
+        case.time(functions, budget, min_rounds=3 if self.quick else MIN_ROUNDS)
         return company.percent()["others_percent"] or 0.0
 
     def _say(self, case: Case) -> None:

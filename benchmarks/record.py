@@ -72,8 +72,8 @@ class Case:
                     was, now, key=lambda v: v["ratio"]["median"] if "ratio" in v else math.inf
                 )
                 continue
-            for of in {"seconds", *noise.OF} & was.keys() & now.keys():
-                now[of] = noise.joined(was[of], now[of])
+            of_both = {"seconds", *noise.OF} & was.keys() & now.keys()
+            self.variants[name] = {**was, **now, **{of: noise.joined(was[of], now[of]) for of in of_both}}
 
     def ratio(self, variant: str) -> float | None:
         """Median of the paired ratios to the baseline."""

@@ -65,7 +65,10 @@ def test_forms_near_the_best_are_compiled():
     assert beside.worth_compiling(seconds) == [alternatives.DenseMasked]
     assert beside.worth_compiling({**seconds, alternatives.GatherBmm: 2.5}) == [*alternatives.COMPILABLE]
     assert beside.worth_compiling({**seconds, alternatives.DenseMasked: 4.0}) == []
-    assert all(COMPILED in trial.names and trial.compiled for trial in grid.trials(Options()))
+    trials = list(grid.trials(Options()))
+    assert len(trials) == 388 and 2 * sum(trial.compiled is not None for trial in trials) > 388
+    for trial in trials:
+        assert (COMPILED in trial.names) == (trial.compiled is not None)
 
 
 @pytest.mark.parametrize("train", [False, True])

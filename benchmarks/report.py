@@ -11,7 +11,7 @@ from benchmarks import grid
 from benchmarks.alternatives import COMPILED, PlainLora
 from benchmarks.inputs import CACHE
 from benchmarks.machine import DISTURBED
-from benchmarks.noise import Change
+from benchmarks.noise import NEAR, NORMAL, Change
 from benchmarks.options import Options
 from benchmarks.record import BASE, GEMMS, NOT_OPPONENTS, OURS, PEFT, PLAIN, Case
 from benchmarks.verdict import BAR, mean_lead, parts
@@ -63,7 +63,7 @@ def tables(record: dict[str, Any], cases: list[Case]) -> Iterator[Table]:
 
 
 def header(record: dict[str, Any]) -> str:
-    """What the figures belong to, in three lines."""
+    """What the figures belong to, and what their spreads mean."""
     machine, versions, ceilings = record["machine"], record["versions"], record.get("ceilings", {})
     zen = f" ({machine['microarchitecture']})" if machine["microarchitecture"] else ""
     commit = f"{record['commit'] or 'unknown'}{' with changes' if record['modified'] else ''}"
@@ -86,8 +86,20 @@ def header(record: dict[str, Any]) -> str:
             f"other guests of the host {company['steal_percent']:.1f} %"
         )
     if told := record.get("noise"):
-        classes = (f"{name} ±{196 * of['between']:.1f} %" for name, of in told.items() if of["pairs"])
-        lines.append(f"between two visits of a case, 95 % (benchmarks/noise.py): {', '.join(classes)}")
+        titles = {
+            "near": f"ratios within {NEAR:g} of the baseline",
+            "far": "others",
+            "to ours": "ratios to ours",
+        }
+        means = (
+            f"{title} ±{100 * NORMAL * told[f'{kind}, any']['between']:.1f} %"
+            for kind, title in titles.items()
+            if f"{kind}, any" in told
+        )
+        lines.append(
+            f"stated spreads are 95 % intervals; by visits of the same cases minutes apart: {', '.join(means)}, "
+            f"and what the rounds of each say (benchmarks/noise.py)"
+        )
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from benchmarks import (
     peft_layer,
     plot,
     popularity,
+    readme,
     record,
     report,
     routing,
@@ -59,8 +60,6 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Trial]]] = {
     "model": model.trials,
     "grid": grid.trials,
 }
-MARKERS = ("<!-- python -m benchmarks readme: begin -->", "<!-- python -m benchmarks readme: end -->")
-README_PICTURES = {"": "extra time over the plain layer", "-scaling": "how the cost grows with T, E and r"}
 DEFAULT = tuple(name for name in SECTIONS if name != "grid")  # the grid alone takes half an hour
 FULL, QUICK = 4.0, 0.7  # seconds of timing per case
 
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     if words[:1] == ["compare"]:
         compare(words[1:])
     elif words[:1] == ["readme"]:
-        readme(words[1:])
+        readme.main(words[1:])
     else:
         run(words)
 
@@ -183,34 +182,6 @@ def compare(words: list[str]) -> None:
         if old["machine"][key] != new["machine"][key]:
             print(f"note: {key} differs: {old['machine'][key]} and {new['machine'][key]}")
     print(report.comparison(list(noise.pairs(before, after))))
-
-
-def readme(words: list[str]) -> None:
-    """Prints the figures of the project's README, or writes them between its two markers."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=readme.__doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="file")
-    parser.add_argument("--into", type=Path, help="a file with the markers, to be changed in place")
-    args = parser.parse_args(words)
-    parts, pictures = [], {}
-    for path in (path.resolve() for path in args.files):
-        inside = path.is_relative_to(machine.ROOT)
-        source = path.relative_to(machine.ROOT) if inside else Path(path.name)
-        document, cases = record.load(path)
-        parts += [build(document, cases, source.as_posix()) for build in (report.readme, report.readme_grid)]
-        for suffix, title in README_PICTURES.items():
-            picture = f"{path.stem}{suffix}.png"
-            if path.with_name(picture).exists():  # of two alike the later: the grid has more points
-                pictures[title] = f"![{title}]({source.with_name(picture).as_posix()})"
-    parts += pictures.values()
-    text = "\n\n".join(filter(None, parts))
-    if args.into is None:
-        print(text)
-        return
-    before, begin, rest = args.into.read_text().partition(f"{MARKERS[0]}\n")
-    _, end, after = rest.partition(MARKERS[1])
-    if not end:
-        raise SystemExit(f"{args.into} lacks the lines {' and '.join(MARKERS)}")
-    args.into.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 
 def _list(text: str) -> str:

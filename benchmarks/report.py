@@ -7,14 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import grid
-from benchmarks.alternatives import COMPILED, PlainLora
 from benchmarks.inputs import CACHE
 from benchmarks.machine import DISTURBED
 from benchmarks.noise import NEAR, NORMAL, Change
-from benchmarks.options import Options
 from benchmarks.record import BASE, GEMMS, NOT_OPPONENTS, OURS, PEFT, PLAIN, Case
-from benchmarks.verdict import BAR, mean_lead, parts
 
 LAYER_NOTE = (
     "Times relative to nn.Linear: medians of paired ratios, for ours with the 95 % interval. floor: 1 + "
@@ -97,63 +93,10 @@ def header(record: dict[str, Any]) -> str:
             if f"{kind}, any" in told
         )
         lines.append(
-            f"stated spreads are 95 % intervals; by visits of the same cases minutes apart: {', '.join(means)}, "
-            f"and what the rounds of each say (benchmarks/noise.py)"
+            f"stated spreads are 95 % intervals: what visits of the same cases minutes apart differ by, "
+            f"{', '.join(means)}, and what the rounds of each say (benchmarks/noise.py)"
         )
     return "\n".join(lines)
-
-
-def readme(record: dict[str, Any], cases: list[Case], source: str) -> str:
-    """The table that the project's README shows: generated, never typed."""
-    rows = []
-    for section, what in (("layer", "forward"), ("training", "training step")):
-        for case in cases:
-            if case.section != section or case.cache != "warm":
-                continue
-            best = case.best_alternative()
-            plain = case.ratio(PlainLora.name)
-            rows.append(
-                [
-                    f"{what}, {case.label}",
-                    case.dtype,
-                    f"**{case.ratio(OURS):.2f}**",
-                    f"{case.facts['floor']:.2f}",
-                    f"{plain:.2f}" if plain else "–",
-                    f"{best[1]:.2f} ({case.called(best[0])})" if best else "–",
-                ]
-            )
-    columns = ["r=16, top-2", "dtype", "MoALinear", "floor", PlainLora.name, "best in plain PyTorch"]
-    table = Table("", columns, rows).markdown(heading="").strip()
-    machine = record["machine"]
-    zen = f", {machine['microarchitecture']}" if machine["microarchitecture"] else ""
-    caption = (
-        f"Time ÷ `nn.Linear` sharing the same weight, own router included; medians of paired samples. "
-        f"{machine['cpu']}{zen}, {machine['threads']} threads, {machine['isa']}; torch "
-        f"{record['versions']['torch']}; commit {record['commit']}, {record['date']}. From `{source}` by "
-        f"`python -m benchmarks readme`."
-    )
-    return f"{table}\n\n{caption}" if rows else ""
-
-
-def readme_grid(record: dict[str, Any], cases: list[Case], source: str) -> str:
-    """A paragraph on the grid, if there is one; of a part of it, it says which part."""
-    chosen = [case for case in cases if case.section == "grid" and case.lead()]
-    if not chosen:
-        return ""
-    count, whole = len(chosen), sum(1 for _ in grid.trials(Options()))
-    where = f"a grid of {whole} cases" if count == whole else f"{count} of the {whole} cases of a grid"
-    dtypes = " and ".join(dict.fromkeys(case.dtype for case in chosen))
-    leads = sorted(case.lead()["median"] for case in chosen)
-    under = sum(lead < BAR for lead in leads)
-    compiled = sum(case.ratio(COMPILED) is not None for case in chosen)
-    beside = f", compiled too at {compiled} of them," if compiled else ""
-    return (
-        f"On {where} (T 1–8192, E 2–256, r 4–128, k 1–4, widths 256–4096, forward and training step, "
-        f"{dtypes}) the fastest form in plain PyTorch{beside} takes {mean_lead(chosen):.2f} times as long as "
-        f"ours in the geometric mean ({parts(chosen)}), {leads[0]:.2f} at the least; "
-        f"{under or 'none'} of the cases {'is' if under == 1 else 'are'} under {BAR}. "
-        f"Commit {record['commit']}, {record['date']}; every case is in `{source}`."
-    )
 
 
 def comparison(pairs: list[Change], least: float = 0.01) -> str:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import noise, options, record, report, timer, verdict
+from benchmarks import noise, options, readme, record, report, timer, verdict
 from benchmarks.record import BASE, OURS, Case
 from benchmarks.timer import Spread, measure
 
@@ -330,7 +330,7 @@ def test_figures_are_written_between_the_markers(tmp_path):
         record.save(tmp_path / f"{name}.json", DOCUMENT, cases)
     for picture in ("a.png", "a-scaling.png", "b-scaling.png"):
         (tmp_path / picture).touch()
-    page, begin, end = tmp_path / "README.md", *command.MARKERS
+    page, begin, end = tmp_path / "README.md", *readme.MARKERS
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     words = ["readme", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--into", str(page)]
     command.main(words)
@@ -356,14 +356,14 @@ def test_a_whole_grid_is_called_one_and_its_parts_are_given_apart():
         if case.dtype == "bfloat16":
             case.variants = layer_case(1.25, 1.25).variants
         cases.append(case)
-    text = report.readme_grid(DOCUMENT, cases, "a.json")
+    text = readme.whole_grid(DOCUMENT, cases, "a.json")
     assert text.startswith("On a grid of 388 cases (T 1–8192,") and "float32 and bfloat16)" in text
     assert "(float32: forward 1.60, step 2.00; bfloat16: forward 1.00, step 1.00), 1.00 at the least" in text
     assert verdict.parts(cases) in verdict.verdict(cases, {**DOCUMENT, "ceilings": {"copy_gbytes_per_s": 40}})
     cases[0].variants["best, compiled"] = {**cases[0].variants["loop"], "of": "loop"}
-    assert "On 387 of the 388 cases" in (text := report.readme_grid(DOCUMENT, cases[:-1], "a.json"))
+    assert "On 387 of the 388 cases" in (text := readme.whole_grid(DOCUMENT, cases[:-1], "a.json"))
     assert "plain PyTorch, compiled too at 1 of them, takes" in text
-    assert report.readme_grid(DOCUMENT, [layer_case(1.2, 1.5)], "a.json") == ""
+    assert readme.whole_grid(DOCUMENT, [layer_case(1.2, 1.5)], "a.json") == ""
 
 
 def test_the_farthest_from_the_floor_say_what_the_floor_explains():
@@ -381,4 +381,4 @@ def test_a_verdict_as_markdown_parts_its_lists():
 
 def test_the_readme_has_the_markers():
     text = (command.machine.ROOT / "README.md").read_text()
-    assert [text.count(marker) for marker in command.MARKERS] == [1, 1]
+    assert [text.count(marker) for marker in readme.MARKERS] == [1, 1]

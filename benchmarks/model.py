@@ -49,7 +49,7 @@ POINTS = (
     Point("decode by id E=8", 1.2, kind="decode", by_id=True),
 )
 
-QUICK = (POINTS[0].label, POINTS[5].label)
+QUICK = POINTS[:1]
 
 
 def trials(options: Options) -> Iterator[Trial]:
@@ -57,14 +57,13 @@ def trials(options: Options) -> Iterator[Trial]:
     if importlib.util.find_spec("transformers") is None:
         print("model: skipped, transformers is not installed")
         return
-    visits = 1 if options.quick else 2  # making the models takes longer than a quick measurement
     for point in POINTS:
-        if options.quick and point.label not in QUICK:
+        if options.quick and point not in QUICK:
             continue
         case = Case("model", point.label, "float32", PLAIN, facts={"aim": point.aim})
         names = (PLAIN, OURS, PEFT_ONE, PEFT_MIXED, PEFT_ARROW)
         prepare = lambda point=point, case=case: _prepare(point, case)  # noqa: E731
-        yield Trial(case, prepare, names, grad=point.kind == "training", visits=visits)
+        yield Trial(case, prepare, names, grad=point.kind == "training")
 
 
 @functools.cache

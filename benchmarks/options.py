@@ -14,6 +14,14 @@ from benchmarks.machine import DISTURBED, Company
 from benchmarks.record import OURS, Case
 from benchmarks.timer import MIN_ROUNDS
 
+QUICK_AGAIN = (
+    "layer",
+    "decode",
+    "routing",
+    "shrink",
+    "expand",
+    "gram",
+)  # sections that a quick run visits twice
 KEPT = 20.0  # seconds of measuring that a run that is ended may lose
 
 Functions = dict[str, Callable[[], object]]
@@ -78,9 +86,9 @@ class Options:
             if was := self.done.get(trial.case.key):  # by an earlier run: its case takes over what it found
                 trial.case.variants, trial.case.facts, trial.case.visits = was.variants, was.facts, was.visits
                 self.done[trial.case.key] = trial.case
-        for visit in range(max((trial.visits for trial in chosen), default=0)):
+        for visit in range(max(map(self._visits, chosen), default=0)):
             for trial in chosen:
-                if trial.visits <= visit or trial.case.visits > visit:
+                if self._visits(trial) <= visit or trial.case.visits > visit:
                     continue
                 if time.perf_counter() - self.started > self.limit:
                     self.left += 1
@@ -90,6 +98,9 @@ class Options:
                 kept = self._keep(kept)
         self.keep()
         return [trial.case for trial in chosen if trial.case.key in self.done]
+
+    def _visits(self, trial: Trial) -> int:
+        return 1 if self.quick and trial.case.section not in QUICK_AGAIN else trial.visits
 
     def _keep(self, last: float) -> float:
         """Keeps what is measured, if not just done: a grid takes long to write. When it was done last."""
@@ -101,7 +112,7 @@ class Options:
 
     def _visit(self, trial: Trial) -> None:
         """Measures the case; if it was before, both count."""
-        case, budget = trial.case, self.budget * trial.share / trial.visits
+        case, budget = trial.case, self.budget * trial.share / self._visits(trial)
         before, case.variants = case.variants, {}
         with torch.set_grad_enabled(trial.grad):
             functions = trial.prepare()

@@ -1,4 +1,4 @@
-"""The figures of the project's README, generated from records, never typed: ``python -m benchmarks readme``."""
+"""The figures of the README, generated from records and never typed: ``python -m benchmarks readme``."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ print(b - a, d - c, len(known), len(new), len([name for name in new if name.part
 def trials(options: Options) -> Iterator[Trial]:
     """The import; with ``options.build`` the build too, which takes a minute and more."""
     imported = Case("startup", "import", "", "")
-    yield Trial(imported, lambda: imported.facts.update(_import(3 if options.quick else 9)) or {}, visits=1)
+    yield Trial(imported, lambda: imported.facts.update(_import(1 if options.quick else 9)) or {}, visits=1)
     if options.build:
         built = Case("startup", "build", "", "")
         yield Trial(built, lambda: built.facts.update(_build()) or {}, visits=1)

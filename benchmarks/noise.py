@@ -1,21 +1,28 @@
 """How far two runs of the same code are apart: the spread that a record states, and how it is found.
 
-The rounds of one measurement say how well its median is known for the memory that its tensors happened to get
-and for the minute in which it was taken. Other memory, or another minute on a host shared with others, gives
-another median. So a run visits its cases twice: all of them, then all of them again, with fresh tensors. Of a
-figure (a ratio within pairs) with medians m1, m2 of its visits, and w1, w2 the standard deviations of their
-logarithms by the rounds (the 95 % interval of order statistics over 2 · 1.96):
+The rounds of one measurement say how well its median is known for the memory that its tensors happened to
+get and for the minute in which it was taken. Other memory, or another minute on a host shared with others,
+gives another median. So a run visits its cases twice: all of them, then all of them again, with fresh
+tensors. Of a figure (a ratio within pairs) with medians m1, m2 of its visits, and w1, w2 the standard
+deviations of their logarithms by the rounds (the 95 % interval of order statistics over 2 · 1.96):
 
-- the figure is the geometric mean of m1 and m2;
-- log(m1/m2) has the variance 2·b² + w1² + w2², with b the deviation *between* visits. Two visits of one case
-  say little of its b, many cases much: b is one number for all figures of a class, the one with which 95 of
-  100 pairs of visits of the class lie within 1.96 standard deviations (:func:`between`);
-- the stated interval, 95 %, is figure · exp(±1.96 · √(b² + (w1² + w2²)/4)). That b² is not halved, as it
-  might be for the mean of two visits, leaves room for what a whole run shares and the next one does not.
+- the figure m is the geometric mean of m1 and m2;
+- log(m1/m2) has the variance 2·(b·s)² + w1² + w2². The part of the time that the baseline does not have
+  varies more than the rest, which s = √(1 + (EXTRA·(1 - 1/m))²) describes; b is the deviation *between*
+  visits of a figure near 1. Two visits of one case say little of it, many cases much: b is one number for
+  all figures of a class, the one with which 95 of 100 pairs of visits of the class lie within 1.96 standard
+  deviations;
+- the stated interval, 95 %, is m · exp(±1.96 · √((b·s)² + (w1² + w2²)/4)). That b² is not halved, as it
+  might be for a mean of two, leaves room for what all of a run shares and the next run does not.
 
-Classes: ratios to the baseline near it (within ``NEAR``), others, and ratios to ours; each apart by the time
-of the baseline (``SLOW``), as far as a class has ``ENOUGH`` pairs of visits. A kind with fewer than that
-takes ``UNKNOWN``. A case that was visited once (most of the grid) takes the b of its class, and w1 alone.
+Classes: ratios to the baseline, and ratios to ours; each apart by the time of the baseline (``SLOW``), as
+far as a class has ``ENOUGH`` pairs of visits; with fewer in all, b is ``UNKNOWN``. A case that was visited
+once (most of the grid) takes the b of its class, and w1 alone.
+
+Chosen on two quick runs in a bad hour of a shared host (225 figures): intervals of the rounds and of
+constants from a better day held 86 % of ours and 94 % of the others', these hold 96 % and 97 %, and half of
+them are under 13 % and 19 %, where the others were under 11 % and 16 %. A default run has five times the
+rounds.
 """
 
 from __future__ import annotations
@@ -30,12 +37,12 @@ if TYPE_CHECKING:
     from benchmarks.record import Case
 
 NORMAL = 1.96  # standard deviations in half of a 95 % interval
-NEAR = 1.2  # times the baseline
+EXTRA = 4.0  # how much more varies what the baseline has no share in
 SLOW = (1e-3, 1e-2)  # seconds of the baseline: what divides the classes
 DURATIONS = ("under 1 ms", "1 to 10 ms", "over 10 ms")
 ENOUGH = 20  # pairs of visits
-UNKNOWN = {"near": 0.015, "far": 0.04, "to ours": 0.04}  # b, from runs of two Zen 4 cores on a shared host
-OF = ("ratio", "beside")  # the figures that have visits
+UNKNOWN = 0.015  # b of two Zen 4 cores on a shared host, in a good hour
+OF = {"ratio": "to the baseline", "beside": "to ours"}  # the figures that have visits, and their kind
 
 Class = tuple[str, str]  # kind, duration
 
@@ -54,11 +61,17 @@ def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def between(pairs: list[list[list[float]]]) -> float:
     """b: with it, 95 of 100 pairs of visits lie within 1.96 standard deviations of their difference."""
-    needed = sorted(
-        max(0.0, (math.log(a[0] / b[0]) / NORMAL) ** 2 - _rounds(a) ** 2 - _rounds(b) ** 2) / 2
-        for a, b in pairs
-    )
-    return math.sqrt(needed[min(math.ceil(0.95 * len(needed)), len(needed) - 1)])
+    needed = []
+    for first, second in pairs:
+        apart = math.log(first[0] / second[0]) / NORMAL
+        excess = max(0.0, apart**2 - _rounds(first) ** 2 - _rounds(second) ** 2)
+        needed.append(math.sqrt(excess / 2) / _scale(math.sqrt(first[0] * second[0])))
+    return sorted(needed)[min(math.ceil(0.95 * len(needed)), len(needed) - 1)]
+
+
+def _scale(median: float) -> float:
+    """s: how much more than one near 1 a ratio of this size varies."""
+    return math.hypot(1, EXTRA * (1 - 1 / median))
 
 
 def _rounds(visit: list[float]) -> float:
@@ -71,40 +84,36 @@ def state(cases: Iterable[Case]) -> dict[str, dict[str, float]]:
     found: list[tuple[Class, dict[str, Any]]] = []
     for case in cases:
         for name, values in case.timed().items():
-            for of in set(OF) & values.keys():
-                if "low" in values[of] and name != case.baseline:
-                    if "visits" not in values[of]:
-                        visit(values[of])
-                    found.append((_class(case, of, values[of]["median"]), values[of]))
+            for of, kind in OF.items():
+                if "low" not in values.get(of, {}) or name == case.baseline:
+                    continue  # not measured so, or of a grid's record the median alone
+                if "visits" not in values[of]:  # a record from before there were any
+                    visit(values[of])
+                seconds = case.variants[case.baseline]["seconds"]["median"]
+                duration = DURATIONS[sum(seconds >= limit for limit in SLOW)]
+                found.append(((kind, duration), values[of]))
     pairs: dict[Class, list[list[list[float]]]] = defaultdict(list)
     for (kind, duration), values in found:
         if len(values["visits"]) == 2:
             pairs[kind, duration].append(values["visits"])
-            pairs[kind, ""].append(values["visits"])
+            pairs[kind, "any"].append(values["visits"])
     known = {key: between(of) for key, of in pairs.items() if len(of) >= ENOUGH}
     for (kind, duration), values in found:
-        b = known.get((kind, duration), known.get((kind, ""), UNKNOWN[kind]))
+        b = known.get((kind, duration), known.get((kind, "any"), UNKNOWN))
         values["low"], values["high"] = _interval(values["visits"], b)
     return {
-        f"{kind}, {duration or 'any'}": {"between": b, "pairs": len(pairs[kind, duration])}
+        f"{kind}, {duration}": {"between": b, "pairs": len(pairs[kind, duration])}
         for (kind, duration), b in sorted(known.items())
     }
-
-
-def _class(case: Case, of: str, median: float) -> Class:
-    base = case.variants[case.baseline]["seconds"]["median"]
-    duration = DURATIONS[sum(base >= limit for limit in SLOW)]
-    if of == "beside":
-        return "to ours", duration
-    return "near" if 1 / NEAR <= median <= NEAR else "far", duration
 
 
 def _interval(visits: list[list[float]], b: float) -> tuple[float, float]:
     """The 95 % interval of the visits' geometric mean, skewed as those of the rounds are."""
     count = len(visits)
     mean = math.exp(sum(math.log(median) for median, _, _ in visits) / count)
-    down = math.hypot(NORMAL * b, *(math.log(median / low) / count for median, low, _ in visits))
-    up = math.hypot(NORMAL * b, *(math.log(high / median) / count for median, _, high in visits))
+    apart = NORMAL * b * _scale(mean)
+    down = math.hypot(apart, *(math.log(median / low) / count for median, low, _ in visits))
+    up = math.hypot(apart, *(math.log(high / median) / count for median, _, high in visits))
     return mean * math.exp(-down), mean * math.exp(up)
 
 

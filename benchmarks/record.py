@@ -55,7 +55,7 @@ class Case:
         timings = measure(functions, self.baseline, beside=beside, **settings)
         for name, timing in timings.items():
             values = timing.to_dict()
-            for of in set(noise.OF) & values.keys():
+            for of in noise.OF.keys() & values.keys():
                 noise.visit(values[of])
             self.variants.setdefault(name, {}).update(values)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.inputs import CACHE
 from benchmarks.machine import DISTURBED
-from benchmarks.noise import NEAR, NORMAL, Change
+from benchmarks.noise import NORMAL, OF, Change
 from benchmarks.record import BASE, GEMMS, NOT_OPPONENTS, OURS, PEFT, PLAIN, Case
 
 LAYER_NOTE = (
@@ -82,19 +82,14 @@ def header(record: dict[str, Any]) -> str:
             f"other guests of the host {company['steal_percent']:.1f} %"
         )
     if told := record.get("noise"):
-        titles = {
-            "near": f"ratios within {NEAR:g} of the baseline",
-            "far": "others",
-            "to ours": "ratios to ours",
-        }
         means = (
-            f"{title} ±{100 * NORMAL * told[f'{kind}, any']['between']:.1f} %"
-            for kind, title in titles.items()
+            f"{100 * NORMAL * told[f'{kind}, any']['between']:.1f} % {kind}"
+            for kind in OF.values()
             if f"{kind}, any" in told
         )
         lines.append(
-            f"stated spreads are 95 % intervals: what visits of the same cases minutes apart differ by, "
-            f"{', '.join(means)}, and what the rounds of each say (benchmarks/noise.py)"
+            f"stated spreads are 95 % intervals: what visits of a case minutes apart differ by, for a "
+            f"ratio near 1 ±{', ±'.join(means)}, and what the rounds of each say (benchmarks/noise.py)"
         )
     return "\n".join(lines)
 

@@ -8,8 +8,8 @@ deviations of their logarithms by the rounds (the 95 % interval of order statist
 
 - the figure m is the geometric mean of m1 and m2;
 - log(m1/m2) has the variance 2·(b·s)² + w1² + w2². The part of the time that the baseline does not have
-  varies more than the rest, which s = √(1 + (EXTRA·(1 - 1/m))²) describes; b is the deviation *between*
-  visits of a figure near 1. Two visits of one case say little of it, many cases much: b is one number for
+  varies more than the rest, which s = √(1 + (EXTRA·(1 - min(m, 1/m)))²) describes; b is the deviation
+  *between* visits of a figure near 1. Two visits of one case say little of it, many cases much: b is one number for
   all figures of a class, the one with which 95 of 100 pairs of visits of the class lie within 1.96 standard
   deviations;
 - the stated interval, 95 %, is m · exp(±1.96 · √((b·s)² + (w1² + w2²)/4)). That b² is not halved, as it
@@ -19,10 +19,10 @@ Classes: ratios to the baseline, and ratios to ours; each apart by the time of t
 far as a class has ``ENOUGH`` pairs of visits; with fewer in all, b is ``UNKNOWN``. A case that was visited
 once (most of the grid) takes the b of its class, and w1 alone.
 
-Chosen on two quick runs in a bad hour of a shared host (225 figures): intervals of the rounds and of
-constants from a better day held 86 % of ours and 94 % of the others', these hold 96 % and 97 %, and half of
-them are under 13 % and 19 %, where the others were under 11 % and 16 %. A default run has five times the
-rounds.
+Tried on two pairs of quick runs in bad hours of a shared host (443 figures): intervals of the rounds and of
+constants from a better day held 86 and 89 % of ours, 94 and 90 % of the others'; these hold 96 and 98 %, 97
+and 99 %. Half of them are within 13 and 20 % (ours; 11 and 16 % before), 19 and 30 % (the others'; 16 and
+23 %). The same pairs chose ``EXTRA`` and ``ENOUGH``. A default run has several times the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NORMAL = 1.96  # standard deviations in half of a 95 % interval
 EXTRA = 4.0  # how much more varies what the baseline has no share in
 SLOW = (1e-3, 1e-2)  # seconds of the baseline: what divides the classes
 DURATIONS = ("under 1 ms", "1 to 10 ms", "over 10 ms")
-ENOUGH = 20  # pairs of visits
+ENOUGH = 60  # pairs of visits
 UNKNOWN = 0.015  # b of two Zen 4 cores on a shared host, in a good hour
 OF = {"ratio": "to the baseline", "beside": "to ours"}  # the figures that have visits, and their kind
 
@@ -71,7 +71,7 @@ def between(pairs: list[list[list[float]]]) -> float:
 
 def _scale(median: float) -> float:
     """s: how much more than one near 1 a ratio of this size varies."""
-    return math.hypot(1, EXTRA * (1 - 1 / median))
+    return math.hypot(1, EXTRA * (1 - min(median, 1 / median)))
 
 
 def _rounds(visit: list[float]) -> float:

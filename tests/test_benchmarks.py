@@ -106,7 +106,7 @@ def test_losses_name_what_is_faster():
         "one plain LoRA"
     ]
     text = verdict.verdict([layer_case(1.2, 1.1)], DOCUMENT)
-    assert "- layer, T=1, float32: loop, 0.917 (0.888–0.946)\n" in text
+    assert "- layer, T=1, float32: loop, 0.917 (0.889–0.946)\n" in text
     assert "1.200 > 1.100" in text and "1 under 0.97" in text
 
 
@@ -144,13 +144,13 @@ def test_visits_say_what_is_between_them():
 
 
 def test_a_spread_holds_what_is_between_the_visits():
-    cases = [layer_case(1.0, 1.5) for _ in range(30)]
+    cases = [layer_case(1.0, 1.5) for _ in range(noise.ENOUGH)]
     for case in cases:
         del case.variants["loop"], case.variants["one plain LoRA"]
         case.variants[OURS]["ratio"]["visits"] = visits_of(1.04, 1 / 1.04)
     told = noise.state(cases)
     b = told["to the baseline, over 10 ms"]["between"]
-    assert told["to the baseline, any"]["pairs"] == 30
+    assert told["to the baseline, any"]["pairs"] == noise.ENOUGH
     assert b == pytest.approx(2 * math.log(1.04) / 1.96 / 2**0.5)
     values = cases[1].variants[OURS]["ratio"]
     assert values["high"] == pytest.approx(math.exp(1.96 * b)) and values["low"] == pytest.approx(

@@ -9,9 +9,9 @@ deviations of their logarithms by the rounds (the 95 % interval of order statist
 - the figure m is the geometric mean of m1 and m2;
 - log(m1/m2) has the variance 2·(b·s)² + w1² + w2². The part of the time that the baseline does not have
   varies more than the rest, which s = √(1 + (EXTRA·(1 - min(m, 1/m)))²) describes; b is the deviation
-  *between* visits of a figure near 1. Two visits of one case say little of it, many cases much: b is one number for
-  all figures of a class, the one with which 95 of 100 pairs of visits of the class lie within 1.96 standard
-  deviations;
+  *between* visits of a figure near 1. Two visits of one case say little of it, many cases much: b is one
+  number for all figures of a class, the one with which 95 of 100 pairs of visits of the class lie within
+  1.96 standard deviations;
 - the stated interval, 95 %, is m · exp(±1.96 · √((b·s)² + (w1² + w2²)/4)). That b² is not halved, as it
   might be for a mean of two, leaves room for what all of a run shares and the next run does not.
 
@@ -19,10 +19,10 @@ Classes: ratios to the baseline, and ratios to ours; each apart by the time of t
 far as a class has ``ENOUGH`` pairs of visits; with fewer in all, b is ``UNKNOWN``. A case that was visited
 once (most of the grid) takes the b of its class, and w1 alone.
 
-Tried on two pairs of quick runs in bad hours of a shared host (443 figures): intervals of the rounds and of
-constants from a better day held 86 and 89 % of ours, 94 and 90 % of the others'; these hold 96 and 98 %, 97
-and 99 %. Half of them are within 13 and 20 % (ours; 11 and 16 % before), 19 and 30 % (the others'; 16 and
-23 %). The same pairs chose ``EXTRA`` and ``ENOUGH``. A default run has several times the rounds.
+Tried on two pairs of quick runs in bad hours of a shared host (443 figures): intervals of the rounds and
+of constants from a better day held 86 and 89 % of ours, 94 and 90 % of the others'; these hold 96 and 98
+%, 97 and 99 %. Half of them are within 13 and 20 % (ours; 11 and 16 % before), 19 and 30 % (the others';
+16 and 23 %). The same pairs chose ``EXTRA`` and ``ENOUGH``. A default run has several times the rounds.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 
 namespace moa {
 
+constexpr int kCounters = 4;
+
 struct DenseParams {
   DType x_type, adapter_type;
   int64_t tokens, in;
@@ -18,8 +20,9 @@ struct DenseParams {
   int64_t experts;
   // Either planes, [splits][tokens][lora_rows + experts] (their sum is the result), or both of the others.
   void* planes;
-  void* h;       // [tokens, lora_rows]
-  void* logits;  // [tokens, experts]
+  void* h;             // [tokens, lora_rows]
+  void* logits;        // [tokens, experts]
+  uint32_t* counters;  // kCounters that the pass sets to 0 for the launch behind it, or null
 };
 
 plan_cuda::Dense plan_of(const DenseParams& p);

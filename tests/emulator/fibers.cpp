@@ -46,19 +46,29 @@ Settings settings;
 Thread* self;
 Block block;
 Thread* threads;
-unsigned thread_count;
+unsigned thread_count, resident;
 
 namespace {
 
 constexpr size_t kStack = 256 * 1024, kPage = 4096;
 constexpr unsigned kMaxThreads = 1024;
 
-Warp warps[kMaxThreads / 32];
-unsigned warp_count, warp_order[kMaxThreads / 32];
-unsigned alive, in_barrier;
-int vote_count, vote_result;
-unsigned long long random_state;
-bool shuffled;
+// A block on the machine.
+struct Resident {
+  Block block;
+  bool here;     // it has begun, and not ended
+  bool stalled;  // all its threads wait, some for another block, and since it looked last nobody did anything
+  std::unique_ptr<Thread[]> threads;
+  Warp warps[kMaxThreads / 32];
+  unsigned warp_order[kMaxThreads / 32];
+  unsigned alive, in_barrier, spinning;
+  int vote_count, vote_result;
+};
+Resident residents[kMaxResidents];
+Resident* now;  // residents + resident
+unsigned warp_count, places;
+unsigned long long random_state, steps;  // steps: of threads, those that looked in vain not counted
+bool shuffled, preempted;
 
 Body body;
 void* closure;
@@ -122,10 +132,10 @@ extern "C" void moa_emulator_thread() {
   Warp& warp = *self->warp;
   set_state(*self, Thread::done);
   warp.alive &= ~(1u << self->lane);
-  --alive;
+  --now->alive;
   if (warp.alive == 0) trace_warp_met(warp);
   // Exited threads are not waited for.
-  if (alive > 0 && in_barrier == alive) finish_block_barrier();
+  if (now->alive > 0 && now->in_barrier == now->alive) finish_block_barrier();
   for (unsigned l = 0; l < 32; ++l) {
     if (warp.posted >> l & 1u) finish_warp_operation(warp, *warp.lanes[l]);
   }
@@ -149,13 +159,13 @@ void start_thread(Thread& t) {
 void prepare_block() {
   thread_count = block.size.x * block.size.y * block.size.z;
   warp_count = (thread_count + 31) / 32;
-  alive = thread_count;
-  in_barrier = 0;
+  now->alive = thread_count;
+  now->in_barrier = now->spinning = 0;
   for (unsigned w = 0; w < warp_count; ++w) {
     const unsigned lanes = std::min(32u, thread_count - 32 * w);
     const unsigned all = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    warps[w] = Warp{{}, all, all, 0, w};
-    warp_order[w] = w;
+    now->warps[w] = Warp{{}, all, all, 0, w};
+    now->warp_order[w] = w;
   }
   for (unsigned i = 0; i < thread_count; ++i) {
     Thread& t = threads[i];
@@ -163,7 +173,7 @@ void prepare_block() {
     t.index = {i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y};
     t.rank = i;
     t.lane = i % 32;
-    t.warp = &warps[i / 32];
+    t.warp = &now->warps[i / 32];
     t.warp->lanes[t.lane] = &t;
     t.state = Thread::ready;
     t.operation = nullptr;
@@ -175,7 +185,7 @@ void prepare_block() {
 
 Thread* next_thread() {
   for (unsigned i = 0; i < warp_count; ++i) {
-    Warp& warp = warps[warp_order[i]];
+    Warp& warp = now->warps[now->warp_order[i]];
     if (warp.ready == 0) continue;
     unsigned lane = static_cast<unsigned>(__builtin_ctz(warp.ready));
     if (shuffled) {  // the first ready lane from a random one on
@@ -188,11 +198,12 @@ Thread* next_thread() {
 }
 
 void shuffle_warps() {
-  for (unsigned i = warp_count; i > 1; --i) std::swap(warp_order[i - 1], warp_order[random_bits() % i]);
+  for (unsigned i = warp_count; i > 1; --i) std::swap(now->warp_order[i - 1], now->warp_order[random_bits() % i]);
 }
 
-[[noreturn]] void deadlock() {
-  std::string text = "deadlock: nobody can run.";
+// What the threads of the running block wait for.
+std::string waits() {
+  std::string text;
   for (unsigned i = 0; i < thread_count;) {
     const Thread& t = threads[i];
     unsigned end = i + 1;
@@ -210,24 +221,87 @@ void shuffle_warps() {
     }
     i = end;
   }
-  throw std::runtime_error(std::string(block.kernel) + ", block (" + std::to_string(block.index.x) + "," +
-                           std::to_string(block.index.y) + "," + std::to_string(block.index.z) + "): " + text);
+  return std::string(block.kernel) + ", block (" + std::to_string(block.index.x) + "," + std::to_string(block.index.y) +
+         "," + std::to_string(block.index.z) + "): " + text;
 }
 
-void run_block() {
+void turn_to(unsigned place) {
+  resident = place;
+  now = residents + place;
+  block = now->block;
+  threads = now->threads.get();
+}
+
+void begin_block(unsigned place, const Block& of) {
+  Resident& r = residents[place];
+  r.block = of;
+  r.here = true;
+  r.stalled = false;
+  if (r.threads == nullptr) r.threads.reset(new Thread[kMaxThreads]());
+  turn_to(place);
   shared_begin(block.dynamic_bytes);
   prepare_block();
   races_block_begin();
   if (shuffled) shuffle_warps();
-  failure.clear();
-  while (alive > 0) {
+}
+
+// Runs the block of a place until it ends, until it stalls, or for a while.
+void run_block(unsigned place) {
+  turn_to(place);
+  const unsigned long long before = steps;
+  for (unsigned i = 0; now->spinning > 0 && i < thread_count; ++i) {
+    if (threads[i].state == Thread::spinning) set_state(threads[i], Thread::ready), --now->spinning;
+  }
+  preempted = false;
+  while (now->alive > 0 && !preempted) {
     Thread* t = next_thread();
-    if (t == nullptr) deadlock();
+    if (t == nullptr) break;
+    ++steps;
     to_thread(t);
     if (!failure.empty()) throw std::runtime_error(failure);
   }
-  shared_end();
-  device_check();
+  if (steps != before) {
+    for (Resident& r : residents) r.stalled = false;
+  }
+  if (now->alive == 0) {
+    now->here = false;
+    shared_end();
+    device_check();
+  } else if (!preempted) {
+    if (now->spinning == 0) throw std::runtime_error("deadlock: nobody can run.\n" + waits());
+    now->stalled = true;
+  }
+}
+
+// The blocks in `order`, `places` at once.
+void run_blocks(const std::vector<unsigned long long>& order) {
+  failure.clear();
+  for (Resident& r : residents) r.here = r.stalled = false;
+  for (size_t begun = 0;;) {
+    unsigned here[kMaxResidents], count = 0, able = 0;
+    for (unsigned place = 0; place < places; ++place) {
+      if (!residents[place].here && begun < order.size()) {
+        Block of = block;
+        of.number = order[begun++];
+        const unsigned long long b = of.number, x = of.grid.x, y = of.grid.y;
+        of.index = {static_cast<unsigned>(b % x), static_cast<unsigned>(b / x % y), static_cast<unsigned>(b / x / y)};
+        begin_block(place, of);
+      }
+      if (!residents[place].here) continue;
+      ++count;
+      if (!residents[place].stalled) here[able++] = place;
+    }
+    if (count == 0) return;
+    if (able == 0) {
+      std::string text = "deadlock: every block on the machine waits for others, and " +
+                         std::to_string(order.size() - begun) + " cannot begin.";
+      for (unsigned place = 0; place < places; ++place) {
+        if (residents[place].here) turn_to(place), text += "\n" + waits();
+      }
+      throw std::runtime_error(text);
+    }
+    run_block(here[shuffled ? random_bits() % able : 0]);
+  }
 }
 
 // ---- Waiting.
@@ -239,9 +313,9 @@ void wait_for(const char* operation, unsigned mask, Site site) {
 }
 
 void finish_block_barrier() {
-  in_barrier = 0;
+  now->in_barrier = 0;
   races_block_barrier();
-  for (unsigned w = 0; w < warp_count; ++w) trace_warp_met(warps[w]);
+  for (unsigned w = 0; w < warp_count; ++w) trace_warp_met(now->warps[w]);
   for (unsigned i = 0; i < thread_count; ++i) {
     if (threads[i].state == Thread::waiting) set_state(threads[i], Thread::ready);
   }
@@ -249,7 +323,7 @@ void finish_block_barrier() {
 }
 
 void barrier_at(const char* name, Site site) {
-  for (unsigned i = 0; in_barrier > 0 && i < thread_count; ++i) {
+  for (unsigned i = 0; now->in_barrier > 0 && i < thread_count; ++i) {
     const Thread& t = threads[i];
     const bool there = t.state == Thread::waiting && t.combine == nullptr && t.mask == 0;
     if (there && !same_line(t.site, site)) {
@@ -260,7 +334,7 @@ void barrier_at(const char* name, Site site) {
   }
   self->combine = nullptr;
   wait_for(name, 0, site);
-  if (++in_barrier == alive) {
+  if (++now->in_barrier == now->alive) {
     finish_block_barrier();
     if (!shuffled) return;
   }
@@ -306,15 +380,14 @@ void leave_launch() {
 __attribute__((noinline)) void block_barrier(const char* name) { barrier_at(name, MOA_SITE); }
 
 __attribute__((noinline)) int block_vote(const char* name, int value, int kind) {
-  static int counted;
   const Site site = MOA_SITE;
-  if (in_barrier == 0) vote_count = 0;
-  vote_count += value != 0;
-  const bool last = in_barrier + 1 == alive;
-  if (last) counted = kind == 0 ? vote_count : kind == 1 ? vote_count == static_cast<int>(alive) : vote_count != 0;
-  if (last) vote_result = counted;
+  Resident& me = *now;
+  if (me.in_barrier == 0) me.vote_count = 0;
+  me.vote_count += value != 0;
+  const int alive = static_cast<int>(me.alive), count = me.vote_count;
+  if (me.in_barrier + 1 == me.alive) me.vote_result = kind == 0 ? count : kind == 1 ? count == alive : count != 0;
   barrier_at(name, site);
-  return vote_result;
+  return me.vote_result;
 }
 
 __attribute__((noinline)) void warp_operation(const char* name, unsigned mask, void* slot,
@@ -344,7 +417,26 @@ __attribute__((noinline)) void warp_operation(const char* name, unsigned mask, v
 void maybe_yield() {
   if (!shuffled || (random_bits() & 7u) != 0) return;
   if ((random_bits() & 3u) == 0) shuffle_warps();
+  preempted = places > 1 && (random_bits() & 15u) == 0;
   to_scheduler(false);
+}
+
+void spin_until(const unsigned* counter, unsigned value, Site site) {
+  maybe_yield();
+  if (is_shared(counter)) fail(site, "await on a counter in shared memory");
+  bool looked = false;
+  while (*static_cast<const volatile unsigned*>(counter) < value) {
+    if (looked) --steps;
+    looked = true;
+    self->combine = nullptr;
+    self->operation = "await";
+    self->mask = 0;
+    self->site = site;
+    set_state(*self, Thread::spinning);
+    ++now->spinning;
+    to_scheduler(false);
+  }
+  MOA_RECORD(counter, sizeof *counter, kAcquire, site);
 }
 
 std::vector<Launch>& launches() {
@@ -362,23 +454,17 @@ cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 s
   if (dynamic_bytes > moa::kSharedMost) return cudaErrorInvalidValue;
   launches().push_back({kernel, function});
   if (settings.dry) return cudaSuccess;
-  static std::unique_ptr<Thread[]> pool(new Thread[kMaxThreads]());
-  threads = pool.get();
   body = run;
   closure = with;
   block = {kernel, {}, size, grid, dynamic_bytes, 0};
   shuffled = settings.seed != 0;
   random_state = settings.seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
+  places = settings.residents == 0 ? static_cast<unsigned>(settings.seed % kMaxResidents) + 1 : settings.residents;
   races_grid_begin();
   std::vector<unsigned long long> order(blocks);
   std::iota(order.begin(), order.end(), 0ull);
   for (unsigned long long i = blocks; shuffled && i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
-  for (const unsigned long long b : order) {
-    block.number = b;
-    block.index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                   static_cast<unsigned>(b / grid.x / grid.y)};
-    run_block();
-  }
+  run_blocks(order);
   return cudaSuccess;
 }
 

@@ -56,13 +56,16 @@ def decode(module: ModuleType, rng, tokens: int, k: int, experts: int, rank: int
     module.decode(x, A, B, router, k, 0, True, None, None, 1.0, None, y)
 
 
-def mixture(module: ModuleType, rng, tokens: int, k: int, experts: int, rank: int, sizes, dtype) -> None:
+def mixture(
+    module: ModuleType, rng, tokens: int, k: int, experts: int, rank: int, sizes, dtype, given_out=False
+) -> None:
     width, out = sizes
     x, y = normal(rng, tokens, width, dtype=dtype), unwritten(tokens, out, dtype=dtype)
     A, B = np.zeros((experts, rank, width), dtype), np.zeros((experts, out, rank), dtype)
     offsets, order = sort(route(rng, tokens, k, experts), experts)
     weights = normal(rng, tokens, k, dtype=accumulator(dtype))
-    module.mixture(x, A, B, offsets, order, weights, None, 1.0, None, y, None, y.copy())
+    h = unwritten(tokens * k, rank, dtype=accumulator(dtype)) if given_out else None
+    module.mixture(x, A, B, offsets, order, weights, None, 1.0, None, y, None, y.copy(), h)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -135,7 +138,7 @@ def test_a_device_takes_every_grid(dry: ModuleType, rng, dtype: np.dtype, tokens
     dry.backward_shrink(x, B, offsets, order, None, 1.0, None, values, values, slots)
     dry.expand(values, B, *given, None, None, x)
     dry.backward_expand(values, A, *given, dz, router, x)
-    dry.mixture(x, A, B, *given, None, None, x)
+    dry.mixture(x, A, B, *given, None, None, x, None)
     dry.gram(x, x, values, values, *given, dz, A, B, router)
     assert count(dry) >= 12
 

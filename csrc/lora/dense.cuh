@@ -1,5 +1,5 @@
-// The pass of dense.cu as decode.cu and shrink.cu use it: every expert's A, and the router, over the same rows of x; or,
-// backward, every expert's B over rows of dy, where `in` is the layer's output.
+// The pass of dense.cu as decode.cu, routed.cu and shrink.cu use it: every expert's A, and the router, over the same rows
+// of x; or, backward, every expert's B over rows of dy, where `in` is the layer's output.
 #pragma once
 #include "common/cuda_api.h"
 #include "lora/plan_cuda.h"

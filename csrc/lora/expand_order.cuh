@@ -1,5 +1,6 @@
 // What expand.cu's tensor-core tiles know of the routing: where each slot is in the sorted order, and in which order the
-// tiles take the tokens. Two small kernels in front of them make it (expand.cu); with few slots each tile does so for itself.
+// tiles take the tokens. Two small kernels in front of them make it (expand.cu); with few slots each tile does so for
+// itself.
 //
 //   places [slots]   expert, position and number of twins of a slot
 //   rows   [tokens]  token of each row of the tiles

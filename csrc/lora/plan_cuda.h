@@ -163,7 +163,7 @@ constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_c
 // read again of x. The routing alone is up to three launches at many slots, each 2 us and more; one block sorts at
 // least 8192 slots in that time, and the 64 x 4096 that there can be take it 0.1 ms, where A and B have 8 GB.
 constexpr int64_t kRoutedBlocks = 2 * kProcessors;
-// Of every block's shared memory, in front of what an item needs: the item's number.
+// Of every block's shared memory, in front of what an item needs: what the block knows of the items.
 constexpr int kRoutedHead = 16;
 
 // ---- Expand ----

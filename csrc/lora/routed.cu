@@ -29,7 +29,12 @@ namespace {
 
 constexpr int kThreads = plan_cuda::kTileThreads;
 static_assert(kThreads == plan_cuda::kExpandThreads, "one block for both");
-static_assert(plan_cuda::kRoutedHead >= sizeof(unsigned) && plan_cuda::kRoutedHead % 16 == 0, "an item's number");
+static_assert(plan_cuda::kDecodeTokens <= plan_cuda::kExpandRows, "one tile of tokens on tensor cores");
+
+struct Head {  // shared, in front of what an item needs
+  uint32_t item, phase, arrived;
+};
+static_assert(plan_cuda::kRoutedHead >= sizeof(Head) && plan_cuda::kRoutedHead % 16 == 0, "what follows is aligned");
 
 struct Counters {
   uint32_t taken;   // items
@@ -48,21 +53,18 @@ struct RoutedLaunch {
   SortParams sort;
   ShrinkParams shrink;
   ExpandParams expand;
-  bool mma;  // of the expand
-  int64_t expand_tiles;
+  bool mma;                   // of the expand
   uint32_t shrinks, expands;  // items
 };
 
-// This block's arrival, once all of its threads have written.
-__device__ __forceinline__ uint32_t block_arrives(uint32_t* counter, uint32_t* shared) {
+// This block's arrival, once all of its threads have written; only the first thread knows how many came before.
+__device__ __forceinline__ void block_arrives(uint32_t* counter, Head* head) {
   __syncthreads();
-  if (threadIdx.x == 0) *shared = arrive(counter);
-  __syncthreads();
-  return *shared;
+  if (threadIdx.x == 0) head->arrived = arrive(counter);
 }
 
 template <class A>
-__device__ __forceinline__ void route(const RoutedLaunch& p, int64_t token, uint32_t* head, unsigned char* shared) {
+__device__ __forceinline__ void route(const RoutedLaunch& p, int64_t token, Head* head, unsigned char* shared) {
   A* const row = reinterpret_cast<A*>(shared);  // [experts]
   const int64_t experts = p.topk.experts, size = p.topk.tokens * experts;
   const A* const from = static_cast<const A*>(p.planes) + token * experts;
@@ -80,7 +82,9 @@ __device__ __forceinline__ void route(const RoutedLaunch& p, int64_t token, uint
     here.ldz = 0;  // whatever the token
     route_token<A, kWarp, 0>(here, token, true, nullptr);
   }
-  if (block_arrives(&p.counters->routed, head) + 1 != p.topk.tokens) return;
+  block_arrives(&p.counters->routed, head);
+  __syncthreads();
+  if (head->arrived + 1 != p.topk.tokens) return;
   sort_block(p.sort, 0, reinterpret_cast<int32_t*>(shared));
   block_arrives(&p.counters->sorted, head);
 }
@@ -103,52 +107,46 @@ __device__ __forceinline__ void shrink_item(const RoutedLaunch& p, int64_t item,
 }
 
 template <class T>
-__device__ __forceinline__ void expand_item(const RoutedLaunch& p, int64_t item, unsigned char* shared) {
-  const auto tiles = static_cast<unsigned>(p.expand_tiles);
-  const unsigned tile = static_cast<unsigned>(item) % tiles, part = static_cast<unsigned>(item) / tiles;
-  if constexpr (sizeof(T) == 2) {
-    if (p.mma) {
-      expand_mma_block<T, true>(p.expand, tile, part, shared);
-      add_planes<float>(p.expand, item, p.expands);
-      return;
-    }
-  }
-  expand_simt_block<T>(p.expand, tile, part, reinterpret_cast<ExpandSimtShared<Acc<T>>*>(shared));
+__device__ __forceinline__ void expand_item(const RoutedLaunch& p, uint32_t item, unsigned char* shared) {
   add_planes<Acc<T>>(p.expand, item, p.expands);
+  if constexpr (sizeof(T) == 2) {
+    if (p.mma) return expand_mma_block<T, true>(p.expand, 0, item, shared);
+  }
+  const auto tiles = static_cast<unsigned>(plan_cuda::ceil_div(p.topk.tokens, plan_cuda::kExpandSimtRows));
+  expand_simt_block<T>(p.expand, item % tiles, item / tiles, reinterpret_cast<ExpandSimtShared<Acc<T>>*>(shared));
+}
+
+// The block goes on once the counter is there; head->phase: how far it has waited already.
+__device__ __forceinline__ void wait(Head* head, uint32_t phase, const uint32_t* counter, uint32_t value) {
+  if (threadIdx.x == 0 && head->phase < phase) {
+    await(counter, value);
+    head->phase = phase;
+  }
+  __syncthreads();
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) routed_mixture(const RoutedLaunch p) {
   MOA_DYNAMIC_SHARED(unsigned char, dynamic);
-  uint32_t* const head = reinterpret_cast<uint32_t*>(dynamic);
+  Head* const head = reinterpret_cast<Head*>(dynamic);
   unsigned char* const shared = dynamic + plan_cuda::kRoutedHead;
-  const uint32_t tokens = static_cast<uint32_t>(p.topk.tokens), expands_from = tokens + p.shrinks;
-  bool sorted = false, shrunk = false;  // what this block has waited for
+  if (threadIdx.x == 0) head->phase = 0;
   for (;;) {
-    __syncthreads();  // all have left the item of before
-    if (threadIdx.x == 0) *head = atomicAdd(&p.counters->taken, 1u);
+    if (threadIdx.x == 0) head->item = atomicAdd(&p.counters->taken, 1u);
     __syncthreads();
-    const uint32_t item = *head;
-    if (item >= expands_from + p.expands) return;
+    const uint32_t item = head->item, tokens = static_cast<uint32_t>(p.topk.tokens), before = tokens + p.shrinks;
+    if (item >= before + p.expands) return;
     if (item < tokens) {
       route<Acc<T>>(p, item, head, shared);
-    } else if (item < expands_from) {
-      if (!sorted) {
-        if (threadIdx.x == 0) await(&p.counters->sorted, 1);
-        __syncthreads();
-        sorted = true;
-      }
+    } else if (item < before) {
+      wait(head, 1, &p.counters->sorted, 1);
       shrink_item<T>(p, item - tokens, shared);
-      __syncthreads();
-      if (threadIdx.x == 0) arrive(&p.counters->shrunk);
+      block_arrives(&p.counters->shrunk, head);
     } else {
-      if (!shrunk) {
-        if (threadIdx.x == 0) await(&p.counters->shrunk, p.shrinks);
-        __syncthreads();
-        shrunk = true;
-      }
-      expand_item<T>(p, item - expands_from, shared);
+      wait(head, 2, &p.counters->shrunk, p.shrinks);
+      expand_item<T>(p, item - before, shared);
     }
+    __syncthreads();  // all have left the item
   }
 }
 
@@ -244,9 +242,10 @@ Planned arrange(const DecodeParams& p, void* work) {
   const plan_cuda::Expand expand = expand_plan(f, p.out, false);
   l.mma = on_tensor_cores(f, expand);
   prepare(&l.expand, expand);
-  l.expand_tiles = l.mma ? expand.tiles : plan_cuda::ceil_div(tokens, plan_cuda::kExpandSimtRows);
-  const int64_t parts = l.mma ? expand.parts : plan_cuda::ceil_div(p.out, plan_cuda::kExpandColumns);
-  l.expands = static_cast<uint32_t>(l.expand_tiles * (keeps ? plan_cuda::most(parts, 1) : parts));
+  const int64_t parts = l.mma ? expand.parts
+                              : plan_cuda::ceil_div(tokens, plan_cuda::kExpandSimtRows) *
+                                    plan_cuda::ceil_div(p.out, plan_cuda::kExpandColumns);
+  l.expands = static_cast<uint32_t>(keeps ? plan_cuda::most(parts, 1) : parts);
 
   const bool half = is_half(p.x_type);
   const size_t tile = half                     ? plan_cuda::tile_shared(plan_cuda::kNarrow, plan_cuda::kNarrow)

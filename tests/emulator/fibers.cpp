@@ -337,6 +337,7 @@ void barrier_at(const char* name, Site site) {
   if (++now->in_barrier == now->alive) {
     finish_block_barrier();
     if (!shuffled) return;
+    preempted = places > 1 && (random_bits() & 3u) == 0;  // what others may do before, they will
   }
   to_scheduler(false);
 }

@@ -64,7 +64,9 @@ count(
 )
 
 total = plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k last_block")
-total("sum-missing-order", "arrive(counter) == gridDim.x", "atomicAdd(counter, 1u) == gridDim.x", "tsan:0", RACE)
+total(
+    "sum-missing-order", "arrive(counter) == gridDim.x", "atomicAdd(counter, 1u) == gridDim.x", "tsan:0", RACE
+)
 total(
     "sum-missing-barrier",
     "arrive(counter) == gridDim.x - 1;\n  }\n  __syncthreads();",
@@ -85,7 +87,9 @@ relay(
     RACE,
 )
 relay("relay-no-wait", "await(done, static_cast<uint32_t>(n));", "static_cast<void>(done);", "tsan:0", RACE)
-relay("relay-wait-too-short", "await(done, static_cast<uint32_t>(n))", "await(done, n - 1u)", "plain:1", WRONG)
+relay(
+    "relay-wait-too-short", "await(done, static_cast<uint32_t>(n))", "await(done, n - 1u)", "plain:1", WRONG
+)
 relay(
     "relay-items-by-block",  # whoever waits does not know that the others run
     "static_cast<int>(atomicAdd(taken, 1u));",

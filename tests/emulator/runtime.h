@@ -1,4 +1,4 @@
-// The machine: threads as fibers, blocks one after another, shared memory, asynchronous copies, errors.
+// The machine: threads as fibers, a few blocks at once, shared memory, asynchronous copies, errors.
 #pragma once
 #include <tuple>
 #include <vector>

@@ -1,4 +1,4 @@
-"""Decode grouped by expert, two launches whose blocks wait for each other, against float64; and what it gives out."""
+"""Decode grouped by expert, in two launches whose blocks wait for each other, against float64."""
 
 from __future__ import annotations
 
@@ -68,9 +68,11 @@ def check(
     want_logits = exact(x) @ exact(router).T
     assert_close(logits, want_logits, what, 1e-6 if acc == F32 else 1e-13)
     want_weights, want_ids = expected_topk(want_logits, k, score_func, norm)
-    if isinstance(emulator, ModuleType) or k < experts:  # with all of them chosen, some logits lie close together
+    if (
+        isinstance(emulator, ModuleType) or k < experts
+    ):  # with all of them chosen, some logits lie close together
         np.testing.assert_array_equal(ids[:, : min(k, 8)], want_ids[:, : min(k, 8)])
-    assert_close(weights, want_weights, what, 2e-6 if acc == F32 else 1e-12)
+    assert_close(weights, want_weights, what, 1e-6 if acc == F32 else 1e-13)
     want_offsets, want_order = expected_sort(ids, experts)
     np.testing.assert_array_equal(offsets, want_offsets)
     np.testing.assert_array_equal(order, want_order)
@@ -111,7 +113,9 @@ def test_many_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     check(emulator, rng, 3, 2, 4096, 2, (16, 24), dtype)
     check(emulator, rng, 4, 65, 70, 3, (24, 40), dtype)
     if dtype == BF16:
-        check(emulator, rng, 64, 200, 200, 4, (16, 24), dtype)  # slots that the tensor cores' tile cannot hold
+        check(
+            emulator, rng, 64, 200, 200, 4, (16, 24), dtype
+        )  # slots that the tensor cores' tile cannot hold
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
@@ -141,6 +145,6 @@ def test_however_many_blocks_there_is_room_for(emulator: ModuleType, rng, reside
 
 
 def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
-    for dtype in (BF16, F32):
-        check(emulator, rng, 9, 2, 8, 16, (256, 136), dtype)
+    check(emulator, rng, 9, 2, 8, 16, (256, 136), F32)
+    check(emulator, rng, 9, 1, 1, 16, (256, 136), BF16)  # slots of several experts lie anywhere
     assert_no_conflicts(emulator)

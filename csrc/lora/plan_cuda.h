@@ -150,6 +150,7 @@ inline bool decode_dense(int64_t tokens, int64_t top_k, int64_t experts, int64_t
 }
 // The same with a routing that is given: expand adds the shrink's planes as it reads them, which saves a launch, about
 // 2 us. Its 32 blocks (out = 4096) then read up to 16 planes of all slots each, 131 KB at 64 tokens, k = 2, r = 16: 1 us.
+// Where a backward wants h, all of its blocks add the planes once more between them: that many bytes in all.
 inline bool expand_adds_planes(int64_t tokens) { return tokens <= kDecodeTokens; }
 // A block of dense's second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes
 // that each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.

@@ -2,12 +2,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <memory>
-#include <numeric>
 
-#include "common/cuda_api.h"
 #include "emulator/collectives.h"
-#include "emulator/internal.h"
+#include "emulator/scheduler.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -47,31 +44,19 @@ Thread* self;
 Block block;
 Thread* threads;
 unsigned thread_count, resident;
+Resident residents[kMaxResidents];
+Resident* now;
+unsigned places;
+unsigned long long random_state, steps;
+bool shuffled, preempted;
+Body body;
+void* closure;
 
 namespace {
 
 constexpr size_t kStack = 256 * 1024, kPage = 4096;
-constexpr unsigned kMaxThreads = 1024;
 
-// A block on the machine.
-struct Resident {
-  Block block;
-  bool here;     // it has begun, and not ended
-  bool stalled;  // all its threads wait, some for another block, and since it looked last nobody did anything
-  std::unique_ptr<Thread[]> threads;
-  Warp warps[kMaxThreads / 32];
-  unsigned warp_order[kMaxThreads / 32];
-  unsigned alive, in_barrier, spinning;
-  int vote_count, vote_result;
-};
-Resident residents[kMaxResidents];
-Resident* now;  // residents + resident
-unsigned warp_count, places;
-unsigned long long random_state, steps;  // steps: of threads, those that looked in vain not counted
-bool shuffled, preempted;
-
-Body body;
-void* closure;
+unsigned warp_count;
 void* scheduler_stack_pointer;
 #if defined(__SANITIZE_ADDRESS__)
 void* scheduler_fake_stack;
@@ -103,6 +88,8 @@ void to_scheduler([[maybe_unused]] bool for_ever) {
 #endif
 }
 
+}  // namespace
+
 void to_thread(Thread* t) {
   self = t;
 #if defined(__SANITIZE_ADDRESS__)
@@ -114,6 +101,8 @@ void to_thread(Thread* t) {
 #endif
   self = nullptr;
 }
+
+namespace {
 
 void set_state(Thread& t, Thread::State state) {
   t.state = state;
@@ -156,6 +145,8 @@ void start_thread(Thread& t) {
 }
 
 // ---- One block.
+}  // namespace
+
 void prepare_block() {
   thread_count = block.size.x * block.size.y * block.size.z;
   warp_count = (thread_count + 31) / 32;
@@ -201,108 +192,7 @@ void shuffle_warps() {
   for (unsigned i = warp_count; i > 1; --i) std::swap(now->warp_order[i - 1], now->warp_order[random_bits() % i]);
 }
 
-// What the threads of the running block wait for.
-std::string waits() {
-  std::string text;
-  for (unsigned i = 0; i < thread_count;) {
-    const Thread& t = threads[i];
-    unsigned end = i + 1;
-    const auto same = [&](const Thread& o) {
-      return o.state == t.state && (t.state == Thread::done || (o.operation == t.operation && o.site == t.site));
-    };
-    while (end < thread_count && same(threads[end])) ++end;
-    text += "\n  threads " + std::to_string(i) + " to " + std::to_string(end - 1);
-    if (t.state == Thread::done) {
-      text += " have exited";
-    } else {
-      char mask[32] = "";
-      if (t.combine != nullptr || t.mask != 0) snprintf(mask, sizeof mask, " with mask %08x", t.mask);
-      text += std::string(" wait in ") + t.operation + mask + " at " + describe(t.site);
-    }
-    i = end;
-  }
-  return std::string(block.kernel) + ", block (" + std::to_string(block.index.x) + "," + std::to_string(block.index.y) +
-         "," + std::to_string(block.index.z) + "): " + text;
-}
-
-void turn_to(unsigned place) {
-  resident = place;
-  now = residents + place;
-  block = now->block;
-  threads = now->threads.get();
-}
-
-void begin_block(unsigned place, const Block& of) {
-  Resident& r = residents[place];
-  r.block = of;
-  r.here = true;
-  r.stalled = false;
-  if (r.threads == nullptr) r.threads.reset(new Thread[kMaxThreads]());
-  turn_to(place);
-  shared_begin(block.dynamic_bytes);
-  prepare_block();
-  races_block_begin();
-  if (shuffled) shuffle_warps();
-}
-
-// Runs the block of a place until it ends, until it stalls, or for a while.
-void run_block(unsigned place) {
-  turn_to(place);
-  const unsigned long long before = steps;
-  for (unsigned i = 0; now->spinning > 0 && i < thread_count; ++i) {
-    if (threads[i].state == Thread::spinning) set_state(threads[i], Thread::ready), --now->spinning;
-  }
-  preempted = false;
-  while (now->alive > 0 && !preempted) {
-    Thread* t = next_thread();
-    if (t == nullptr) break;
-    ++steps;
-    to_thread(t);
-    if (!failure.empty()) throw std::runtime_error(failure);
-  }
-  if (steps != before) {
-    for (Resident& r : residents) r.stalled = false;
-  }
-  if (now->alive == 0) {
-    now->here = false;
-    shared_end();
-    device_check();
-  } else if (!preempted) {
-    if (now->spinning == 0) throw std::runtime_error("deadlock: nobody can run.\n" + waits());
-    now->stalled = true;
-  }
-}
-
-// The blocks in `order`, `places` at once.
-void run_blocks(const std::vector<unsigned long long>& order) {
-  failure.clear();
-  for (Resident& r : residents) r.here = r.stalled = false;
-  for (size_t begun = 0;;) {
-    unsigned here[kMaxResidents], count = 0, able = 0;
-    for (unsigned place = 0; place < places; ++place) {
-      if (!residents[place].here && begun < order.size()) {
-        Block of = block;
-        of.number = order[begun++];
-        const unsigned long long b = of.number, x = of.grid.x, y = of.grid.y;
-        of.index = {static_cast<unsigned>(b % x), static_cast<unsigned>(b / x % y), static_cast<unsigned>(b / x / y)};
-        begin_block(place, of);
-      }
-      if (!residents[place].here) continue;
-      ++count;
-      if (!residents[place].stalled) here[able++] = place;
-    }
-    if (count == 0) return;
-    if (able == 0) {
-      std::string text = "deadlock: every block on the machine waits for others, and " +
-                         std::to_string(order.size() - begun) + " cannot begin.";
-      for (unsigned place = 0; place < places; ++place) {
-        if (residents[place].here) turn_to(place), text += "\n" + waits();
-      }
-      throw std::runtime_error(text);
-    }
-    run_block(here[shuffled ? random_bits() % able : 0]);
-  }
-}
+namespace {
 
 // ---- Waiting.
 void wait_for(const char* operation, unsigned mask, Site site) {
@@ -422,6 +312,12 @@ void maybe_yield() {
   to_scheduler(false);
 }
 
+void wake_spinning() {
+  for (unsigned i = 0; now->spinning > 0 && i < thread_count; ++i) {
+    if (threads[i].state == Thread::spinning) set_state(threads[i], Thread::ready), --now->spinning;
+  }
+}
+
 void spin_until(const unsigned* counter, unsigned value, Site site) {
   maybe_yield();
   if (is_shared(counter)) fail(site, "await on a counter in shared memory");
@@ -440,41 +336,6 @@ void spin_until(const unsigned* counter, unsigned value, Site site) {
   MOA_RECORD(counter, sizeof *counter, kAcquire, site);
 }
 
-std::vector<Launch>& launches() {
-  static std::vector<Launch> all;
-  return all;
-}
-
-cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 size, size_t dynamic_bytes, Body run,
-                     void* with) {
-  const unsigned long long count = 1ull * size.x * size.y * size.z, blocks = 1ull * grid.x * grid.y * grid.z;
-  if (blocks == 0) return cudaSuccess;
-  if (count == 0 || count > kMaxThreads || size.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    return cudaErrorInvalidConfiguration;
-  }
-  if (dynamic_bytes > moa::kSharedMost) return cudaErrorInvalidValue;
-  launches().push_back({kernel, function});
-  if (settings.dry) return cudaSuccess;
-  body = run;
-  closure = with;
-  block = {kernel, {}, size, grid, dynamic_bytes, 0};
-  shuffled = settings.seed != 0;
-  random_state = settings.seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
-  places = settings.residents == 0 ? static_cast<unsigned>(settings.seed % kMaxResidents) + 1 : settings.residents;
-  races_grid_begin();
-  std::vector<unsigned long long> order(blocks);
-  std::iota(order.begin(), order.end(), 0ull);
-  for (unsigned long long i = blocks; shuffled && i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
-  run_blocks(order);
-  return cudaSuccess;
-}
-
 }  // namespace emu
 
 void __threadfence() { emu::races_fence(); }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emu::settings.multiprocessors
-                                                       : static_cast<int>(emu::settings.shared_limit);
-  return cudaSuccess;
-}

@@ -81,7 +81,7 @@ def test_training_step_in_a_graph(cuda, tokens: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "experts"), [(3000, 8), (64, 600)])
 def test_two_streams_at_once(cuda, tokens: int, experts: int) -> None:
-    """Also where blocks wait for each other: neither stream's may keep the other's from the machine for ever."""
+    """Also where blocks wait for each other: neither stream's may keep the other's waiting for ever."""
     layer = layer_of(cuda, experts=experts)
     xs = [torch.randn(tokens, 256, device=cuda, dtype=torch.bfloat16) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in xs]

@@ -7,6 +7,7 @@
 //   copies           cp_async_16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
 //   fragments        ldmatrix_x2, ldmatrix_x4, and _trans
 //   products         mma_m16n8k16<T>(c, a, b), T = __nv_bfloat16, __half;  mma_m16n8k8_tf32(c, a, b)
+//   between blocks   arrive(counter), await(counter, value)
 //   warps            warp_sum<W>(v), warp_max<W>(v), warp_min<W>(v): over W neighbouring lanes, every lane gets the result
 //   elements         Acc<T>, to_acc(v), from_acc<T>(v), pack2<T>(lo, hi), unpack2<T>(bits)
 //
@@ -136,6 +137,29 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (
       "{%0, %1, %2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Counts one more at a counter in global memory, and says how many had come before. Whoever awaits this arrival, or
+// arrives after it, sees what this thread has written, and what others had that it knows of by a barrier or likewise.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+}
+// Waits until the counter is `value` or more. Only for what blocks do that have begun: others may not before this one ends.
+__device__ __forceinline__ void await(const uint32_t* counter, uint32_t value) {
+  for (;;) {
+    uint32_t now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n"
+                 : "=r"(now)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    if (now >= value) return;
+    __nanosleep(32);
+  }
 }
 
 #endif  // MOA_EMULATE

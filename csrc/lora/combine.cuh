@@ -84,8 +84,6 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 64 + 
 // Row i of eight in the order 0 4 2 6 1 5 3 7: a warp that writes one, two or four chunks of each meets no bank twice.
 __device__ __forceinline__ int spread(int i) { return (i & ~7) | (i & 1) << 2 | (i & 2) | (i >> 2 & 1); }
 
-inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
-
 // For mixture_cuda (expand.cu): how many planes a shrink has its sums in, and the shrink that leaves them so.
 int64_t shrink_planes(const ForwardParams& p);
 cudaError_t shrink_planes_cuda(const ForwardParams& p, void* planes, cudaStream_t stream);

@@ -21,7 +21,7 @@ cudaError_t shrink_cuda(const ForwardParams& p, void* work, cudaStream_t stream)
 size_t expand_work(const ForwardParams& p);
 cudaError_t expand_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
 
-// y, from x, where nobody wants h (p.h is not used): for few tokens in two launches, shrink and expand.
+// y, and h where that is not null, from x: for few tokens in two launches, shrink and expand.
 size_t mixture_work(const ForwardParams& p);
 cudaError_t mixture_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
 
@@ -47,17 +47,25 @@ cudaError_t backward_expand_cuda(const BackwardParams& p, void* work, cudaStream
 size_t gram_work(const BackwardParams& p);
 cudaError_t gram_cuda(const BackwardParams& p, void* work, cudaStream_t stream);
 
-// y += the mixture of x that its own logits route: router, top-k, shrink and expand in two launches, for few tokens
-// (plan_cuda.h). y holds the base; seg says sizes alone, its pointers are not used, nor are weights, base, bias and h.
+// The mixture of x that its own logits route: router, top-k, shrink and expand in two launches, for few tokens
+// (plan_cuda.h). seg says sizes alone, its pointers are not used, nor are weights. What a backward needs is given out, all
+// of it with h, or nothing; then base and bias are not used either: y holds the base.
 struct DecodeParams : ForwardParams {
   const void* router_weight;  // [experts, in] accumulator type
   ScoreFunc score_func;
   bool norm_topk_prob;
   const void* selection_bias;  // [experts] accumulator type, or null
+  void* logits;                // [tokens, experts] accumulator type, or null: nothing is given out
+  void* gates;                 // [tokens, top_k] accumulator type: the weights
+  int64_t* indices;            // [tokens, top_k]
+  int32_t *offsets, *order;    // [experts + 1], [tokens * top_k]
 };
 bool decode_fits(const DecodeParams& p);
 size_t decode_work(const DecodeParams& p);
 cudaError_t decode_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
+// Its way where something is given out, or where reading all of A is too much.
+size_t routed_work(const DecodeParams& p);
+cudaError_t routed_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
 
 // logits
 size_t router_work(const RouterParams& p);

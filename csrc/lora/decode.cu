@@ -1,5 +1,5 @@
 // Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two
-// launches.
+// launches; and the choice between this, where every expert's A is read, and routed.cu.
 //
 //   1  dense.cu: planes [splits][tokens][E r + E], partial A_e x[t] of every expert and partial logits
 //   2  a block owns 8 tokens and 128 outputs, a thread one output. It adds the planes of its tokens' logits, selects (a
@@ -9,10 +9,11 @@
 // neither counters, which two streams could not share, nor a wait between blocks. Planes are added in order, so the
 // result is bitwise reproducible, and the selection is the same in every block.
 //
-// Limits: plan_cuda::decode.
+// Limits: plan_cuda::decode_dense.
 #include "lora/cuda.h"
 #include "lora/dense.cuh"
 #include "lora/tile.cuh"
+#include "routing/cuda.h"
 #include "routing/select.cuh"
 
 namespace moa {
@@ -171,14 +172,20 @@ cudaError_t launch(const DecodeLaunch& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool decode_fits(const DecodeParams& p) {
-  return plan_cuda::decode(p.seg.tokens, p.seg.top_k, p.seg.experts, p.rank, p.in, element_size(p.adapter_type));
+static bool is_dense(const DecodeParams& p) {
+  return p.logits == nullptr &&
+         plan_cuda::decode_dense(p.seg.tokens, p.seg.top_k, p.seg.experts, p.rank, p.in, element_size(p.adapter_type));
 }
-size_t decode_work(const DecodeParams& p) { return planes_size(dense_of(p, nullptr)); }
+
+bool decode_fits(const DecodeParams& p) {
+  return p.seg.tokens <= plan_cuda::kDecodeTokens && p.seg.experts <= kMaxExpertsCuda;
+}
+size_t decode_work(const DecodeParams& p) { return is_dense(p) ? planes_size(dense_of(p, nullptr)) : routed_work(p); }
 
 cudaError_t decode_cuda(const DecodeParams& params, void* work, cudaStream_t stream) {
   if (!decode_fits(params)) return cudaErrorInvalidValue;
-  if (params.seg.tokens == 0 || params.out == 0) return cudaSuccess;
+  if (params.seg.tokens == 0 || (params.out == 0 && params.logits == nullptr)) return cudaSuccess;
+  if (!is_dense(params)) return routed_cuda(params, work, stream);
   const DenseParams dense = dense_of(params, work);
   const cudaError_t error = dense_cuda(dense, stream);
   if (error != cudaSuccess) return error;

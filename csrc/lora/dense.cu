@@ -87,9 +87,15 @@ struct DensePlace {
   }
 };
 
+__device__ __forceinline__ void clear_counters(const DenseLaunch& p) {
+  if (p.counters != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x < kCounters)
+    p.counters[threadIdx.x] = 0;
+}
+
 template <class T, int kFrags>
 __global__ void __launch_bounds__(plan_cuda::kTileThreads, 2) dense_mma(const DenseLaunch p) {
   MOA_DYNAMIC_SHARED(T, shared);
+  clear_counters(p);
   const DensePlace<float> place(p);
   MmaTile<T, kFrags> tile(place.panel<T>(), place.k1, p.x_direct, shared, p.units);
   tile.run(place.k0, static_cast<const T*>(p.x), [&](int m) { return place.row<T>(m); });
@@ -107,6 +113,7 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_simt(const Dens
   using Tile = SimtTile<A, kCols>;
   MOA_SHARED(A, shared, Tile::kElements);
   MOA_SHARED(const A*, rows, Tile::kRows);
+  clear_counters(p);
   const DensePlace<A> place(p);
   Tile tile(place.template panel<A>(), place.k1, p.x_direct, shared, rows);
   tile.run(place.k0, static_cast<const A*>(p.x), [&](int m) { return place.template row<A>(m); });

@@ -1,10 +1,12 @@
-// The pass of dense.cu as decode.cu and shrink.cu use it: every expert's A, and the router, over the same rows of x; or,
-// backward, every expert's B over rows of dy, where `in` is the layer's output.
+// The pass of dense.cu as decode.cu, routed.cu and shrink.cu use it: every expert's A, and the router, over the same rows
+// of x; or, backward, every expert's B over rows of dy, where `in` is the layer's output.
 #pragma once
 #include "common/cuda_api.h"
 #include "lora/plan_cuda.h"
 
 namespace moa {
+
+constexpr int kCounters = 4;
 
 struct DenseParams {
   DType x_type, adapter_type;
@@ -18,8 +20,9 @@ struct DenseParams {
   int64_t experts;
   // Either planes, [splits][tokens][lora_rows + experts] (their sum is the result), or both of the others.
   void* planes;
-  void* h;       // [tokens, lora_rows]
-  void* logits;  // [tokens, experts]
+  void* h;             // [tokens, lora_rows]
+  void* logits;        // [tokens, experts]
+  uint32_t* counters;  // kCounters that the pass sets to 0 for the launch behind it, or null
 };
 
 plan_cuda::Dense plan_of(const DenseParams& p);

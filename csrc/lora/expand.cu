@@ -15,8 +15,8 @@
 // once as it has threads.
 //
 // Limits: slots < 2^31; any rank (the router's has E), any width.
+#include "lora/expand_simt.cuh"
 #include "lora/expand_tile.cuh"
-#include "lora/positions.cuh"
 
 namespace moa {
 namespace {
@@ -24,74 +24,91 @@ namespace {
 using plan_cuda::kExpandColumns;
 using plan_cuda::kExpandThreads;
 
-// Multiply-adds: a thread owns a column and every second position of a group.
 template <class T>
 __global__ void __launch_bounds__(kExpandThreads, 1) expand_simt(const ExpandParams p) {
-  using A = Acc<T>;
-  constexpr int kRows = plan_cuda::kExpandSimtRows, kRanks = plan_cuda::kExpandSimtRanks;
-  MOA_SHARED(A, tile, kRows * kExpandColumns);
-  MOA_SHARED(A, coef, kRows * kRanks);
-  using Positions = Group<A, kRows>;
-  MOA_SHARED(Positions, group, 1);
-  MOA_SHARED(Runs, runs, 1);
-  const int64_t token = blockIdx.x * static_cast<int64_t>(kRows),
-                o0 = blockIdx.y * static_cast<int64_t>(kExpandColumns);
-  const int rows = static_cast<int>(clamp(p.tokens - token, 0, kRows));
-  const int column = threadIdx.x % kExpandColumns, part = threadIdx.x / kExpandColumns;
-  const int64_t o = o0 + column;
-  for (int i = threadIdx.x; i < kRows * kExpandColumns; i += kExpandThreads) tile[i] = A(0);
+  using Shared = ExpandSimtShared<Acc<T>>;
+  MOA_SHARED(Shared, shared, 1);
+  expand_simt_block<T>(p, blockIdx.x, blockIdx.y, shared);
+  add_planes<Acc<T>>(p, blockIdx.y * gridDim.x + blockIdx.x, int64_t{gridDim.x} * gridDim.y);
+}
 
-  each_run(p.c, token, rows, runs, [&](int64_t e, int64_t begin, int64_t end) {
-    const int64_t used = p.c.used(e);
-    for (int64_t first = begin; first < end; first += kRows) {
-      const int count = static_cast<int>(clamp(end - first, 0, kRows));
-      // The router's coefficient is one more rank.
-      const int64_t depth = used + (p.dz == nullptr ? 0 : 1);
-      for (int64_t j0 = 0; j0 < depth; j0 += kRanks) {
-        __syncthreads();  // all have left the group of before
-        if (j0 == 0) group->fill(p.c, e, first, count, token, rows);
-        __syncthreads();
-        for (int i = threadIdx.x; i < count * kRanks; i += kExpandThreads) {
-          const int64_t j = j0 + i % kRanks;
-          coef[i] = j >= depth ? A(0) : group->merged(i / kRanks, [&](int q) {
-            return j < used ? group->factor[q] * p.c.value<A>(first + q, j) : static_cast<const A*>(p.dz)[first + q];
-          });
-        }
-        A w[kRanks];
-#pragma unroll
-        for (int i = 0; i < kRanks; ++i) {
-          const int64_t j = j0 + i, from = e * p.c.rank * p.width + j * p.panel_j + o * p.panel_o;
-          w[i] = A(0);
-          if (o >= p.width || j >= depth) continue;
-          if (j >= used) {
-            w[i] = static_cast<const A*>(p.router)[e * p.width + o];
-          } else if (p.panel_f32) {
-            w[i] = static_cast<A>(static_cast<const float*>(p.panel)[from]);
-          } else {
-            w[i] = to_acc(static_cast<const T*>(p.panel)[from]);
-          }
-        }
-        __syncthreads();
-        for (int i = part; i < count; i += kExpandThreads / kExpandColumns) {
-          const int row = group->row[i];
-          if (row < 0) continue;
-          A sum = 0;
-#pragma unroll
-          for (int j = 0; j < kRanks; ++j) sum += coef[i * kRanks + j] * w[j];
-          tile[row * kExpandColumns + column] += sum;
-        }
-      }
-    }
-  });
+template <class T, bool kByRows>
+__global__ void __launch_bounds__(kExpandThreads, 2) expand_mma(const ExpandParams p) {
+  MOA_DYNAMIC_SHARED(unsigned char, shared);
+  expand_mma_block<T, kByRows>(p, blockIdx.x, blockIdx.y, shared);
+  add_planes<float>(p, blockIdx.y * gridDim.x + blockIdx.x, int64_t{gridDim.x} * gridDim.y);
+}
+
+// ---- the order ----
+
+struct OrderParams {
+  Coefficients c;
+  int64_t tokens;
+  Place* places;
+  int32_t* rows;
+};
+
+__global__ void __launch_bounds__(plan_cuda::kPlaceThreads) expand_places(const OrderParams p) {
+  const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kPlaceThreads) + threadIdx.x;
+  if (position >= p.c.slots) return;
+  const int64_t slot = p.c.order[position];
+  if (slot >= 0 && slot < p.c.slots) p.places[slot] = place_of(p.c, position, slot);
+}
+
+// A tile of 128 tokens reads B of every expert that one of them chose: with 64 experts, all 64 of them. Tokens are
+// therefore grouped by the pair of experts they chose: pairs (low, high) by stripes of 8 low experts, along high, and in
+// it along low. At T = 8192, k = 2, E = 64 there are 4 tokens a pair; 128 rows are then 32 pairs, which 13 experts make
+// (drawn at random; 8 and 4, and where a stripe ends more), and 8 rows take 4 experts instead of 14.
+//
+// Rows of one pair come in any order (atomics place them), which shows nowhere: a token's sum does not depend on its
+// neighbours.
+//
+// A block orders the tokens of a window; a thread has every 1024th.
+__global__ void __launch_bounds__(plan_cuda::kClusterThreads) expand_rows(const OrderParams p) {
+  constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = plan_cuda::kClusterThreads;
+  constexpr int kEach = kBins / kThreads;
+  static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
+  static_assert(kSide % 8 == 0 && (kSide & (kSide - 1)) == 0, "whole stripes; masks");
+  MOA_SHARED(int, bins, kBins);
+  MOA_SHARED(int, sums, kWarp);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t first = blockIdx.x * plan_cuda::kClusterWindow;
+  const int count = static_cast<int>(clamp(p.tokens - first, 0, plan_cuda::kClusterWindow));
+  int shift = 0;
+  while ((p.c.experts - 1) >> shift >= kSide) ++shift;
+  const auto bin = [&](int t) {
+    const Place* const at = p.places + (first + t) * p.c.top_k;
+    int a = at[0].expert, b = p.c.top_k > 1 ? at[1].expert : a;
+    if (a < 0) a = b;
+    if (b < 0) b = a;
+    const int low = (a < b ? a : b) >> shift & (kSide - 1), high = (a < b ? b : a) >> shift & (kSide - 1);
+    return (low / 8 * kSide + high) * 8 + low % 8;
+  };
+  for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * kExpandColumns; i += kExpandThreads) {
-    const int64_t t = token + i / kExpandColumns, at = o0 + i % kExpandColumns;
-    if (at >= p.width) continue;
-    A sum = tile[i];
-    if (p.bias != nullptr) sum += to_acc(static_cast<const T*>(p.bias)[at]);
-    if (p.base != nullptr) sum += to_acc(static_cast<const T*>(p.base)[t * p.ldbase + at]);
-    static_cast<T*>(p.y)[t * p.width + at] = from_acc<T>(sum);
+  for (int t = threadIdx.x; t < count; t += kThreads) atomicAdd(&bins[bin(t)], 1);
+  __syncthreads();
+
+  int own[kEach], total = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    own[i] = bins[threadIdx.x * kEach + i];
+    total += own[i];
   }
+  const int upto = sum_to_lane(total);
+  if (lane == kWarp - 1) sums[warp] = upto;
+  __syncthreads();
+  if (warp == 0) sums[lane] = sum_to_lane(sums[lane]);
+  __syncthreads();
+  int start = upto - total + (warp == 0 ? 0 : sums[warp - 1]);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    bins[threadIdx.x * kEach + i] = start;
+    start += own[i];
+  }
+  __syncthreads();
+  for (int t = threadIdx.x; t < count; t += kThreads)
+    p.rows[first + atomicAdd(&bins[bin(t)], 1)] = static_cast<int32_t>(first + t);
 }
 
 // ---- launchers ----
@@ -120,14 +137,9 @@ cudaError_t launch_mma(const ExpandParams& p, const plan_cuda::Expand& plan, cud
   return MOA_LAUNCH((expand_mma<T, false>), grid, kExpandThreads, plan.shared, stream, p);
 }
 
-plan_cuda::Expand plan_of(const LoraParams& l, int64_t width, bool router) {
-  return plan_cuda::expand(l.seg.tokens, l.seg.top_k, l.seg.experts, l.rank, width, router);
-}
-bool on_tensor_cores(const LoraParams& l, const plan_cuda::Expand& plan) { return is_half(l.x_type) && plan.fits; }
-
 // places, rows
 size_t work_of(const LoraParams& l, int64_t width, bool router) {
-  const plan_cuda::Expand plan = plan_of(l, width, router);
+  const plan_cuda::Expand plan = expand_plan(l, width, router);
   if (!on_tensor_cores(l, plan) || plan.inside) return 0;
   const size_t tokens = static_cast<size_t>(l.seg.tokens);
   return tokens * l.seg.top_k * sizeof(Place) + (plan.cluster ? tokens * sizeof(int32_t) : 0);
@@ -135,7 +147,7 @@ size_t work_of(const LoraParams& l, int64_t width, bool router) {
 
 cudaError_t launch(ExpandParams p, const LoraParams& l, void* work, cudaStream_t stream) {
   if (p.tokens == 0 || p.width == 0) return cudaSuccess;
-  const plan_cuda::Expand plan = plan_of(l, p.width, p.dz != nullptr);
+  const plan_cuda::Expand plan = expand_plan(l, p.width, p.dz != nullptr);
   if (!on_tensor_cores(l, plan)) return launch_simt(p, stream);
   cudaError_t error = cudaSuccess;
   if (!plan.inside) {
@@ -151,49 +163,24 @@ cudaError_t launch(ExpandParams p, const LoraParams& l, void* work, cudaStream_t
     }
   }
   if (error != cudaSuccess) return error;
-  const auto fours = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 8 == 0; };
-  p.fours = p.width % 4 == 0 && p.ldbase % 4 == 0 && fours(p.y) && fours(p.base) && fours(p.bias);
-  p.fragments = static_cast<int>(plan.fragments);
-  p.units = plan.units;
+  prepare(&p, plan);
   return p.type == DType::bf16 ? launch_mma<__nv_bfloat16>(p, plan, stream) : launch_mma<__half>(p, plan, stream);
-}
-
-ExpandParams params_of(const LoraParams& l, const void* values, const void* panel, int64_t width, bool by_rows,
-                       void* y) {
-  ExpandParams p{};
-  p.type = l.x_type;
-  p.c = coefficients_of(l, values);
-  p.tokens = l.seg.tokens;
-  p.width = width;
-  p.panel = panel;
-  p.panel_j = by_rows ? 1 : width;
-  p.panel_o = by_rows ? l.rank : 1;
-  p.panel_f32 = is_half(l.x_type) && l.adapter_type == DType::f32;
-  p.panel_direct = is_half(l.x_type) && !p.panel_f32 && chunks(panel, by_rows ? l.rank : width, 2);
-  p.y = y;
-  return p;
-}
-ExpandParams params_of(const ForwardParams& f, const void* values) {
-  ExpandParams p = params_of(f, values, f.lora_B, f.out, true, f.y);
-  p.base = f.base;
-  p.ldbase = f.ldbase;
-  p.bias = f.bias;
-  return p;
 }
 
 }  // namespace
 
 size_t expand_work(const ForwardParams& f) { return work_of(f, f.out, false); }
 cudaError_t expand_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
-  return launch(params_of(f, f.h), f, work, stream);
+  return launch(expand_params(f, f.h), f, work, stream);
 }
 
-// Work memory: h or its planes, and behind them what shrink and then expand work with.
+// Work memory: h or its planes (h itself where somebody wants it), and behind them what shrink and then expand work with.
 static int64_t mixture_planes(const ForwardParams& f) {
-  return plan_cuda::expand_adds_planes(f.seg.tokens) ? shrink_planes(f) : 1;
+  return plan_cuda::expand_adds_planes(f.seg.tokens) && f.out > 0 ? shrink_planes(f) : 1;
 }
 static size_t mixture_values(const ForwardParams& f) {
-  const int64_t values = mixture_planes(f) * f.seg.tokens * f.seg.top_k * f.rank;
+  const int64_t planes = mixture_planes(f);
+  const int64_t values = planes == 1 && f.h != nullptr ? 0 : planes * f.seg.tokens * f.seg.top_k * f.rank;
   return static_cast<size_t>(plan_cuda::ceil_div(values * (f.x_type == DType::f64 ? 8 : 4), 256) * 256);
 }
 size_t mixture_work(const ForwardParams& f) {
@@ -202,10 +189,12 @@ size_t mixture_work(const ForwardParams& f) {
 }
 cudaError_t mixture_cuda(const ForwardParams& params, void* work, cudaStream_t stream) {
   ForwardParams f = params;
-  f.h = work;
   void* const rest = static_cast<char*>(work) + mixture_values(f);
-  ExpandParams p = params_of(f, work);
-  p.c.planes = mixture_planes(f);
+  const int64_t planes = mixture_planes(f);
+  if (planes > 1 || f.h == nullptr) f.h = work;
+  ExpandParams p = expand_params(f, f.h);
+  p.c.planes = planes;
+  p.sums = planes > 1 ? params.h : nullptr;
   const cudaError_t error = p.c.planes > 1 ? shrink_planes_cuda(f, work, stream) : shrink_cuda(f, rest, stream);
   return error != cudaSuccess ? error : launch(p, f, rest, stream);
 }
@@ -213,7 +202,7 @@ cudaError_t mixture_cuda(const ForwardParams& params, void* work, cudaStream_t s
 size_t backward_expand_work(const BackwardParams& b) { return work_of(b, b.in, b.dz != nullptr); }
 cudaError_t backward_expand_cuda(const BackwardParams& b, void* work, cudaStream_t stream) {
   if (b.dx == nullptr) return cudaSuccess;
-  ExpandParams p = params_of(b, b.u, b.lora_A, b.in, false, b.dx);
+  ExpandParams p = expand_params(b, b.u, b.lora_A, b.in, false, b.dx);
   p.dz = b.dz;
   p.router = b.router_weight;
   return launch(p, b, work, stream);

@@ -9,30 +9,9 @@
 //
 // Where not all of a tile's fragments fit, its experts are taken by chunks, in ascending order.
 #pragma once
-#include "lora/expand_order.cuh"
+#include "lora/expand_params.cuh"
 
 namespace moa {
-
-struct ExpandParams {
-  DType type;
-  Coefficients c;
-  int64_t tokens, width;
-  const void* panel;  // element (e, j, o) at e rank width + j panel_j + o panel_o
-  int64_t panel_j, panel_o;
-  bool panel_f32, panel_direct;  // float under 16-bit y; rows are whole 16-byte chunks
-  const void* dz;                // [slots] or null
-  const void* router;            // [experts, width] accumulator type
-  const void* base;              // [tokens, width], rows ldbase apart, or null; may be y
-  int64_t ldbase;
-  const void* bias;  // [width] or null
-  void* y;           // [tokens, width]
-  // Tensor cores
-  bool fours;           // y, base and bias can be taken by four elements
-  const Place* places;  // [slots], or null: each block finds those of its tokens
-  const int32_t* rows;  // [tokens], or null: row t is token t
-  int fragments;        // of coefficients that shared memory holds
-  int64_t units;        // of 128 columns per block
-};
 
 template <class T>
 struct ExpandCoefficients {

@@ -254,14 +254,15 @@ struct ExpandTile : ExpandCoefficients<T> {
   }
 };
 
+// Tile `row_tile` of tokens, part `part` of the columns. `shared`: plan_cuda::Expand's bytes.
 template <class T, bool kByRows>
-__global__ void __launch_bounds__(plan_cuda::kExpandThreads, 2) expand_mma(const ExpandParams p) {
+__device__ __forceinline__ void expand_mma_block(const ExpandParams& p, int64_t row_tile, int64_t part,
+                                                 unsigned char* shared) {
   using Tile = ExpandTile<T, kByRows>;
-  MOA_DYNAMIC_SHARED(unsigned char, shared);
   Tile tile(p, shared);
-  tile.find_experts(blockIdx.x * static_cast<int64_t>(Tile::kRows));
+  tile.find_experts(row_tile * Tile::kRows);
   constexpr int kUnit = plan_cuda::kExpandUnit;
-  const int64_t unit = blockIdx.y * p.units, units = clamp((p.width + kUnit - 1) / kUnit - unit, 0, p.units);
+  const int64_t unit = part * p.units, units = clamp((p.width + kUnit - 1) / kUnit - unit, 0, p.units);
   const int64_t o0 = unit * kUnit + tile.warp * Tile::kStrip;
 
   // All coefficients at once, and then strip after strip; where they do not fit, a strip at a time by chunks of experts.

@@ -61,13 +61,14 @@ struct Shrink {
   bool by_slot;
   bool finish;  // a second launch sums the planes, or makes the dot of all columns
 };
-inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width, DType type, bool dot) {
+inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width, DType type, bool dot,
+                     bool always_narrow = false) {
   Shrink p{};
   const int64_t by_expert = slots / kTileRows + experts + 1;
   p.by_slot = slots + 1 < by_expert;
   p.tiles = slots == 0 ? 0 : p.by_slot ? slots + 1 : by_expert;
-  const bool narrow =
-      rank <= 8 * kNarrow || type == DType::f64;  // multiply-adds: 64 columns of float32 fill the registers
+  const bool narrow = rank <= 8 * kNarrow || type == DType::f64 ||  // multiply-adds: 64 columns of float32 fill the
+                      always_narrow;                                // registers
   p.columns = narrow ? 8 * kNarrow : type == DType::f32 ? 64 : 8 * kWide;
   p.column_tiles = ceil_div(rank, p.columns);
   // Blocks that have work: at most one more per expert than the rows fill.
@@ -135,24 +136,36 @@ inline bool dense_shrink(int64_t tokens, int64_t top_k, int64_t experts, int64_t
   return half && top_k >= 2 && tokens >= 2048 && experts * rank <= least(128 * top_k, 256);
 }
 
-// ---- Decode: two launches do router, top-k, shrink and expand (decode.cu) ----
-// All of A is read, also of experts that no token can choose: 16 MB of those cost 4 us, about what the three launches more
-// of the grouped path cost in a graph; above, that path. The logits and the selection of a block's tokens stay in shared
-// memory: 8 tokens by 512 experts are 16 KB.
+// ---- Decode: two launches do router, top-k, shrink and expand ----
+// Dense (decode.cu) reads all of A, also of experts that no token can choose: 16 MB of those cost 4 us. Grouped (routed.cu)
+// reads what is chosen, but its second launch has three waits between blocks in a row, each a flag through L2 (0.7 us) and
+// the slowest block before it: about as much. So dense up to there. Dense keeps the logits and the selection of a block's
+// tokens in shared memory: 8 tokens by 512 experts are 16 KB.
 constexpr int64_t kDecodeTokens = 64, kDecodeExperts = 512, kDecodeTopK = 64, kDecodeRank = 256;
-inline bool decode(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in, int64_t element_bytes) {
+inline bool decode_dense(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in,
+                         int64_t element_bytes) {
   const int64_t idle = experts - least(experts, tokens * top_k);
   return tokens <= kDecodeTokens && experts <= kDecodeExperts && top_k <= kDecodeTopK && rank <= kDecodeRank &&
          idle * rank * in * element_bytes <= (int64_t{16} << 20);
 }
 // The same with a routing that is given: expand adds the shrink's planes as it reads them, which saves a launch, about
 // 2 us. Its 32 blocks (out = 4096) then read up to 16 planes of all slots each, 131 KB at 64 tokens, k = 2, r = 16: 1 us.
+// Where a backward wants h, all of its blocks add the planes once more between them: that many bytes in all.
 inline bool expand_adds_planes(int64_t tokens) { return tokens <= kDecodeTokens; }
-// A block of the second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes
+// A block of dense's second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes
 // that each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.
 constexpr int kDecodeRows = 8, kDecodeThreads = 128;
 // Slots of a token whose coefficients are in shared memory together.
 constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
+
+// Grouped: every block of the second launch takes items in turn: a token's selection, tiles of the shrink, tiles of the
+// expand. At most two blocks are on a multiprocessor (its registers hold two of expand's tiles). The shrink's tiles are
+// narrow at every rank: a tile has few rows then (T k slots of up to as many experts), and A's 16 rows outweigh what is
+// read again of x. The routing alone is up to three launches at many slots, each 2 us and more; one block sorts at
+// least 8192 slots in that time, and the 64 x 4096 that there can be take it 0.1 ms, where A and B have 8 GB.
+constexpr int64_t kRoutedBlocks = 2 * kProcessors;
+// Of every block's shared memory, in front of what an item needs: what the block knows of the items.
+constexpr int kRoutedHead = 16;
 
 // ---- Expand ----
 // Multiply-adds: 64 outputs; 32 tokens by 64 sums are 8 KB in float32 (16 KB in float64); 16 ranks of a thread's column
@@ -170,7 +183,7 @@ constexpr int kExpandHead = kExpandThreads / 32 * kExpandStages * 1024 + kExpand
 constexpr int kExpandFragments = 256;
 constexpr int kPlaceThreads = 256;
 // Up to so many slots each block looks through all of them, 16 a thread, 8 KB from L2 and about 1 us, instead of a
-// launch in front, which is about twice that.
+// launch in front, which is about twice that. With few tokens always, because two launches are all there may be.
 constexpr int64_t kPlaceInside = 2048;
 // Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
 constexpr int kClusterSide = 64, kClusterThreads = 1024;
@@ -203,7 +216,7 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   Expand p{};
   const int64_t depth = ceil_div(rank, 16), tile = kExpandRows / 8;
   p.cluster = top_k <= 2 && tokens >= 2048 && experts * depth * 16 > 192;
-  p.inside = !p.cluster && tokens * top_k <= kPlaceInside;
+  p.inside = !p.cluster && (tokens * top_k <= kPlaceInside || tokens <= kDecodeTokens);
   p.tiles = ceil_div(tokens, kExpandRows);
   // Two rounds of two blocks a multiprocessor: the first's coefficients are made beside the other's products. More would
   // make coefficients more often.
@@ -215,10 +228,10 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   const int64_t places = p.inside ? 8 * least(tokens, kExpandRows) * top_k : 0;
   const int64_t rest = kExpandHead + ceil_div(experts, 2) * 8 + places;
   const int64_t wanted = depth * least(tile * experts, kExpandRows * top_k);
-  const int64_t room = (static_cast<int64_t>(kSharedMost) - rest) / each;
+  const int64_t most_shared = static_cast<int64_t>(kSharedMost) - kRoutedHead, room = (most_shared - rest) / each;
   p.fragments = most(tile * depth, least(least(wanted, kExpandFragments), room));
   p.shared = static_cast<size_t>(rest + p.fragments * each);
-  p.fits = p.shared <= kSharedMost && experts <= 32767;
+  p.fits = p.shared <= static_cast<size_t>(most_shared) && experts <= 32767;
   return p;
 }
 

@@ -51,6 +51,7 @@ __device__ __forceinline__ float half_scale(float top) {
 }
 
 __device__ __forceinline__ int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return v < lo ? lo : v > hi ? hi : v; }
+inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
 inline bool chunks(const void* base, int64_t ld, int64_t element) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && ld * element % 16 == 0;
 }

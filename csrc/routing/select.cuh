@@ -1,4 +1,5 @@
-// Selection of a token's experts and its gate weights: what topk.cu and decode.cu do with a row of logits. Equations: topk.cu.
+// Selection of a token's experts and its gate weights: what topk.cu, decode.cu and routed.cu do with a row of
+// logits. Equations: topk.cu.
 //
 // L neighbouring lanes own a token; lane l has the experts l, l + L, ..., V of them in registers or, with V = 0, any
 // number in memory. Pairs (key, id) are all different and totally ordered: by key downwards, then by id upwards. Round j

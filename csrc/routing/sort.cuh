@@ -9,7 +9,7 @@
 // Blocks, warps, steps of a warp and lanes all ascend with the slots, so equal ids keep their order: stable, and no
 // placement depends on which thread comes first.
 //
-// Included by sort.cu and topk.cu. Limits: experts <= kMaxExpertsCuda, slots < 2^31.
+// Included by sort.cu, topk.cu and routed.cu. Limits: experts <= kMaxExpertsCuda, slots < 2^31.
 #pragma once
 #include "common/device.cuh"
 #include "routing/plan_cuda.h"

@@ -39,8 +39,7 @@ Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& 
   check_experts(p.seg.experts);
   const DeviceAdapters adapters(&p, a, scaling);
   const Output out(&p, a, base, bias);
-  MOA_CUDA_CHECK(shrink_cuda(p, call.work(shrink_work(p)), call.stream()));
-  MOA_CUDA_CHECK(expand_cuda(p, call.work(expand_work(p)), call.stream()));
+  MOA_CUDA_CHECK(mixture_cuda(p, call.work(mixture_work(p)), call.stream()));
   return {out.y, out.h};
 }
 
@@ -71,7 +70,7 @@ Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const
   return with_leading(out.y, x_);
 }
 
-// Router and shrink in one pass over x, where the plan has it so.
+// Few tokens: two launches do everything. Many: router and shrink in one pass over x, where the plan has it so.
 Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& router_weight,
                           int64_t top_k, int64_t score_func, bool norm_topk_prob, double scaling,
                           const OptionalTensor& bias) {
@@ -81,8 +80,29 @@ Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& l
   const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0);
   check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
   check_topk(tokens, experts, top_k);
+  check_experts(experts);
   p.seg = {nullptr, nullptr, tokens, top_k, experts};
   p.scaling = scaling;
+  DecodeParams few{};
+  static_cast<ForwardParams&>(few) = p;
+  if (tokens > 0 && decode_fits(few)) {
+    const Output out(&few, a, std::nullopt, bias);
+    const Tensor router_rows = dense(router_weight), logits = empty(a.place, {tokens, experts}, a.acc);
+    const Tensor weights = empty(a.place, {tokens, top_k}, a.acc);
+    const Tensor indices = empty(a.place, {tokens, top_k}, ScalarType::Long);
+    const Tensor offsets = empty(a.place, {experts + 1}, ScalarType::Int);
+    const Tensor order = empty(a.place, {tokens * top_k}, ScalarType::Int);
+    few.router_weight = data<void>(router_rows);
+    few.score_func = score_func_of(score_func);
+    few.norm_topk_prob = norm_topk_prob;
+    few.logits = data<void>(logits);
+    few.gates = data<void>(weights);
+    few.indices = data<int64_t>(indices);
+    few.offsets = data<int32_t>(offsets);
+    few.order = data<int32_t>(order);
+    MOA_CUDA_CHECK(decode_cuda(few, call.work(decode_work(few)), call.stream()));
+    return {out.y, logits, weights, indices, offsets, order, out.h};
+  }
   if (!routed_shrink_fits(p)) {
     const auto [logits, weights, indices, offsets, order] =
         linear_routing_cuda(x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);

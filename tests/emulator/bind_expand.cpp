@@ -37,7 +37,8 @@ MOA_BIND(m) {
   });
   m.def("mixture", [](const py::array& x, const py::array& lora_A, const py::array& lora_B, const py::array& offsets,
                       const py::array& order, const py::array& weights, const py::object& scale, double scaling,
-                      const py::object& ranks, const py::object& base, const py::object& bias, const py::array& y) {
+                      const py::object& ranks, const py::object& base, const py::object& bias, const py::array& y,
+                      const py::object& h) {
     emu::Device device;
     moa::ForwardParams p{};
     emu::fill(&device, &p, y.shape(0), lora_A, offsets, order, scale, scaling, ranks);
@@ -54,6 +55,7 @@ MOA_BIND(m) {
     p.base = device.in(base);
     p.ldbase = base.is_none() ? 0 : row_stride(base.cast<py::array>());
     p.bias = device.in(bias);
+    p.h = device.out(h);
     device.finish(moa::mixture_cuda(p, device.work(moa::mixture_work(p)), nullptr));
   });
   m.def("backward_expand",

@@ -87,12 +87,35 @@ MOA_BIND(m) {
     p.y = device.out(y);
     device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
   });
+  // The same given out, with bias: y = bias + mixture.
+  m.def("routed", [](const py::array& x, const py::array& lora_A, const py::array& lora_B, const py::array& router,
+                     int64_t top_k, int score_func, bool norm, double scaling, const py::object& bias,
+                     const py::array& y, const py::array& logits, const py::array& weights, const py::array& indices,
+                     const py::array& offsets, const py::array& order, const py::array& h) {
+    emu::Device device;
+    moa::DecodeParams p{};
+    fill_layer(&device, &p, x, lora_A, router, top_k);
+    p.out = lora_B.shape(1);
+    p.lora_B = device.in(lora_B);
+    p.scaling = scaling;
+    p.score_func = static_cast<moa::ScoreFunc>(score_func);
+    p.norm_topk_prob = norm;
+    p.bias = device.in(bias);
+    p.y = device.out(y);
+    p.logits = device.out(logits);
+    p.gates = device.out(weights);
+    p.indices = device.out<int64_t>(indices);
+    p.offsets = device.out<int32_t>(offsets);
+    p.order = device.out<int32_t>(order);
+    p.h = device.out(h);
+    device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
+  });
   m.def("dense_plan", [](int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width, int type) {
     const auto p = moa::plan_cuda::dense(tokens, lora_rows, experts, width, static_cast<moa::DType>(type));
     return py::make_tuple(p.frags, p.mixed, p.column_tiles, p.splits);
   });
   m.def("decode_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in, int64_t size) {
-    return moa::plan_cuda::decode(tokens, top_k, experts, rank, in, size);
+    return moa::plan_cuda::decode_dense(tokens, top_k, experts, rank, in, size);
   });
   m.def("dense_shrink_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, bool half) {
     return moa::plan_cuda::dense_shrink(tokens, top_k, experts, rank, half);

@@ -4,7 +4,8 @@
 
 #define MOA_INLINE inline __attribute__((always_inline))  // so that return addresses lie in the kernel
 
-// ---- Barriers. Only __syncthreads and __syncwarp order memory.
+// ---- Barriers. Only __syncthreads and __syncwarp order memory within a block, and arrive and await between blocks; atomics
+// do so with a fence in front (what is handed on) and a fence behind (what is taken).
 MOA_INLINE void __syncthreads() { ::emu::block_barrier("__syncthreads"); }
 MOA_INLINE void __syncwarp(unsigned mask = 0xffffffffu) { ::emu::warp_operation("__syncwarp", mask, nullptr, nullptr); }
 void __threadfence();
@@ -137,11 +138,11 @@ MOA_INLINE int __syncthreads_or(int v) { return emu::block_vote("__syncthreads_o
 
 // ---- Integer atomics. There are none on floats: results would depend on the order.
 namespace emu {
-void before_atomic(const void* p, size_t bytes, Site site);
+void before_atomic(const void* p, size_t bytes, bool ordered, Site site);
 template <class T, class F>
 MOA_UNTRACED __attribute__((noinline)) T atomic(T* p, F change) {
   static_assert(std::is_integral<T>::value && sizeof(T) >= 4, "32- or 64-bit integers");
-  before_atomic(p, sizeof(T), MOA_SITE);
+  before_atomic(p, sizeof(T), false, MOA_SITE);
   const T old = *p;
   *p = change(old);
   return old;
@@ -173,5 +174,16 @@ template <class T>
 MOA_INLINE T atomicCAS(T* p, emu::Exactly<T> expected, emu::Exactly<T> v) {
   return emu::atomic(p, [expected, v](T old) { return old == expected ? v : old; });
 }
+
+// ---- Counters between blocks: device.cuh's own words.
+namespace moa {
+MOA_UNTRACED __attribute__((noinline)) inline uint32_t arrive(uint32_t* counter) {
+  emu::before_atomic(counter, sizeof *counter, true, MOA_SITE);
+  return (*counter)++;
+}
+__attribute__((noinline)) inline void await(const uint32_t* counter, uint32_t value) {
+  emu::spin_until(counter, value, MOA_SITE);
+}
+}  // namespace moa
 
 [[noreturn]] MOA_INLINE void __trap() { emu::fail(MOA_SITE, "__trap()"); }

@@ -40,6 +40,7 @@ def emulator(request: pytest.FixtureRequest) -> ModuleType:
         pytest.skip(reason)
     module = build.load(variant)
     module.seed(int(seed))
+    module.residents(0)
     module.poison(0xFF)
     module.take_conflicts()
     module.take_launches()

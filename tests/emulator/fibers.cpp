@@ -2,12 +2,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <memory>
-#include <numeric>
 
-#include "common/cuda_api.h"
 #include "emulator/collectives.h"
-#include "emulator/internal.h"
+#include "emulator/scheduler.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -46,22 +43,20 @@ Settings settings;
 Thread* self;
 Block block;
 Thread* threads;
-unsigned thread_count;
+unsigned thread_count, resident;
+Resident residents[kMaxResidents];
+Resident* now;
+unsigned places;
+unsigned long long random_state, steps;
+bool shuffled, preempted;
+Body body;
+void* closure;
 
 namespace {
 
 constexpr size_t kStack = 256 * 1024, kPage = 4096;
-constexpr unsigned kMaxThreads = 1024;
 
-Warp warps[kMaxThreads / 32];
-unsigned warp_count, warp_order[kMaxThreads / 32];
-unsigned alive, in_barrier;
-int vote_count, vote_result;
-unsigned long long random_state;
-bool shuffled;
-
-Body body;
-void* closure;
+unsigned warp_count;
 void* scheduler_stack_pointer;
 #if defined(__SANITIZE_ADDRESS__)
 void* scheduler_fake_stack;
@@ -93,6 +88,8 @@ void to_scheduler([[maybe_unused]] bool for_ever) {
 #endif
 }
 
+}  // namespace
+
 void to_thread(Thread* t) {
   self = t;
 #if defined(__SANITIZE_ADDRESS__)
@@ -104,6 +101,8 @@ void to_thread(Thread* t) {
 #endif
   self = nullptr;
 }
+
+namespace {
 
 void set_state(Thread& t, Thread::State state) {
   t.state = state;
@@ -122,10 +121,10 @@ extern "C" void moa_emulator_thread() {
   Warp& warp = *self->warp;
   set_state(*self, Thread::done);
   warp.alive &= ~(1u << self->lane);
-  --alive;
+  --now->alive;
   if (warp.alive == 0) trace_warp_met(warp);
   // Exited threads are not waited for.
-  if (alive > 0 && in_barrier == alive) finish_block_barrier();
+  if (now->alive > 0 && now->in_barrier == now->alive) finish_block_barrier();
   for (unsigned l = 0; l < 32; ++l) {
     if (warp.posted >> l & 1u) finish_warp_operation(warp, *warp.lanes[l]);
   }
@@ -146,16 +145,18 @@ void start_thread(Thread& t) {
 }
 
 // ---- One block.
+}  // namespace
+
 void prepare_block() {
   thread_count = block.size.x * block.size.y * block.size.z;
   warp_count = (thread_count + 31) / 32;
-  alive = thread_count;
-  in_barrier = 0;
+  now->alive = thread_count;
+  now->in_barrier = now->spinning = 0;
   for (unsigned w = 0; w < warp_count; ++w) {
     const unsigned lanes = std::min(32u, thread_count - 32 * w);
     const unsigned all = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    warps[w] = Warp{{}, all, all, 0, w};
-    warp_order[w] = w;
+    now->warps[w] = Warp{{}, all, all, 0, w};
+    now->warp_order[w] = w;
   }
   for (unsigned i = 0; i < thread_count; ++i) {
     Thread& t = threads[i];
@@ -163,7 +164,7 @@ void prepare_block() {
     t.index = {i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y};
     t.rank = i;
     t.lane = i % 32;
-    t.warp = &warps[i / 32];
+    t.warp = &now->warps[i / 32];
     t.warp->lanes[t.lane] = &t;
     t.state = Thread::ready;
     t.operation = nullptr;
@@ -175,7 +176,7 @@ void prepare_block() {
 
 Thread* next_thread() {
   for (unsigned i = 0; i < warp_count; ++i) {
-    Warp& warp = warps[warp_order[i]];
+    Warp& warp = now->warps[now->warp_order[i]];
     if (warp.ready == 0) continue;
     unsigned lane = static_cast<unsigned>(__builtin_ctz(warp.ready));
     if (shuffled) {  // the first ready lane from a random one on
@@ -188,47 +189,10 @@ Thread* next_thread() {
 }
 
 void shuffle_warps() {
-  for (unsigned i = warp_count; i > 1; --i) std::swap(warp_order[i - 1], warp_order[random_bits() % i]);
+  for (unsigned i = warp_count; i > 1; --i) std::swap(now->warp_order[i - 1], now->warp_order[random_bits() % i]);
 }
 
-[[noreturn]] void deadlock() {
-  std::string text = "deadlock: nobody can run.";
-  for (unsigned i = 0; i < thread_count;) {
-    const Thread& t = threads[i];
-    unsigned end = i + 1;
-    const auto same = [&](const Thread& o) {
-      return o.state == t.state && (t.state == Thread::done || (o.operation == t.operation && o.site == t.site));
-    };
-    while (end < thread_count && same(threads[end])) ++end;
-    text += "\n  threads " + std::to_string(i) + " to " + std::to_string(end - 1);
-    if (t.state == Thread::done) {
-      text += " have exited";
-    } else {
-      char mask[32] = "";
-      if (t.combine != nullptr || t.mask != 0) snprintf(mask, sizeof mask, " with mask %08x", t.mask);
-      text += std::string(" wait in ") + t.operation + mask + " at " + describe(t.site);
-    }
-    i = end;
-  }
-  throw std::runtime_error(std::string(block.kernel) + ", block (" + std::to_string(block.index.x) + "," +
-                           std::to_string(block.index.y) + "," + std::to_string(block.index.z) + "): " + text);
-}
-
-void run_block() {
-  shared_begin(block.dynamic_bytes);
-  prepare_block();
-  races_block_begin();
-  if (shuffled) shuffle_warps();
-  failure.clear();
-  while (alive > 0) {
-    Thread* t = next_thread();
-    if (t == nullptr) deadlock();
-    to_thread(t);
-    if (!failure.empty()) throw std::runtime_error(failure);
-  }
-  shared_end();
-  device_check();
-}
+namespace {
 
 // ---- Waiting.
 void wait_for(const char* operation, unsigned mask, Site site) {
@@ -239,9 +203,9 @@ void wait_for(const char* operation, unsigned mask, Site site) {
 }
 
 void finish_block_barrier() {
-  in_barrier = 0;
+  now->in_barrier = 0;
   races_block_barrier();
-  for (unsigned w = 0; w < warp_count; ++w) trace_warp_met(warps[w]);
+  for (unsigned w = 0; w < warp_count; ++w) trace_warp_met(now->warps[w]);
   for (unsigned i = 0; i < thread_count; ++i) {
     if (threads[i].state == Thread::waiting) set_state(threads[i], Thread::ready);
   }
@@ -249,7 +213,7 @@ void finish_block_barrier() {
 }
 
 void barrier_at(const char* name, Site site) {
-  for (unsigned i = 0; in_barrier > 0 && i < thread_count; ++i) {
+  for (unsigned i = 0; now->in_barrier > 0 && i < thread_count; ++i) {
     const Thread& t = threads[i];
     const bool there = t.state == Thread::waiting && t.combine == nullptr && t.mask == 0;
     if (there && !same_line(t.site, site)) {
@@ -260,9 +224,10 @@ void barrier_at(const char* name, Site site) {
   }
   self->combine = nullptr;
   wait_for(name, 0, site);
-  if (++in_barrier == alive) {
+  if (++now->in_barrier == now->alive) {
     finish_block_barrier();
     if (!shuffled) return;
+    preempted = places > 1 && (random_bits() & 3u) == 0;  // what others may do before, they will
   }
   to_scheduler(false);
 }
@@ -306,15 +271,14 @@ void leave_launch() {
 __attribute__((noinline)) void block_barrier(const char* name) { barrier_at(name, MOA_SITE); }
 
 __attribute__((noinline)) int block_vote(const char* name, int value, int kind) {
-  static int counted;
   const Site site = MOA_SITE;
-  if (in_barrier == 0) vote_count = 0;
-  vote_count += value != 0;
-  const bool last = in_barrier + 1 == alive;
-  if (last) counted = kind == 0 ? vote_count : kind == 1 ? vote_count == static_cast<int>(alive) : vote_count != 0;
-  if (last) vote_result = counted;
+  Resident& me = *now;
+  if (me.in_barrier == 0) me.vote_count = 0;
+  me.vote_count += value != 0;
+  const int alive = static_cast<int>(me.alive), count = me.vote_count;
+  if (me.in_barrier + 1 == me.alive) me.vote_result = kind == 0 ? count : kind == 1 ? count == alive : count != 0;
   barrier_at(name, site);
-  return vote_result;
+  return me.vote_result;
 }
 
 __attribute__((noinline)) void warp_operation(const char* name, unsigned mask, void* slot,
@@ -344,50 +308,34 @@ __attribute__((noinline)) void warp_operation(const char* name, unsigned mask, v
 void maybe_yield() {
   if (!shuffled || (random_bits() & 7u) != 0) return;
   if ((random_bits() & 3u) == 0) shuffle_warps();
+  preempted = places > 1 && (random_bits() & 15u) == 0;
   to_scheduler(false);
 }
 
-std::vector<Launch>& launches() {
-  static std::vector<Launch> all;
-  return all;
+void wake_spinning() {
+  for (unsigned i = 0; now->spinning > 0 && i < thread_count; ++i) {
+    if (threads[i].state == Thread::spinning) set_state(threads[i], Thread::ready), --now->spinning;
+  }
 }
 
-cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 size, size_t dynamic_bytes, Body run,
-                     void* with) {
-  const unsigned long long count = 1ull * size.x * size.y * size.z, blocks = 1ull * grid.x * grid.y * grid.z;
-  if (blocks == 0) return cudaSuccess;
-  if (count == 0 || count > kMaxThreads || size.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    return cudaErrorInvalidConfiguration;
+void spin_until(const unsigned* counter, unsigned value, Site site) {
+  maybe_yield();
+  if (is_shared(counter)) fail(site, "await on a counter in shared memory");
+  bool looked = false;
+  while (*static_cast<const volatile unsigned*>(counter) < value) {
+    if (looked) --steps;
+    looked = true;
+    self->combine = nullptr;
+    self->operation = "await";
+    self->mask = 0;
+    self->site = site;
+    set_state(*self, Thread::spinning);
+    ++now->spinning;
+    to_scheduler(false);
   }
-  if (dynamic_bytes > moa::kSharedMost) return cudaErrorInvalidValue;
-  launches().push_back({kernel, function});
-  if (settings.dry) return cudaSuccess;
-  static std::unique_ptr<Thread[]> pool(new Thread[kMaxThreads]());
-  threads = pool.get();
-  body = run;
-  closure = with;
-  block = {kernel, {}, size, grid, dynamic_bytes, 0};
-  shuffled = settings.seed != 0;
-  random_state = settings.seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
-  races_grid_begin();
-  std::vector<unsigned long long> order(blocks);
-  std::iota(order.begin(), order.end(), 0ull);
-  for (unsigned long long i = blocks; shuffled && i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
-  for (const unsigned long long b : order) {
-    block.number = b;
-    block.index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                   static_cast<unsigned>(b / grid.x / grid.y)};
-    run_block();
-  }
-  return cudaSuccess;
+  MOA_RECORD(counter, sizeof *counter, kAcquire, site);
 }
 
 }  // namespace emu
 
 void __threadfence() { emu::races_fence(); }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emu::settings.multiprocessors
-                                                       : static_cast<int>(emu::settings.shared_limit);
-  return cudaSuccess;
-}

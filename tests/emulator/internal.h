@@ -13,6 +13,7 @@ struct Settings {
   int multiprocessors = 132;
   unsigned char poison = 0xff;  // of work memory
   bool dry = false;             // launches are checked and noted, and nothing runs
+  unsigned residents = 0;       // blocks on the machine at once, up to kMaxResidents; 0: seed % 4 + 1
 };
 extern Settings settings;
 
@@ -21,6 +22,11 @@ struct Launch {
   const void* function;
 };
 std::vector<Launch>& launches();
+
+// Blocks that have begun share the machine: one runs until it ends, until all its threads wait, or, under a seed, for a
+// while. What belongs to a block is kept per place on the machine, and `resident` is that of the running one.
+constexpr unsigned kMaxResidents = 4;
+extern unsigned resident;
 
 // Threads of the running block.
 extern Thread* threads;
@@ -35,7 +41,7 @@ std::string thread_name(const Thread& t);
 [[noreturn]] void leave_launch();  // fibers.cpp: back to run_grid, which throws `failure`
 
 // memory.cpp
-void shared_begin(size_t dynamic_bytes);  // fresh, poisoned
+void shared_begin(size_t dynamic_bytes);  // fresh, poisoned, of the running block
 void shared_end();                        // canaries
 void device_check();                      // canaries
 struct Region {                           // a shared array, or a buffer of global memory

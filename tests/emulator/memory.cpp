@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <string>
 
 #include "common/cuda_api.h"
@@ -30,20 +31,25 @@ struct Array {
   size_t begin, bytes, gap;
 };
 
-alignas(1024) unsigned char arena[kArena];
-std::vector<Array> arrays;
-size_t static_end, static_bytes;
+struct Shared {
+  alignas(1024) unsigned char arena[kArena];
+  std::vector<Array> arrays;
+  size_t static_end, static_bytes;
+};
+std::unique_ptr<Shared> all_shared[kMaxResidents];
+Shared& own() { return *all_shared[resident]; }
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 void* add_array(const void* site, const char* name, size_t begin, size_t bytes, size_t gap) {
+  unsigned char* const arena = own().arena;
   ASAN_UNPOISON_MEMORY_REGION(arena + begin - kGap, kGap + bytes + gap);
   memset(arena + begin - kGap, kCanary, kGap);
   memset(arena + begin, kPoison, bytes);
   memset(arena + begin + bytes, kCanary, gap);
   ASAN_POISON_MEMORY_REGION(arena + begin - kGap, kGap);
   ASAN_POISON_MEMORY_REGION(arena + begin + bytes, gap);
-  arrays.push_back({site, name, begin, bytes, gap});
+  own().arrays.push_back({site, name, begin, bytes, gap});
   return arena + begin;
 }
 
@@ -56,16 +62,19 @@ void check_canary(const unsigned char* p, size_t bytes, const std::string& what)
 }  // namespace
 
 void shared_begin(size_t dynamic_bytes) {
-  ASAN_UNPOISON_MEMORY_REGION(arena, kArena);
-  ASAN_POISON_MEMORY_REGION(arena, kArena);
-  arrays.clear();
-  static_end = kGap;
-  static_bytes = 0;
+  if (all_shared[resident] == nullptr) all_shared[resident] = std::make_unique<Shared>();
+  Shared& mine = own();
+  ASAN_UNPOISON_MEMORY_REGION(mine.arena, kArena);
+  ASAN_POISON_MEMORY_REGION(mine.arena, kArena);
+  mine.arrays.clear();
+  mine.static_end = kGap;
+  mine.static_bytes = 0;
   add_array(nullptr, "dynamic shared memory", kDynamicAt, dynamic_bytes, kLastGap);
 }
 
 void shared_end() {
-  for (const Array& a : arrays) {
+  const unsigned char* const arena = own().arena;
+  for (const Array& a : own().arrays) {
     ASAN_UNPOISON_MEMORY_REGION(arena + a.begin - kGap, kGap + a.bytes + a.gap);
     check_canary(arena + a.begin - kGap, kGap, std::string("from 128 bytes before ") + a.name + " on");
     check_canary(arena + a.begin + a.bytes, a.gap, std::string("behind the end of ") + a.name);
@@ -73,9 +82,11 @@ void shared_end() {
 }
 
 void* shared_array(const void* site, const char* name, size_t bytes) {
-  for (const Array& a : arrays) {
-    if (a.site == site) return arena + a.begin;
+  Shared& mine = own();
+  for (const Array& a : mine.arrays) {
+    if (a.site == site) return mine.arena + a.begin;
   }
+  size_t& static_bytes = mine.static_bytes;
   static_bytes = round_up(static_bytes, 16) + bytes;
   if (static_bytes > kStaticLimit) fail(MOA_SITE, "%zu bytes of static shared memory; 48 KB are allowed", static_bytes);
   const bool asks = block.dynamic_bytes > moa::kSharedUnasked;
@@ -85,20 +96,20 @@ void* shared_array(const void* site, const char* name, size_t bytes) {
          "%zu bytes of static shared memory beside %zu dynamic ones, for which the launch %s; %zu are allowed",
          static_bytes, block.dynamic_bytes, asks ? "asks" : "does not ask", limit);
   }
-  const size_t begin = static_end;
-  static_end = round_up(begin + bytes, 128) + 2 * kGap;
-  if (static_end > kDynamicAt - kGap) fail(MOA_SITE, "more than 48 KB of static shared memory, padding included");
+  const size_t begin = mine.static_end;
+  mine.static_end = round_up(begin + bytes, 128) + 2 * kGap;
+  if (mine.static_end > kDynamicAt - kGap) fail(MOA_SITE, "more than 48 KB of static shared memory, padding included");
   return add_array(site, name, begin, bytes, kGap);
 }
 
-void* dynamic_shared() { return arena + kDynamicAt; }
+void* dynamic_shared() { return own().arena + kDynamicAt; }
 
 bool is_shared(const void* p) {
   const auto* at = static_cast<const unsigned char*>(p);
-  return at >= arena && at < arena + kArena;
+  return all_shared[resident] != nullptr && at >= own().arena && at < own().arena + kArena;
 }
 size_t shared_size() { return kArena; }
-size_t shared_offset(const void* p) { return static_cast<size_t>(static_cast<const unsigned char*>(p) - arena); }
+size_t shared_offset(const void* p) { return static_cast<size_t>(static_cast<const unsigned char*>(p) - own().arena); }
 
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site) {
   if (!is_shared(p)) fail(site, "%s is not in shared memory", what);
@@ -154,11 +165,15 @@ __attribute__((noinline)) void copy_wait(unsigned allowed) {
   copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(landed));
 }
 
-__attribute__((noinline)) void before_atomic(const void* p, size_t bytes, Site site) {
+__attribute__((noinline)) void before_atomic(const void* p, size_t bytes, [[maybe_unused]] bool ordered, Site site) {
   maybe_yield();
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(site, "an atomic on a misaligned address");
   if (is_shared(p)) check_shared(p, bytes, bytes, "the operand of an atomic", site);
-  MOA_RECORD(p, bytes, kAtomic, site);
+  if (ordered) {
+    MOA_RECORD(p, bytes, kAcquireRelease, site);
+  } else {
+    MOA_RECORD(p, bytes, kAtomic, site);
+  }
 }
 
 // ---- Bank conflicts: a request of up to 128 bytes is one cycle unless two different words want the same bank.
@@ -229,8 +244,8 @@ void device_adopt(void* data, size_t bytes) {
 Region region_of(const void* p) {
   const auto* at = static_cast<const unsigned char*>(p);
   if (is_shared(p)) {
-    for (const Array& a : arrays) {
-      const unsigned char* begin = arena + a.begin;
+    for (const Array& a : own().arrays) {
+      const unsigned char* begin = own().arena + a.begin;
       if (at >= begin - kGap && at < begin + a.bytes + a.gap) return {begin, a.bytes, a.name};
     }
   } else {

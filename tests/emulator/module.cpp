@@ -70,6 +70,9 @@ PYBIND11_MODULE(MOA_MODULE, m) {
   m.def(
       "poison", [](unsigned char byte) { emu::settings.poison = byte; },
       "What work memory is full of before a kernel writes it: 255, so that numbers are NaN and ids -1.");
+  m.def(
+      "residents", [](unsigned n) { emu::settings.residents = n < emu::kMaxResidents ? n : emu::kMaxResidents; },
+      "How many blocks are on the machine at once, 1 to 4; 0: seed % 4 + 1.");
   m.def("dry", [](bool on) { emu::settings.dry = on; }, "Launches are checked and noted, and nothing runs.");
   m.def(
       "take_launches",

@@ -137,8 +137,12 @@ class Operators:
         self.store(given, (y, None))
 
     def mixture(
-        self, x, lora_A, lora_B, offsets, order, weights, scale, scaling, ranks, base, bias, y
+        self, x, lora_A, lora_B, offsets, order, weights, scale, scaling, ranks, base, bias, y, h
     ) -> None:
+        if h is not None:
+            given = (x, lora_A, lora_B, weights, offsets, order, scale, scaling, ranks, base, bias)
+            self.store(self.forward(*given), (y, h))
+            return
         given = (x, None, bias, base, lora_A, lora_B, weights, offsets, order, scale)
         y_there = moa.segment_linear(*map(self.tensor, given), scaling, self.tensor(ranks))
         self.store((y_there,), (y,))
@@ -169,6 +173,10 @@ class Operators:
     def router(self, x, weight, logits) -> None:
         routed = moa.linear_routing(self.tensor(x), self.tensor(weight), 1, 0, False, None, None)
         self.store(routed[:1], (logits,))
+
+    def routed(self, x, lora_A, lora_B, router, k, score_func, norm, scaling, bias, *out: np.ndarray) -> None:
+        tensors = map(self.tensor, (x, lora_A, lora_B, router))
+        self.store(moa.routed_lora(*tensors, k, score_func, norm, scaling, self.tensor(bias)), out)
 
     def decode(self, x, lora_A, lora_B, router, k, score_func, norm, bias, scale, scaling, ranks, y) -> None:
         """The base is a linear of one more feature for every token, a multiple of 8 in all."""

@@ -64,12 +64,36 @@ count(
 )
 
 total = plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k last_block")
-total("sum-missing-fence", "    __threadfence();\n", "", "tsan:0", RACE)
+total(
+    "sum-missing-order", "arrive(counter) == gridDim.x", "atomicAdd(counter, 1u) == gridDim.x", "tsan:0", RACE
+)
 total(
     "sum-missing-barrier",
-    "counter, 1u) == gridDim.x - 1;\n  }\n  __syncthreads();",
-    "counter, 1u) == gridDim.x - 1;\n  }",
+    "arrive(counter) == gridDim.x - 1;\n  }\n  __syncthreads();",
+    "arrive(counter) == gridDim.x - 1;\n  }",
     "tsan:0",
     RACE,
 )
 total("sum-counter-kept", "    *counter = 0;  // for the next launch\n", "", "plain:0", "assert")
+
+relay = plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k relay")
+relay("relay-no-order", "arrive(done)", "atomicAdd(done, 1u)", "tsan:0", RACE)
+relay("relay-no-barrier-before", "y[i] = x[i];\n      __syncthreads();", "y[i] = x[i];", "tsan:0", RACE)
+relay(
+    "relay-no-barrier-behind",
+    "static_cast<uint32_t>(n));\n      __syncthreads();",
+    "static_cast<uint32_t>(n));",
+    "tsan:0",
+    RACE,
+)
+relay("relay-no-wait", "await(done, static_cast<uint32_t>(n));", "static_cast<void>(done);", "tsan:0", RACE)
+relay(
+    "relay-wait-too-short", "await(done, static_cast<uint32_t>(n))", "await(done, n - 1u)", "plain:1", WRONG
+)
+relay(
+    "relay-items-by-block",  # whoever waits does not know that the others run
+    "static_cast<int>(atomicAdd(taken, 1u));",
+    "static_cast<int>(2 * n - 1 - atomicAdd(taken, 1u));",
+    "plain:0",
+    "deadlock: every block",
+)

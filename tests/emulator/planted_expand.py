@@ -89,7 +89,7 @@ chunks("expand-twin", "for (int twin = 1; twin <=", "for (int twin = 1; twin <",
 chunks("expand-token-tail", "row >= p.tokens ? -1", "row > p.tokens ? -1", "plain:0", f"{WRONG}|{OUT}")
 chunks("expand-plain-or", "atomicOr(&expert[e], 1u << row / 8)", "expert[e] |= 1u << row / 8", "tsan:0", RACE)
 
-pairs = plant("csrc/lora/expand_order.cuh", "test_expand.py -k 'test_tokens_by_pairs'", unit=EXPAND)
+pairs = plant(EXPAND, "test_expand.py -k 'test_tokens_by_pairs'")
 pairs(
     "expand-place-tail",
     "if (position >= p.c.slots) return;",

@@ -78,7 +78,8 @@ finish(
     WRONG,
 )
 
-shrink = plant("csrc/lora/shrink.cu", UNEVEN)
+SHRINK_TILE = ("csrc/lora/shrink_tile.cuh", "csrc/lora/shrink.cu")
+shrink = plant(SHRINK_TILE[0], UNEVEN, unit=SHRINK_TILE[1])
 shrink(
     "shrink-past-the-segment",
     "clamp(left, 0, kRows))",
@@ -104,7 +105,7 @@ shrink(
 shrink("shrink-dot-lanes", "sum = warp_sum<4>(sum);", "sum = warp_sum<8>(sum);", "plain:0", WRONG)
 shrink("shrink-dot-not-written-once", "if (lane % 4 == 0) place.store_dot", "place.store_dot", "tsan:0", RACE)
 
-plant("csrc/lora/shrink.cu", TILE)(
+plant(SHRINK_TILE[0], TILE, unit=SHRINK_TILE[1])(
     "shrink-wrong-token",
     "x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;\n  });\n  tile.frags",
     "x + slot_at(p, place.s.begin + m) * p.ldx : nullptr;\n  });\n  tile.frags",
@@ -135,7 +136,7 @@ decode("decode-token-tail", "if (there && t < tokens) y", "if (there) y", "plain
 decode("decode-output-tail", "there = o < p.out", "there = o <= p.out", "asan:0", OUT)
 decode("decode-unused-planes", "s < p.splits; ++s", "s < p.splits - 1; ++s", "plain:0", WRONG)
 
-plant("csrc/lora/shrink.cu", "test_offsets.py -k 'rows and bf16'")(
+plant(SHRINK_TILE[0], "test_offsets.py -k 'rows and bf16'", unit=SHRINK_TILE[1])(
     "shrink-offset-of-32-bits",
     "x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;\n  });\n  tile.frags",
     "x + int(unsigned(slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx)) : nullptr;\n  });\n  tile.frags",

@@ -6,7 +6,9 @@
 //   it is this thread's own, or of an earlier launch;
 //   or of this warp, and a __syncwarp or __syncthreads of both came between: what each lane has seen of each other;
 //   or of another warp of this block, and a __syncthreads came between;
-//   or of another block, which then passed a __threadfence and an atomic on a counter that this one read by an atomic.
+//   or of another block, which then handed it on by `arrive` at a counter that this thread, or one it knows of as above,
+//     has taken by `await` or `arrive`; what a block has taken it hands on too. An atomic without an order hands on what
+//     a __threadfence before it covers, and takes at the next __threadfence.
 // Two unordered events on one byte, one of them a write and not both atomic, are a race, whatever order they ran in.
 // Per byte the last write and two other events are kept: any race with the last write, and of readers one per warp
 // where there are two, is found.
@@ -42,58 +44,103 @@ bool same(const Cell& a, const Cell& b) {
 
 // ---- Clocks.
 using View = std::vector<unsigned>;  // of each thread of one block, the clock up to which its accesses are seen
-unsigned stamp, first_stamp;         // of this block; of the launch's first
-unsigned clocks[kThreads], at_barrier[kThreads], fenced[kThreads], fenced_at_barrier[kThreads];
-bool fenced_since_barrier[kThreads];
-unsigned seen[kThreads][32];  // [thread][lane of its warp]
-std::map<const void*, std::vector<std::pair<unsigned, std::shared_ptr<const View>>>> released;  // by counter
+using Views = std::map<unsigned, std::shared_ptr<const View>>;  // by the block's stamp
 struct Acquired {
-  unsigned stamp, thread, clock;  // the block seen; who saw it when
+  unsigned thread, clock;  // who took it when
   std::shared_ptr<const View> view;
 };
-std::vector<Acquired> acquired;
+struct BlockClocks {
+  unsigned stamp;
+  unsigned clocks[kThreads], at_barrier[kThreads], fenced[kThreads], fenced_at_barrier[kThreads];
+  bool fenced_since_barrier[kThreads];
+  unsigned seen[kThreads][32];                         // [thread][lane of its warp]
+  std::map<unsigned, std::vector<Acquired>> acquired;  // by the stamp of the block it is from
+  std::map<unsigned, Views> pending;                   // by thread: met by atomics, no fence since
+  std::vector<Cell> shared_history;
+};
+BlockClocks all_clocks[kMaxResidents];
+BlockClocks& own() { return all_clocks[resident]; }
+unsigned last_stamp, first_stamp;       // of the newest block; of the launch's first
+std::map<const void*, Views> released;  // by counter
 
 // What happened up to `clock` of `thread` in this block is known to the running thread.
 bool knows(unsigned thread, unsigned clock) {
   if (thread == self->rank) return true;
-  if (thread / 32 == self->rank / 32) return seen[self->rank][thread % 32] >= clock;
-  return at_barrier[thread] >= clock;
+  if (thread / 32 == self->rank / 32) return own().seen[self->rank][thread % 32] >= clock;
+  return own().at_barrier[thread] >= clock;
 }
 
 bool looking_at_shared;  // memory: it is another one in another block
 
 bool ordered(Event e) {
-  if (none(e) || e.stamp < first_stamp || (looking_at_shared && e.stamp != stamp)) return true;
-  if (e.stamp == stamp) return knows(static_cast<unsigned>(e.thread), static_cast<unsigned>(e.clock));
-  for (const Acquired& a : acquired) {
-    if (a.stamp == e.stamp && (*a.view)[e.thread] >= e.clock && knows(a.thread, a.clock)) return true;
-  }
-  return false;
+  const BlockClocks& mine = own();
+  if (none(e) || e.stamp < first_stamp || (looking_at_shared && e.stamp != mine.stamp)) return true;
+  if (e.stamp == mine.stamp) return knows(static_cast<unsigned>(e.thread), static_cast<unsigned>(e.clock));
+  const auto from = mine.acquired.find(e.stamp);
+  if (from == mine.acquired.end()) return false;
+  return std::any_of(from->second.begin(), from->second.end(),
+                     [&](const Acquired& a) { return (*a.view)[e.thread] >= e.clock && knows(a.thread, a.clock); });
 }
 
-// An atomic hands on what this thread knows to be done device-wide, and takes what the others handed on.
-void meet_at_counter(const void* counter) {
-  if (is_shared(counter)) return;
-  auto& handed_on = released[counter];
-  for (const auto& [from, view] : handed_on) {
-    const auto known = [&, from = from](const Acquired& a) { return a.stamp == from && a.thread == self->rank; };
-    if (from != stamp && std::none_of(acquired.begin(), acquired.end(), known)) {
-      acquired.push_back({from, self->rank, clocks[self->rank], view});
+void merge(Views* into, unsigned stamp, const std::shared_ptr<const View>& view) {
+  std::shared_ptr<const View>& there = (*into)[stamp];
+  if (there == view) return;
+  if (there == nullptr) {
+    there = view;
+    return;
+  }
+  auto both = std::make_shared<View>(*there);
+  for (size_t t = 0; t < both->size(); ++t) (*both)[t] = std::max((*both)[t], (*view)[t]);
+  if (*both != *there) there = both;
+}
+
+void take(const Views& views) {
+  BlockClocks& mine = own();
+  for (const auto& [stamp, view] : views) {
+    if (stamp == mine.stamp) continue;
+    auto& known = mine.acquired[stamp];
+    const auto same_view = [&, v = view](const Acquired& a) { return a.view == v && knows(a.thread, a.clock); };
+    if (std::none_of(known.begin(), known.end(), same_view)) {
+      known.push_back({self->rank, mine.clocks[self->rank], view});
     }
   }
+}
+
+// What this thread knows, as if it passed a fence.
+void hand_on(const void* counter) {
+  const BlockClocks& mine = own();
+  const unsigned me = self->rank;
+  auto view = std::make_shared<View>(thread_count);
+  for (unsigned t = 0; t < thread_count; ++t)
+    (*view)[t] = t == me ? mine.clocks[t] : t / 32 == me / 32 ? mine.seen[me][t % 32] : mine.at_barrier[t];
+  Views& views = released[counter];
+  merge(&views, mine.stamp, view);
+  for (const auto& [stamp, all] : mine.acquired)
+    for (const Acquired& a : all)
+      if (knows(a.thread, a.clock)) merge(&views, stamp, a.view);
+  ++own().clocks[me];  // what comes now is not handed on
+}
+
+// An atomic without an order: hands on what a fence before it covers, and has the others' for a fence behind it.
+void meet_at_counter(const void* counter) {
+  if (is_shared(counter)) return;
+  BlockClocks& mine = own();
+  const unsigned me = self->rank;
+  for (const auto& [stamp, view] : released[counter]) merge(&mine.pending[me], stamp, view);
   auto view = std::make_shared<View>(thread_count);
   for (unsigned t = 0; t < thread_count; ++t) {
-    const unsigned by_me = !fenced_since_barrier[self->rank] ? 0
-                           : t / 32 == self->rank / 32       ? seen[self->rank][t % 32]
-                                                             : at_barrier[t];
-    (*view)[t] = t == self->rank ? fenced[t] : std::max(by_me, fenced_at_barrier[t]);
+    const unsigned by_me = !mine.fenced_since_barrier[me] ? 0
+                           : t / 32 == me / 32            ? mine.seen[me][t % 32]
+                                                          : mine.at_barrier[t];
+    (*view)[t] = t == me ? mine.fenced[t] : std::max(by_me, mine.fenced_at_barrier[t]);
   }
-  if (std::any_of(view->begin(), view->end(), [](unsigned c) { return c != 0; })) handed_on.push_back({stamp, view});
+  if (std::any_of(view->begin(), view->end(), [](unsigned c) { return c != 0; })) {
+    merge(&released[counter], mine.stamp, view);
+  }
 }
 
 // ---- The bytes' history.
 std::unordered_map<const unsigned char*, std::vector<Cell>> histories;  // by the begin of a buffer
-std::vector<Cell> shared_history;
 
 Cell* history_of(const unsigned char* p, size_t bytes, Site site) {
   const Region region = region_of(p);
@@ -103,7 +150,7 @@ Cell* history_of(const unsigned char* p, size_t bytes, Site site) {
     fail(site, "out of bounds: %zu bytes at byte %td of %s, which has %zu", bytes, p - region.begin, region.name,
          region.bytes);
   }
-  if (is_shared(p)) return shared_history.data() + shared_offset(p);
+  if (is_shared(p)) return own().shared_history.data() + shared_offset(p);
   std::vector<Cell>& cells = histories[region.begin];
   if (cells.size() < region.bytes) cells.resize(region.bytes);
   return cells.data() + offset;
@@ -117,7 +164,7 @@ Site long_site(unsigned site) { return &module_marker + static_cast<int>(site); 
   const auto verb = [](Event e) { return e.is_atomic ? "changes" : e.is_write ? "writes" : "reads"; };
   const Region region = region_of(p);
   char whose[64] = "of another block ";
-  if (then.stamp == stamp) whose[0] = 0;
+  if (then.stamp == own().stamp) whose[0] = 0;
   fail(site, "a race: this thread %s byte %td of %s, which thread %u %s%s at %s with no barrier between", verb(now),
        p - region.begin, region.name, static_cast<unsigned>(then.thread), whose, verb(then),
        describe(long_site(then_site)).c_str());
@@ -144,7 +191,7 @@ void keep(Cell& cell, Event now, unsigned site) {
 }
 
 void update(const unsigned char* p, Cell& cell, Event now, Site site) {
-  if (cell.write.in_flight && cell.write.stamp == stamp && !now.is_write) {
+  if (cell.write.in_flight && cell.write.stamp == own().stamp && !now.is_write) {
     fail(site, "this reads what the cp.async of thread %u at %s has not delivered: no cp_async_wait came between",
          static_cast<unsigned>(cell.write.thread), describe(long_site(cell.write_site)).c_str());
   }
@@ -167,13 +214,15 @@ void record_access(const void* address, size_t bytes, Access access, Site site) 
   if (cells == nullptr) return;
   looking_at_shared = is_shared(p);
   Event now{};
-  now.stamp = stamp;
-  now.clock = clocks[self->rank];
+  now.stamp = own().stamp;
+  now.clock = own().clocks[self->rank];
   now.thread = self->rank;
-  now.is_write = access != kRead;
-  now.is_atomic = access == kAtomic;
+  now.is_write = access != kRead && access != kAcquire;
+  now.is_atomic = access == kAtomic || access == kAcquire || access == kAcquireRelease;
   now.in_flight = access == kAsyncWrite;
   if (access == kAtomic) meet_at_counter(address);
+  if (access == kAcquire || access == kAcquireRelease) take(released[address]);
+  if (access == kAcquireRelease) hand_on(address);
   // Neighbouring bytes mostly share their history.
   Cell before{}, after{};
   for (size_t i = 0; i < bytes; ++i) {
@@ -188,59 +237,69 @@ void record_access(const void* address, size_t bytes, Access access, Site site) 
 }
 
 void races_grid_begin() {
-  if (stamp > (1u << 22) - 2 - (1u << 20)) {  // the stamps come to their end
+  if (last_stamp > (1u << 22) - 2 - (1u << 20)) {  // the stamps come to their end
     histories.clear();
-    shared_history.clear();
-    stamp = 0;
+    for (BlockClocks& c : all_clocks) c.shared_history.clear();
+    last_stamp = 0;
   }
-  first_stamp = stamp + 1;
-  shared_history.resize(shared_size());
+  first_stamp = last_stamp + 1;
   released.clear();
 }
 
 void races_block_begin() {
-  ++stamp;
-  acquired.clear();
+  BlockClocks& c = own();
+  c.stamp = ++last_stamp;
+  c.acquired.clear();
+  c.pending.clear();
+  c.shared_history.resize(shared_size());
   for (unsigned t = 0; t < thread_count; ++t) {
-    clocks[t] = 1;
-    at_barrier[t] = fenced[t] = fenced_at_barrier[t] = 0;
-    fenced_since_barrier[t] = false;
-    std::fill(seen[t], seen[t] + 32, 0u);
+    c.clocks[t] = 1;
+    c.at_barrier[t] = c.fenced[t] = c.fenced_at_barrier[t] = 0;
+    c.fenced_since_barrier[t] = false;
+    std::fill(c.seen[t], c.seen[t] + 32, 0u);
   }
 }
 
 void races_block_barrier() {
+  BlockClocks& c = own();
   for (unsigned t = 0; t < thread_count; ++t) {
-    at_barrier[t] = clocks[t];
-    fenced_at_barrier[t] = fenced[t];
-    fenced_since_barrier[t] = false;
+    c.at_barrier[t] = c.clocks[t];
+    c.fenced_at_barrier[t] = c.fenced[t];
+    c.fenced_since_barrier[t] = false;
   }
   for (unsigned t = 0; t < thread_count; ++t) {
     const unsigned first = t / 32 * 32, lanes = std::min(32u, thread_count - first);
-    std::copy(at_barrier + first, at_barrier + first + lanes, seen[t]);
-    ++clocks[t];
+    std::copy(c.at_barrier + first, c.at_barrier + first + lanes, c.seen[t]);
+    ++c.clocks[t];
   }
 }
 
 void races_warp_barrier(Warp& warp, unsigned mask) {
+  BlockClocks& c = own();
   unsigned all[32] = {};
   for (unsigned l = 0; l < 32; ++l) {
     if (!(mask >> l & 1u)) continue;
     const unsigned t = warp.lanes[l]->rank;
-    for (unsigned m = 0; m < 32; ++m) all[m] = std::max(all[m], seen[t][m]);
-    all[l] = std::max(all[l], clocks[t]);
+    for (unsigned m = 0; m < 32; ++m) all[m] = std::max(all[m], c.seen[t][m]);
+    all[l] = std::max(all[l], c.clocks[t]);
   }
   for (unsigned l = 0; l < 32; ++l) {
     if (!(mask >> l & 1u)) continue;
     const unsigned t = warp.lanes[l]->rank;
-    std::copy(all, all + 32, seen[t]);
-    ++clocks[t];
+    std::copy(all, all + 32, c.seen[t]);
+    ++c.clocks[t];
   }
 }
 
 void races_fence() {
-  fenced[self->rank] = clocks[self->rank];
-  fenced_since_barrier[self->rank] = true;
+  BlockClocks& c = own();
+  c.fenced[self->rank] = c.clocks[self->rank];
+  c.fenced_since_barrier[self->rank] = true;
+  ++c.clocks[self->rank];
+  if (const auto met = c.pending.find(self->rank); met != c.pending.end()) {
+    take(met->second);
+    c.pending.erase(met);
+  }
 }
 
 // Buffers come and go at the same addresses.

@@ -1,4 +1,4 @@
-// The machine: threads as fibers, blocks one after another, shared memory, asynchronous copies, errors.
+// The machine: threads as fibers, a few blocks at once, shared memory, asynchronous copies, errors.
 #pragma once
 #include <tuple>
 #include <vector>
@@ -22,7 +22,7 @@ struct Copy {  // an asynchronous copy that has not landed
 
 struct Warp;
 struct Thread {
-  enum State { ready, waiting, done };
+  enum State { ready, waiting, spinning, done };
   uint3 index;
   unsigned rank, lane;  // in the block, in the warp
   Warp* warp;
@@ -63,6 +63,8 @@ extern Block block;
 void warp_operation(const char* name, unsigned mask, void* slot, void (*combine)(void* const*, unsigned, Site));
 void block_barrier(const char* name);
 void maybe_yield();  // lets others run here, under a seed other than 0
+// Returns when *counter, in global memory, is `value` or more: other blocks run meanwhile.
+void spin_until(const unsigned* counter, unsigned value, Site site);
 
 // ---- Memory.
 void* shared_array(const void* site, const char* name, size_t bytes);
@@ -86,7 +88,7 @@ void device_free_all();
 // emulator itself touches for a kernel (MOA_UNTRACED functions) is recorded by hand.
 #define MOA_UNTRACED __attribute__((no_sanitize("thread")))
 #ifdef MOA_EMULATE_TSAN
-enum Access { kRead, kWrite, kAtomic, kAsyncWrite };
+enum Access { kRead, kWrite, kAtomic, kAcquire, kAcquireRelease, kAsyncWrite };
 void record_access(const void* p, size_t bytes, Access access, Site site);
 #define MOA_RECORD(p, bytes, access, site) ::emu::record_access(p, bytes, ::emu::access, site)
 #else

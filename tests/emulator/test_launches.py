@@ -16,6 +16,7 @@ from emulator import (
     test_expand,
     test_gram,
     test_mixture,
+    test_routed,
     test_router,
     test_routing,
     test_shrink,
@@ -48,38 +49,59 @@ def count(module: ModuleType) -> int:
     return len(module.take_launches())
 
 
-def decode(module: ModuleType, rng, tokens: int, k: int, experts: int, rank: int, sizes, dtype) -> None:
-    (width, out), acc = sizes, accumulator(dtype)
-    x, y = normal(rng, tokens, width, dtype=dtype), unwritten(tokens, out, dtype=dtype)
-    A, B = np.zeros((experts, rank, width), dtype), np.zeros((experts, out, rank), dtype)
-    router = np.zeros((experts, width), acc)
+def zeros(*shape: int, dtype: np.dtype) -> np.ndarray:
+    """Of any size, in a few bytes: nothing that runs dry looks at them."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def launches_of_few_tokens(
+    module: ModuleType, tokens: int, k: int, experts: int, rank: int, sizes: tuple[int, int], dtype: np.dtype
+) -> dict[str, int]:
+    """The mixture with its own router and with a routing given, without and with gradients to come."""
+    (width, out), acc, slots = sizes, accumulator(dtype), tokens * k
+    x, y = np.zeros((tokens, width), dtype), np.zeros((tokens, out), dtype)
+    A, B = zeros(experts, rank, width, dtype=dtype), zeros(experts, out, rank, dtype=dtype)
+    router, weights = zeros(experts, width, dtype=acc), np.zeros((tokens, k), acc)
+    offsets, order = np.zeros(experts + 1, np.int32), np.zeros(slots, np.int32)
+    logits, ids, h = (
+        np.zeros((tokens, experts), acc),
+        np.zeros((tokens, k), np.int64),
+        np.zeros((slots, rank), acc),
+    )
+    given = (x, A, B, offsets, order, weights, None, 1.0, None, y, None, y.copy())
+    counts = {}
     module.decode(x, A, B, router, k, 0, True, None, None, 1.0, None, y)
-
-
-def mixture(module: ModuleType, rng, tokens: int, k: int, experts: int, rank: int, sizes, dtype) -> None:
-    width, out = sizes
-    x, y = normal(rng, tokens, width, dtype=dtype), unwritten(tokens, out, dtype=dtype)
-    A, B = np.zeros((experts, rank, width), dtype), np.zeros((experts, out, rank), dtype)
-    offsets, order = sort(route(rng, tokens, k, experts), experts)
-    weights = normal(rng, tokens, k, dtype=accumulator(dtype))
-    module.mixture(x, A, B, offsets, order, weights, None, 1.0, None, y, None, y.copy())
+    counts["routed"] = count(module)
+    module.routed(x, A, B, router, k, 0, True, 1.0, None, y, logits, weights, ids, offsets, order, h)
+    counts["routed, for a backward"] = count(module)
+    module.mixture(*given, None)
+    counts["given"] = count(module)
+    module.mixture(*given, h)
+    counts["given, for a backward"] = count(module)
+    return counts
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("tokens", [1, 8, 16, 33, 64])
-@pytest.mark.parametrize(("k", "experts", "rank"), [(1, 1, 1), (2, 8, 16), (8, 64, 16), (2, 128, 8)])
-def test_decode_is_two_launches(
-    dry: ModuleType, rng, dtype: np.dtype, tokens: int, k: int, experts: int, rank: int
+@pytest.mark.parametrize(
+    ("k", "experts", "rank"),
+    [
+        *((1, 1, 1), (2, 8, 16), (8, 64, 16), (2, 128, 8), (2, 512, 256), (64, 512, 8), (8, 513, 16)),
+        *((65, 65, 3), (100, 128, 256), (8, 1000, 256), (1, 4096, 1), (8, 4096, 16), (2, 4096, 256)),
+        (4096, 4096, 5),
+    ],
+)
+def test_few_tokens_are_two_launches(
+    dry: ModuleType, dtype: np.dtype, tokens: int, k: int, experts: int, rank: int
 ) -> None:
-    for sizes in [(64, 48), (2048, 520), (2049, 33)]:
-        decode(dry, rng, tokens, k, experts, rank, sizes, dtype)
-        assert count(dry) == 2
-        mixture(dry, rng, tokens, k, experts, rank, sizes, dtype)  # with a routing that is given
-        assert count(dry) == 2
+    for sizes in [(1, 1), (64, 48), (4096, 4096), (2049, 33)]:
+        small = (min(sizes[0], 64), min(sizes[1], 48)) if tokens * k * rank > 100_000 else sizes
+        counts = launches_of_few_tokens(dry, tokens, k, experts, rank, small, dtype)
+        assert set(counts.values()) == {2}, (sizes, counts)
 
 
-def test_large_adapters_are_decoded_in_two_launches_while_tokens_choose_most_of_them(dry: ModuleType) -> None:
-    """Only experts that no token can choose make reading all of A a loss."""
+def test_all_of_A_is_read_while_tokens_choose_most_of_it(dry: ModuleType) -> None:
+    """Only experts that no token can choose make that a loss."""
     assert dry.decode_plan(64, 2, 128, 64, 4096, 2)  # 67 MB, and all of it may be chosen
     assert dry.decode_plan(1, 2, 130, 16, 4096, 2)
     assert not dry.decode_plan(1, 2, 131, 16, 4096, 2)  # 129 idle experts of 131 kB
@@ -135,7 +157,7 @@ def test_a_device_takes_every_grid(dry: ModuleType, rng, dtype: np.dtype, tokens
     dry.backward_shrink(x, B, offsets, order, None, 1.0, None, values, values, slots)
     dry.expand(values, B, *given, None, None, x)
     dry.backward_expand(values, A, *given, dz, router, x)
-    dry.mixture(x, A, B, *given, None, None, x)
+    dry.mixture(x, A, B, *given, None, None, x, None)
     dry.gram(x, x, values, values, *given, dz, A, B, router)
     assert count(dry) >= 12
 
@@ -156,6 +178,7 @@ def run_everything(module: ModuleType, rng: np.random.Generator) -> None:
         test_gram.check(module, rng, route(rng, 1100, 1, 2), 4, 9, dtype, experts=2)
         test_gram.test_router(module, rng, dtype, 9, 3, 33, 0, 1.0)
         test_decode.check(module, rng, 3, 2, 8, 16, 64, 40, dtype)
+        test_routed.check(module, rng, 3, 2, 8, 16, (64, 40), dtype)
         test_mixture.check(module, rng, route(rng, 9, 2, 8), 8, 16, (600, 40), dtype)
     for dtype in (BF16, F16):
         test_shrink.check(module, rng, route(rng, 2048, 2, 3), 4, 16, dtype, experts=3)

@@ -51,9 +51,9 @@ def check(
     base, bias = normal(rng, tokens, out + pad, dtype=dtype)[:, :out], normal(rng, out, dtype=dtype)
     h = shrunk(x, A, ids, ranks)
 
-    def run(scale, base, bias) -> np.ndarray:
+    def run(scale, base, bias, h_there=None) -> np.ndarray:
         y = unwritten(tokens, out, dtype=dtype)
-        emulator.mixture(x, A, B, offsets, order, weights, scale, 0.5, ranks, base, bias, y)
+        emulator.mixture(x, A, B, offsets, order, weights, scale, 0.5, ranks, base, bias, y, h_there)
         return y
 
     factors = exact(weights) * (ids >= 0) * 0.5
@@ -68,6 +68,9 @@ def check(
     y = run(scale, base, bias)
     assert_close(y, want, what, limit)
     assert y.tobytes() == run(scale, base, bias).tobytes()
+    h_there = unwritten(tokens * k, rank, dtype=acc)  # as a backward wants it
+    assert y.tobytes() == run(scale, base, bias, h_there).tobytes()
+    assert_close(h_there, h, what, {F32: 1e-6, F64: 1e-13, BF16: 1e-6, F16: 1e-6}[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -104,7 +107,9 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
 
 
 def test_many_slots_of_few_tokens(emulator: ModuleType, rng) -> None:
-    check(emulator, rng, route(rng, 60, 40, 64), 64, 8, (600, 40), BF16)  # places by a launch of their own
+    check(emulator, rng, route(rng, 60, 40, 64), 64, 8, (600, 40), BF16)  # places by each block still
+    check(emulator, rng, route(rng, 60, 200, 200), 200, 8, (72, 40), BF16)  # too many for a tile
+    check(emulator, rng, route(rng, 70, 40, 64), 64, 8, (72, 40), BF16)  # places by a launch of their own
     check(emulator, rng, route(rng, 2100, 2, 20), 20, 16, (40, 24), BF16)  # tokens by pairs
 
 

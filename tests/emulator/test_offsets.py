@@ -61,7 +61,7 @@ def test_rows_far_apart(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     given = (offsets, order, weights, None, 1.0, None)
     emulator.expand(h, by_rows, *given, far(x), None, y)
     assert_close(y, exact(x) + expanded(h, A, IDS, factors, None))
-    emulator.mixture(far(x), A, by_rows, *given, far(x), None, y)
+    emulator.mixture(far(x), A, by_rows, *given, far(x), None, y, None)
     assert_close(y, exact(x) + expanded(h, A, IDS, factors, None))
     emulator.gram(far(x), x, h, h, *given, None, dA, None, None)
     assert_close(dA, gram(factors.ravel()[order, None] * exact(h), x, IDS, 2, None), limit=1e-2)

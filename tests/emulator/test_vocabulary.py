@@ -175,6 +175,27 @@ def test_the_last_block_adds_the_parts(emulator: ModuleType, rng: np.random.Gene
     assert counter[0] == 0
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 40])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 7])
+def test_blocks_relay(emulator: ModuleType, rng: np.random.Generator, blocks: int, seed: int) -> None:
+    """One to four blocks at once: whoever waits for an item that was taken before does not wait in vain."""
+    emulator.seed(seed)
+    x, y, z = normal(rng, 40), unwritten(40), unwritten(40)
+    counters = np.zeros(2, np.uint32)
+    emulator.relay(x, blocks, y, z, counters)
+    assert y.tobytes() == x.tobytes()
+    assert_close(z, exact(x).sum() + np.arange(40), limit=1e-6)
+    assert counters.tolist() == [80 + blocks, 40]
+
+
+def test_blocks_are_on_the_machine_at_once(emulator: ModuleType, rng: np.random.Generator) -> None:
+    """A wait for what a block does that has not begun is a deadlock."""
+    x, y, z = normal(rng, 4), unwritten(4), unwritten(4)
+    emulator.residents(2)
+    with pytest.raises(RuntimeError, match="(?s)every block on the machine waits .* await"):
+        emulator.relay(x, 3, y, z, np.array([4, 0], np.uint32))  # the first four items are nobody's
+
+
 # ---- the two sides of device.cuh
 
 

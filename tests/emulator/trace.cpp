@@ -17,10 +17,10 @@ struct Instruction {
   std::array<unsigned, 32> count{};
   std::vector<std::array<const void*, 32>> rounds;
 };
-std::vector<Instruction> open[32];  // by warp, in the order of their first execution
+std::vector<Instruction> open[kMaxResidents][32];  // by warp, in the order of their first execution
 
 void count_bank_access(const void* p, size_t bytes, bool write, Site site) {
-  auto& instructions = open[self->warp->number];
+  auto& instructions = open[resident][self->warp->number];
   Instruction* found = nullptr;
   for (Instruction& i : instructions) {
     if (i.site == site) found = &i;
@@ -62,7 +62,7 @@ void access(const void* p, size_t bytes, bool write, bool aligned, Site site) {
 }  // namespace
 
 void trace_warp_met(const Warp& warp) {
-  auto& instructions = open[warp.number];
+  auto& instructions = open[resident][warp.number];
   for (size_t i = 0; i < instructions.size();) {
     const Instruction& first = instructions[i];
     unsigned bytes = first.bytes;

@@ -170,17 +170,42 @@ __global__ void __launch_bounds__(kSumThreads)
   const float part = block_sum(i < n ? x[i] : 0.0f);
   if (threadIdx.x == 0) {
     parts[blockIdx.x] = part;
-    __threadfence();
-    last[0] = atomicAdd(counter, 1u) == gridDim.x - 1;
+    last[0] = arrive(counter) == gridDim.x - 1;
   }
   __syncthreads();
   if (!last[0]) return;
   float mine = 0.0f;
-  for (unsigned p = threadIdx.x; p < gridDim.x; p += kSumThreads) mine += __ldcg(parts + p);
+  for (unsigned p = threadIdx.x; p < gridDim.x; p += kSumThreads) mine += parts[p];
   const float all = block_sum(mine);
   if (threadIdx.x == 0) {
     *sum = all;
     *counter = 0;  // for the next launch
+  }
+}
+
+// Blocks take items in turn: item i < n is y[i] = x[i]; item n + i is z[i] = y[0] + .. + y[n - 1] + i, once all y are there.
+__global__ void __launch_bounds__(kWarp) relay_kernel(const float* x, int n, float* y, float* z, uint32_t* counters) {
+  uint32_t* const taken = counters;
+  uint32_t* const done = counters + 1;
+  MOA_SHARED(int, item, 1);
+  for (;;) {
+    if (threadIdx.x == 0) item[0] = static_cast<int>(atomicAdd(taken, 1u));
+    __syncthreads();
+    const int i = item[0];
+    if (i >= 2 * n) return;
+    if (i < n) {
+      if (static_cast<int>(threadIdx.x) == i % kWarp) y[i] = x[i];
+      __syncthreads();
+      if (threadIdx.x == 0) arrive(done);
+    } else {
+      if (threadIdx.x == 0) await(done, static_cast<uint32_t>(n));
+      __syncthreads();
+      float sum = 0.0f;
+      for (int j = threadIdx.x; j < n; j += kWarp) sum += y[j];
+      sum = warp_sum(sum);
+      if (threadIdx.x == 0) z[i - n] = sum + static_cast<float>(i - n);
+    }
+    __syncthreads();  // all have read the item
   }
 }
 
@@ -225,6 +250,9 @@ cudaError_t atomics_cuda(uint32_t* v, unsigned long long* wide, int32_t* votes, 
 cudaError_t sum_cuda(const float* x, int64_t n, float* parts, unsigned* counter, float* sum, cudaStream_t stream) {
   return MOA_LAUNCH(sum_kernel, static_cast<unsigned>((n + kSumThreads - 1) / kSumThreads), kSumThreads, 0, stream, x,
                     n, parts, counter, sum);
+}
+cudaError_t relay_cuda(const float* x, int n, int blocks, float* y, float* z, uint32_t* counters, cudaStream_t stream) {
+  return MOA_LAUNCH(relay_kernel, static_cast<unsigned>(blocks), kWarp, 0, stream, x, n, y, z, counters);
 }
 
 }  // namespace moa

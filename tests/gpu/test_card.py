@@ -15,9 +15,11 @@ def layer_of(device, dtype: torch.dtype = torch.bfloat16, experts: int = 8, **op
     return layer
 
 
+# 600 experts: up to 64 tokens are blocks that wait for each other, whose counters every replay has to clear.
+@pytest.mark.parametrize("experts", [8, 600])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 300, 5000])
-def test_graph_replay_with_changed_routing(cuda, tokens: int) -> None:
-    layer = layer_of(cuda)
+def test_graph_replay_with_changed_routing(cuda, tokens: int, experts: int) -> None:
+    layer = layer_of(cuda, experts=experts)
     x = torch.randn(tokens, 256, device=cuda, dtype=torch.bfloat16)
     with torch.no_grad():
         side = torch.cuda.Stream()
@@ -53,9 +55,10 @@ def test_graph_replay_with_another_routing_given(cuda) -> None:
             assert torch.equal(y, layer(x, routing=other))
 
 
-def test_training_step_in_a_graph(cuda) -> None:
+@pytest.mark.parametrize("tokens", [40, 200])
+def test_training_step_in_a_graph(cuda, tokens: int) -> None:
     layer = layer_of(cuda, norm_topk_prob=False)
-    x = torch.randn(200, 256, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(tokens, 256, device=cuda, dtype=torch.bfloat16, requires_grad=True)
     parameters = [x, layer.lora_A, layer.lora_B, layer.router.weight]
 
     def step() -> tuple[torch.Tensor, ...]:
@@ -76,9 +79,11 @@ def test_training_step_in_a_graph(cuda) -> None:
         assert torch.equal(actual, expected)
 
 
-def test_two_streams_at_once(cuda) -> None:
-    layer = layer_of(cuda)
-    xs = [torch.randn(3000, 256, device=cuda, dtype=torch.bfloat16) for _ in range(2)]
+@pytest.mark.parametrize(("tokens", "experts"), [(3000, 8), (64, 600)])
+def test_two_streams_at_once(cuda, tokens: int, experts: int) -> None:
+    """Also where blocks wait for each other: neither stream's may keep the other's waiting for ever."""
+    layer = layer_of(cuda, experts=experts)
+    xs = [torch.randn(tokens, 256, device=cuda, dtype=torch.bfloat16) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in xs]
     with torch.no_grad():
         expected = [layer(x) for x in xs]

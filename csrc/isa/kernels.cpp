@@ -13,6 +13,7 @@
 #endif
 
 #include "isa/table.h"
+#include "lora/linear.h"
 #include "lora/ops.h"
 #include "routing/router.h"
 #include "routing/topk.h"
@@ -44,6 +45,14 @@ static void for_types(const LoraParams& p, const F& fn) {
 
 static void forward(const ForwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.forward(p); });
+}
+static void add_linear(const LinearParams& p) {
+  switch (p.type) {
+    case DType::f32: return add_linear<F32, float>(p);
+    case DType::f64: return add_linear<F64, double>(p);
+    case DType::bf16: return add_linear<Bf16Arithmetic, bf16_t>(p);
+    case DType::f16: return add_linear<F32, f16_t>(p);
+  }
 }
 static void backward_shrink(const BackwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.backward_shrink(p); });
@@ -87,7 +96,7 @@ static void router_backward(const RouterBackwardParams& p) {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {MOA_STRING(MOA_ISA), topk,    topk_backward,   router,
-                            router_backward,     forward, backward_shrink, backward_outer};
+                            router_backward,     forward, add_linear, backward_shrink, backward_outer};
 
 }  // namespace MOA_ISA
 }  // namespace moa

@@ -12,6 +12,7 @@ struct KernelTable {
   void (*router)(const RouterParams&);
   void (*router_backward)(const RouterBackwardParams&);
   void (*forward)(const ForwardParams&);
+  void (*add_linear)(const LinearParams&);
   void (*backward_shrink)(const BackwardParams&);
   void (*backward_outer)(const BackwardParams&);
 };

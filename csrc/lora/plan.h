@@ -51,6 +51,10 @@ inline bool along_ranks(int64_t tokens, int64_t rank) { return tokens <= 2 && ra
 // Outputs of one run of its backward: bounds float32 rounding, and splits the work into tasks.
 constexpr int64_t kShrinkRun = 128;
 
+// The base's own product where tokens are few enough.
+inline bool few_tokens(int64_t tokens) { return tokens <= 64; }
+inline int64_t linear_rows(int64_t out) { return clamp(ceil_div(out, 8 * 4) * 4, 4, 64); }
+
 // Gram: columns per task; its x panel is gathered again for every tile of ranks.
 inline int64_t gram_cols(int64_t width) {
   return width >= 2048 ? 256 : clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);

@@ -6,6 +6,7 @@
 
 #include "common/scratch.h"
 #include "isa/table.h"
+#include "lora/plan.h"
 #include "torch/checks.h"
 #include "torch/cpu_arguments.h"
 
@@ -33,6 +34,12 @@ void add_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, c
 // y = base + bias + mixture + x W^T, in the order that suits the type; weight may be absent.
 void mixture_and_linear(ForwardParams* p, const Tensor& y, const Tensor& x, const OptionalTensor& weight,
                         const OptionalTensor& bias) {
+  if (weight.has_value() && plan::few_tokens(p->seg.tokens) && weight->stride(1) == 1 && p->base == nullptr) {
+    kernels().forward(*p);
+    LinearParams l{p->x_type, p->seg.tokens, p->in, p->out, p->x, p->ldx, data<void>(*weight), weight->stride(0), p->y};
+    kernels().add_linear(l);
+    return;
+  }
   const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
   const bool linear_first = half && weight.has_value() && p->base == nullptr;
   if (linear_first) {

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moa_ops.ops import (
+    add_linear,
+    add_linear_backward,
     linear_first,
     linear_routing,
     mixture,
@@ -184,7 +186,7 @@ def _base_grads(
     needed.
     """
     if grad_x is not None and weight is not None:
-        grad_x.addmm_(grad_y, weight)
+        add_linear_backward(grad_x, grad_y, weight)
     need_weight, need_bias, need_base = needs
     return [
         grad_y.t() @ x if need_weight else None,
@@ -254,7 +256,7 @@ class RoutedMoALinear(Function):
             y, h = mixture(x, weight, bias, None, lora_A, lora_B, weights, *segments, None, scaling, None)
             return y, logits, *routing, h
         y, *routing_and_h = routed_lora(x, lora_A, lora_B, *router, scaling, bias)
-        y.addmm_(x, weight.t())
+        add_linear(y, x, weight)
         return y, *routing_and_h
 
     @staticmethod

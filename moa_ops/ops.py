@@ -34,6 +34,8 @@ sort_by_expert = torch.ops.moa_ops.sort_by_expert.default
 linear_routing = torch.ops.moa_ops.linear_routing.default
 segment_lora = torch.ops.moa_ops.segment_lora.default
 segment_lora_backward = torch.ops.moa_ops.segment_lora_backward.default
+add_linear_ = torch.ops.moa_ops.add_linear_.default
+add_linear_backward_ = torch.ops.moa_ops.add_linear_backward_.default
 routed_lora = torch.ops.moa_ops.routed_lora.default
 segment_linear = torch.ops.moa_ops.segment_linear.default
 routed_linear = torch.ops.moa_ops.routed_linear.default
@@ -46,6 +48,29 @@ def linear_first(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of rows x, which on a CPU has a kernel of its own for few tokens; ``torch.compile`` keeps its own."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return torch.ops.moa_ops.linear.default(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """``y += x Wᵀ`` in place, as :func:`linear`."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        add_linear_(y, x, weight)
+    else:
+        y.addmm_(x, weight.t())
+
+
+def add_linear_backward(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> None:
+    """``grad_x += grad_y W`` in place, as :func:`linear`."""
+    if grad_y.is_cpu and not torch.compiler.is_compiling():
+        add_linear_backward_(grad_x, grad_y, weight)
+    else:
+        grad_x.addmm_(grad_y, weight)
+
+
 def mixture(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, *lora: Any
 ) -> tuple[Tensor, Tensor]:
@@ -55,10 +80,10 @@ def mixture(
     ``linear_first``, the other way round.
     """
     if weight is not None and base is None and linear_first(x):
-        return segment_lora(x, *lora, F.linear(x, weight, bias), None)
+        return segment_lora(x, *lora, linear(x, weight, bias), None)
     y, h = segment_lora(x, *lora, base, bias)
     if weight is not None:
-        y.addmm_(x, weight.t())
+        add_linear(y, x, weight)
     return y, h
 
 
@@ -320,3 +345,19 @@ def _routed_linear(
 ) -> Tensor:
     _check_devices(x, weight, bias, lora_A, lora_B, router_weight)
     return x.new_empty(*x.shape[:-1], lora_B.shape[1])
+
+
+@torch.library.register_fake("moa_ops::linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_devices(x, weight, bias)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("moa_ops::add_linear_")
+def _add_linear_(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    _check_devices(y, x, weight)
+
+
+@torch.library.register_fake("moa_ops::add_linear_backward_")
+def _add_linear_backward_(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> None:
+    _check_devices(grad_x, grad_y, weight)

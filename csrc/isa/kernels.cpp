@@ -46,13 +46,23 @@ static void for_types(const LoraParams& p, const F& fn) {
 static void forward(const ForwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.forward(p); });
 }
-static void add_linear(const LinearParams& p) {
+static bool linear(const LinearParams& p) {
   switch (p.type) {
-    case DType::f32: return add_linear<F32, float>(p);
-    case DType::f64: return add_linear<F64, double>(p);
-    case DType::bf16: return add_linear<Bf16Arithmetic, bf16_t>(p);
-    case DType::f16: return add_linear<F32, f16_t>(p);
+    case DType::f32: return linear<F32, float>(p);
+    case DType::f64: return linear<F64, double>(p);
+    case DType::bf16: return linear<Bf16Arithmetic, bf16_t>(p);
+    case DType::f16: return linear<F32, f16_t>(p);
   }
+  return false;
+}
+static bool linear_backward(const LinearBackwardParams& p) {
+  switch (p.type) {
+    case DType::f32: return linear_backward<F32, float>(p);
+    case DType::f64: return linear_backward<F64, double>(p);
+    case DType::bf16: return linear_backward<Bf16Arithmetic, bf16_t>(p);
+    case DType::f16: return linear_backward<F32, f16_t>(p);
+  }
+  return false;
 }
 static void backward_shrink(const BackwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.backward_shrink(p); });
@@ -96,7 +106,7 @@ static void router_backward(const RouterBackwardParams& p) {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {MOA_STRING(MOA_ISA), topk,    topk_backward,   router,
-                            router_backward,     forward, add_linear, backward_shrink, backward_outer};
+                            router_backward,     forward, linear, linear_backward, backward_shrink, backward_outer};
 
 }  // namespace MOA_ISA
 }  // namespace moa

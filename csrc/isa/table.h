@@ -12,7 +12,9 @@ struct KernelTable {
   void (*router)(const RouterParams&);
   void (*router_backward)(const RouterBackwardParams&);
   void (*forward)(const ForwardParams&);
-  void (*add_linear)(const LinearParams&);
+  // The base's product and its gradient for few tokens: false, and nothing done, where a GEMM is as fast.
+  bool (*linear)(const LinearParams&);
+  bool (*linear_backward)(const LinearBackwardParams&);
   void (*backward_shrink)(const BackwardParams&);
   void (*backward_outer)(const BackwardParams&);
 };

@@ -1,0 +1,93 @@
+#include "torch/linear.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "isa/table.h"
+#include "torch/ops.h"
+
+namespace moa {
+namespace {
+
+// W^T, a view made without the dispatcher, whose code the weights of the call before have swept from the caches.
+Tensor transposed(const Tensor& weight) {
+  const int64_t sizes[2] = {weight.size(1), weight.size(0)}, strides[2] = {weight.stride(1), weight.stride(0)};
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 2, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+
+bool rows_are_dense(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
+
+void check_linear(const Tensor& x, const Tensor& weight, const Place& place) {
+  dtype_of(x, "x");
+  check_tensor(x, "x", place, {-1, -1});
+  check_tensor(weight, "weight", place, {-1, x.size(1)}, x.scalar_type());
+}
+
+}  // namespace
+
+void linear_into(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
+  const bool bias = start.has_value() && start->dim() == 1;
+  if (rows_are_dense(x) && rows_are_dense(weight) && y.is_contiguous() && (!bias || start->is_contiguous())) {
+    LinearParams p{};
+    p.type = dtype_of(x, "x");
+    p.tokens = x.size(0);
+    p.in = x.size(1);
+    p.out = weight.size(0);
+    p.x = data<void>(x);
+    p.ldx = row_stride(x);
+    p.weight = data<void>(weight);
+    p.ldw = row_stride(weight);
+    p.start = start.has_value() ? data<void>(*start) : nullptr;
+    p.ldstart = bias ? 0 : p.out;
+    p.y = data<void>(y);
+    if (kernels().linear(p)) return;
+  }
+  const Tensor columns = transposed(weight);
+  if (start.has_value()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), start->get(), x.get(), columns.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), x.get(), columns.get()));
+  }
+}
+
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Place place = place_of(x);
+  check_linear(x, weight, place);
+  if (bias.has_value()) check_tensor(*bias, "bias", place, {weight.size(0)}, x.scalar_type());
+  const Tensor y = empty(place, {x.size(0), weight.size(0)}, x.scalar_type());
+  linear_into(y, bias, x, weight);
+  return y;
+}
+
+void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight) {
+  const Place place = place_of(x);
+  check_linear(x, weight, place);
+  check_tensor(y, "y", place, {x.size(0), weight.size(0)}, x.scalar_type());
+  linear_into(y, y, x, weight);
+}
+
+void add_linear_backward_cpu(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {
+  const Place place = place_of(grad_y);
+  const DType type = dtype_of(grad_y, "grad_y");
+  check_tensor(grad_y, "grad_y", place, {-1, -1});
+  check_tensor(weight, "weight", place, {grad_y.size(1), -1}, grad_y.scalar_type());
+  check_tensor(grad_x, "grad_x", place, {grad_y.size(0), weight.size(1)}, grad_y.scalar_type());
+  if (rows_are_dense(grad_y) && rows_are_dense(weight) && grad_x.is_contiguous()) {
+    LinearBackwardParams p{};
+    p.type = type;
+    p.tokens = grad_y.size(0);
+    p.in = weight.size(1);
+    p.out = weight.size(0);
+    p.dy = data<void>(grad_y);
+    p.lddy = row_stride(grad_y);
+    p.weight = data<void>(weight);
+    p.ldw = row_stride(weight);
+    p.dx = data<void>(grad_x);
+    if (kernels().linear_backward(p)) return;
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(grad_x.get(), grad_x.get(), grad_y.get(), weight.get(), 1.0, 1.0));
+}
+
+}  // namespace moa

@@ -250,13 +250,13 @@ class RoutedMoALinear(Function):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         """Calls the operators."""
         x, weight, bias, lora_A, lora_B, *router, scaling = inputs
-        if linear_first(x):
+        if linear_first(x, weight):
             logits, *routing = linear_routing(x, *router, None, None)
             weights, _, *segments = routing
             y, h = mixture(x, weight, bias, None, lora_A, lora_B, weights, *segments, None, scaling, None)
             return y, logits, *routing, h
         y, *routing_and_h = routed_lora(x, lora_A, lora_B, *router, scaling, bias)
-        add_linear(y, x, weight)
+        add_linear(y, x, weight, bias)
         return y, *routing_and_h
 
     @staticmethod

@@ -87,8 +87,7 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
-  static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2,
-                       kLinearTokens = 32;
+  static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2, kLinearTokens = 32;
 
   static inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

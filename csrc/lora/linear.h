@@ -1,4 +1,4 @@
-// The base's product for few tokens on a CPU, y = start + x W^T, and its gradient, dx += dy W. Included only by
+// The base's product for few tokens on a CPU, y += x W^T, and its gradient, dx += dy W. Included only by
 // csrc/isa/kernels.cpp.
 //
 // A GEMM packs its operands before it multiplies: that pays for hundreds of tokens. With a few, reading W is the whole
@@ -22,14 +22,13 @@ static const typename V::In** rows_of(const void* x, int64_t ldx, int64_t t0, in
   return rows;
 }
 
-// ---- y = start + x W^T for tokens [t0, t0 + tokens): dot tiles, a group of W's rows against all tokens ----------------
+// ---- y += x W^T for tokens [t0, t0 + tokens): dot tiles, a group of W's rows against all tokens ----------------
 template <class V, class T>
 static void linear_tokens(const LinearParams& p, int64_t t0, int64_t tokens) {
   using In = typename V::In;
   using Acc = typename V::Acc;
   constexpr bool direct = Same<T, In>::value;
   const T* weight = static_cast<const T*>(p.weight);
-  const T* start = static_cast<const T*>(p.start);
   T* y = static_cast<T*>(p.y);
   const In** rows = rows_of<V, T>(p.x, p.ldx, t0, tokens, p.in);
 
@@ -51,18 +50,22 @@ static void linear_tokens(const LinearParams& p, int64_t t0, int64_t tokens) {
     }
     for (int64_t t = 0; t < tokens; ++t) {
       Acc* sum = tile + t * block;
-      if (start != nullptr) add_row(start + (t0 + t) * p.ldstart + begin, sum, end - begin);
-      convert_row(sum, y + (t0 + t) * p.out + begin, end - begin);
+      T* out = y + (t0 + t) * p.out + begin;
+      add_row(out, sum, end - begin);
+      convert_row(sum, out, end - begin);
     }
   });
 }
 
 template <class V, class T>
-static bool linear(const LinearParams& p) {
-  if (!plan::few_tokens(p.tokens, p.in, V::kLinearTokens, Same<T, typename V::In>::value)) return false;
+static void linear(const LinearParams& p) {
   for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
     linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
-  return true;
+}
+
+template <class V, class T>
+static bool few_tokens(int64_t tokens, int64_t in) {
+  return plan::few_tokens(tokens, in, V::kLinearTokens, Same<T, typename V::In>::value);
 }
 
 // ---- dx += dy W for tokens [t0, t0 + tokens): axpy tiles over panels of W's rows --------------------------------------
@@ -122,6 +125,7 @@ static void linear_backward_tokens(const LinearBackwardParams& p, int64_t t0, in
   });
 }
 
+// False, and nothing done, where the library's GEMM is as fast.
 template <class V, class T>
 static bool linear_backward(const LinearBackwardParams& p) {
   if (!plan::few_tokens_backward(p.tokens, p.out, V::kLinearTokens, Same<T, typename V::In>::value)) return false;

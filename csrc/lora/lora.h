@@ -41,7 +41,7 @@ struct ForwardParams : LoraParams {
   void* h;           // [tokens * top_k, rank] accumulator type
 };
 
-// y = start + x W^T, all of one type.
+// y += x W^T, all of one type.
 struct LinearParams {
   DType type;
   int64_t tokens, in, out;
@@ -49,8 +49,6 @@ struct LinearParams {
   int64_t ldx;
   const void* weight;  // [out, in], rows ldw apart
   int64_t ldw;
-  const void* start;  // [tokens, out], rows ldstart apart (y itself, or 0 apart a bias), or null
-  int64_t ldstart;
   void* y;  // [tokens, out]
 };
 

@@ -1,7 +1,8 @@
 // The layer without gradients, whole and in one call, on the CPU: mixture and base, with h and the routing in work
 // memory. In full precision y holds bias and mixture first, and F.linear's own product is added to it: one pass less
 // over y. In half precision that addition slows the product itself by 4 %, and would round y twice: there the product
-// comes first, and the mixture is added in float32. Where no token has an adapter only the product is left.
+// comes first, and the mixture is added in float32. For few tokens the product is our own (linear.h), and comes last.
+// Where no token has an adapter only the product is left.
 #include "common/scratch.h"
 #include "isa/table.h"
 #include "torch/checks.h"
@@ -15,15 +16,20 @@ namespace {
 void mixture_and_linear(ForwardParams* p, const Tensor& y, const Tensor& x, const OptionalTensor& weight,
                         const OptionalTensor& bias) {
   const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
-  const bool linear_first = half && weight.has_value() && p->base == nullptr;
+  const bool linear_first = half && weight.has_value() && p->base == nullptr && !few_tokens(x, *weight);
   if (linear_first) {
-    linear_into(y, bias, x, *weight);
+    library_linear(y, bias, x, *weight);
     p->base = p->y;
     p->ldbase = p->out;
     p->bias = nullptr;
   }
   kernels().forward(*p);
-  if (weight.has_value() && !linear_first) linear_into(y, y, x, *weight);
+  if (!weight.has_value() || linear_first) return;
+  if (p->base == nullptr) {
+    add_linear(y, bias, x, *weight);
+  } else {
+    library_linear(y, y, x, *weight);
+  }
 }
 
 // Whether some slot has an adapter of rank 1 or more.
@@ -46,7 +52,7 @@ Tensor segment_linear_cpu(const Tensor& x_, const OptionalTensor& weight, const 
   if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
   const Output out(&p, a, base_rows(base, x_), bias, /*keep_h=*/false);
   if (weight.has_value() && !base.has_value() && !any_adapter(p)) {
-    linear_into(out.y, bias, a.x, *weight);  // what F.linear does
+    library_linear(out.y, bias, a.x, *weight);  // what F.linear does
     return with_leading(out.y, x_);
   }
   p.h = scratch<char>(Scratch::call_second, (p.x_type == DType::f64 ? 8 : 4) * p.seg.tokens * p.seg.top_k * p.rank);

@@ -24,25 +24,36 @@ void check_linear(const Tensor& x, const Tensor& weight, const Place& place) {
   check_tensor(weight, "weight", place, {-1, x.size(1)}, x.scalar_type());
 }
 
+// Whether every row of y is the bias, or zero without one: of bits, where U is as wide as an element.
+template <class U>
+bool only_bias(const Tensor& y, const OptionalTensor& bias) {
+  const U* rows = data<U>(y);
+  const U* start = bias.has_value() ? data<U>(*bias) : nullptr;
+  const int64_t tokens = y.size(0), out = y.size(1);
+  auto zero = [](U bits) { return static_cast<U>(bits << 1) == 0; };  // of either sign
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < out; ++i) {
+      const U value = rows[t * out + i], want = start != nullptr ? start[i] : U(0);
+      if (value != want && !(zero(value) && zero(want))) return false;
+    }
+  return true;
+}
+
+bool only_bias(const Tensor& y, const OptionalTensor& bias) {
+  switch (dtype_of(y, "y")) {
+    case DType::f64: return only_bias<uint64_t>(y, bias);
+    case DType::f32: return only_bias<uint32_t>(y, bias);
+    default: return only_bias<uint16_t>(y, bias);
+  }
+}
+
 }  // namespace
 
-void linear_into(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
-  const bool bias = start.has_value() && start->dim() == 1;
-  if (rows_are_dense(x) && rows_are_dense(weight) && y.is_contiguous() && (!bias || start->is_contiguous())) {
-    LinearParams p{};
-    p.type = dtype_of(x, "x");
-    p.tokens = x.size(0);
-    p.in = x.size(1);
-    p.out = weight.size(0);
-    p.x = data<void>(x);
-    p.ldx = row_stride(x);
-    p.weight = data<void>(weight);
-    p.ldw = row_stride(weight);
-    p.start = start.has_value() ? data<void>(*start) : nullptr;
-    p.ldstart = bias ? 0 : p.out;
-    p.y = data<void>(y);
-    if (kernels().linear(p)) return;
-  }
+bool few_tokens(const Tensor& x, const Tensor& weight) {
+  return rows_are_dense(x) && rows_are_dense(weight) && kernels().few_tokens(dtype_of(x, "x"), x.size(0), x.size(1));
+}
+
+void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
   const Tensor columns = transposed(weight);
   if (start.has_value()) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), start->get(), x.get(), columns.get(), 1.0, 1.0));
@@ -51,20 +62,35 @@ void linear_into(const Tensor& y, const OptionalTensor& start, const Tensor& x, 
   }
 }
 
-Tensor linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Place place = place_of(x);
-  check_linear(x, weight, place);
-  if (bias.has_value()) check_tensor(*bias, "bias", place, {weight.size(0)}, x.scalar_type());
-  const Tensor y = empty(place, {x.size(0), weight.size(0)}, x.scalar_type());
-  linear_into(y, bias, x, weight);
-  return y;
+void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, const Tensor& weight) {
+  if (!few_tokens(x, weight)) return library_linear(y, y, x, weight);
+  if (only_bias(y, bias)) return library_linear(y, bias, x, weight);
+  LinearParams p{};
+  p.type = dtype_of(x, "x");
+  p.tokens = x.size(0);
+  p.in = x.size(1);
+  p.out = weight.size(0);
+  p.x = data<void>(x);
+  p.ldx = row_stride(x);
+  p.weight = data<void>(weight);
+  p.ldw = row_stride(weight);
+  p.y = data<void>(y);
+  kernels().linear(p);
 }
 
-void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight) {
+bool few_tokens_cpu(const Tensor& x, const Tensor& weight) {
+  check_linear(x, weight, place_of(x));
+  return few_tokens(x, weight);
+}
+
+void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const Place place = place_of(x);
   check_linear(x, weight, place);
   check_tensor(y, "y", place, {x.size(0), weight.size(0)}, x.scalar_type());
-  linear_into(y, y, x, weight);
+  STD_TORCH_CHECK(y.is_contiguous(), "y is not contiguous; it is written in place: give a contiguous one");
+  if (!bias.has_value()) return add_linear(y, bias, x, weight);
+  check_tensor(*bias, "bias", place, {weight.size(0)}, x.scalar_type());
+  add_linear(y, dense(*bias), x, weight);
 }
 
 void add_linear_backward_cpu(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moa_ops.ops import (
+    add_linear,
+    add_linear_backward,
     linear_first,
     linear_routing,
     mixture,
@@ -184,7 +186,7 @@ def _base_grads(
     needed.
     """
     if grad_x is not None and weight is not None:
-        grad_x.addmm_(grad_y, weight)
+        add_linear_backward(grad_x, grad_y, weight)
     need_weight, need_bias, need_base = needs
     return [
         grad_y.t() @ x if need_weight else None,
@@ -248,13 +250,13 @@ class RoutedMoALinear(Function):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         """Calls the operators."""
         x, weight, bias, lora_A, lora_B, *router, scaling = inputs
-        if linear_first(x):
+        if linear_first(x, weight):
             logits, *routing = linear_routing(x, *router, None, None)
             weights, _, *segments = routing
             y, h = mixture(x, weight, bias, None, lora_A, lora_B, weights, *segments, None, scaling, None)
             return y, logits, *routing, h
         y, *routing_and_h = routed_lora(x, lora_A, lora_B, *router, scaling, bias)
-        y.addmm_(x, weight.t())
+        add_linear(y, x, weight, bias)
         return y, *routing_and_h
 
     @staticmethod

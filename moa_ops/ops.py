@@ -39,11 +39,34 @@ segment_linear = torch.ops.moa_ops.segment_linear.default
 routed_linear = torch.ops.moa_ops.routed_linear.default
 
 
-def linear_first(x: Tensor) -> bool:
+def _own_kernels(x: Tensor) -> bool:
+    """Whether x has kernels for the base's product; ``torch.compile`` keeps to the products it knows."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
+def linear_first(x: Tensor, weight: Tensor) -> bool:
     """Whether W x comes before the mixture: in half precision on a CPU, where adding to y would slow W x down
-    and round y twice.
+    and round y twice; but not for few tokens, whose product is our own.
     """
-    return x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu
+    if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cpu:
+        return False
+    return not (_own_kernels(x) and torch.ops.moa_ops.few_tokens.default(x, weight))
+
+
+def add_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``y += x Wᵀ`` in place, y holding ``bias`` and the mixture; without one, y is ``F.linear``."""
+    if _own_kernels(x):
+        torch.ops.moa_ops.add_linear_.default(y, x, weight, bias)
+    else:
+        y.addmm_(x, weight.t())
+
+
+def add_linear_backward(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> None:
+    """``grad_x += grad_y W`` in place."""
+    if _own_kernels(grad_y):
+        torch.ops.moa_ops.add_linear_backward_.default(grad_x, grad_y, weight)
+    else:
+        grad_x.addmm_(grad_y, weight)
 
 
 def mixture(
@@ -54,10 +77,12 @@ def mixture(
     The mixture is written first, bias or base folded in, then W x added: one pass less over y; or where
     ``linear_first``, the other way round.
     """
-    if weight is not None and base is None and linear_first(x):
+    if weight is not None and base is None and linear_first(x, weight):
         return segment_lora(x, *lora, F.linear(x, weight, bias), None)
     y, h = segment_lora(x, *lora, base, bias)
-    if weight is not None:
+    if weight is not None and base is None:
+        add_linear(y, x, weight, bias)
+    elif weight is not None:
         y.addmm_(x, weight.t())
     return y, h
 
@@ -320,3 +345,18 @@ def _routed_linear(
 ) -> Tensor:
     _check_devices(x, weight, bias, lora_A, lora_B, router_weight)
     return x.new_empty(*x.shape[:-1], lora_B.shape[1])
+
+
+@torch.library.register_fake("moa_ops::add_linear_")
+def _add_linear_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_devices(y, x, weight, bias)
+
+
+@torch.library.register_fake("moa_ops::add_linear_backward_")
+def _add_linear_backward_(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> None:
+    _check_devices(grad_x, grad_y, weight)
+
+
+@torch.library.register_fake("moa_ops::few_tokens")
+def _few_tokens(x: Tensor, weight: Tensor) -> bool:
+    return False  # nothing is computed, in whatever order

@@ -3,6 +3,7 @@
 //   In      element that is multiplied          kIn    elements in one loaded vector
 //   Acc     element that is accumulated         kAcc   lanes of one accumulator
 //   kPack   products summed into a lane by one multiply-add: 1, or 2 for bfloat16 pairs
+//   kLinearTokens   up to how many tokens a product with W is faster here than in a GEMM (plan.h)
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
 //
 // Included only by csrc/isa/kernels.cpp, once per instruction set, inside that set's own namespace: the linker must
@@ -26,7 +27,7 @@ struct Plain {
     T v[W];
   };
   using AccVec = InVec;
-  static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN;
+  static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN, kLinearTokens = 0;
 
   static inline InVec load(const T* p) {
     InVec r;
@@ -86,7 +87,7 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
-  static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2;
+  static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2, kLinearTokens = 32;
 
   static inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -132,7 +133,7 @@ struct Acc512 {
 struct F32 : Acc512 {
   using In = float;
   using InVec = __m512;
-  static constexpr int kIn = 16, kPack = 1;
+  static constexpr int kIn = 16, kPack = 1, kLinearTokens = 192;
 
   static inline InVec load(const float* p) { return _mm512_loadu_ps(p); }
   static inline InVec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -144,7 +145,7 @@ struct F32 : Acc512 {
 struct BF16 : Acc512 {
   using In = bf16_t;
   using InVec = __m512i;
-  static constexpr int kIn = 32, kPack = 2;
+  static constexpr int kIn = 32, kPack = 2, kLinearTokens = 32;
 
   static inline InVec load(const bf16_t* p) { return _mm512_loadu_si512(p); }
   static inline InVec load_n(const bf16_t* p, int n) {

@@ -13,6 +13,7 @@
 #endif
 
 #include "isa/table.h"
+#include "lora/linear.h"
 #include "lora/ops.h"
 #include "routing/router.h"
 #include "routing/topk.h"
@@ -44,6 +45,32 @@ static void for_types(const LoraParams& p, const F& fn) {
 
 static void forward(const ForwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.forward(p); });
+}
+static bool few_tokens(DType type, int64_t tokens, int64_t in) {
+  switch (type) {
+    case DType::f32: return few_tokens<F32, float>(tokens, in);
+    case DType::f64: return few_tokens<F64, double>(tokens, in);
+    case DType::bf16: return few_tokens<Bf16Arithmetic, bf16_t>(tokens, in);
+    case DType::f16: return few_tokens<F32, f16_t>(tokens, in);
+  }
+  return false;
+}
+static void linear(const LinearParams& p) {
+  switch (p.type) {
+    case DType::f32: return linear<F32, float>(p);
+    case DType::f64: return linear<F64, double>(p);
+    case DType::bf16: return linear<Bf16Arithmetic, bf16_t>(p);
+    case DType::f16: return linear<F32, f16_t>(p);
+  }
+}
+static bool linear_backward(const LinearBackwardParams& p) {
+  switch (p.type) {
+    case DType::f32: return linear_backward<F32, float>(p);
+    case DType::f64: return linear_backward<F64, double>(p);
+    case DType::bf16: return linear_backward<Bf16Arithmetic, bf16_t>(p);
+    case DType::f16: return linear_backward<F32, f16_t>(p);
+  }
+  return false;
 }
 static void backward_shrink(const BackwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.backward_shrink(p); });
@@ -86,8 +113,8 @@ static void router_backward(const RouterBackwardParams& p) {
 }
 
 extern const KernelTable kTable;
-const KernelTable kTable = {MOA_STRING(MOA_ISA), topk,    topk_backward,   router,
-                            router_backward,     forward, backward_shrink, backward_outer};
+const KernelTable kTable = {MOA_STRING(MOA_ISA), topk,   topk_backward,   router,          router_backward, forward,
+                            few_tokens,          linear, linear_backward, backward_shrink, backward_outer};
 
 }  // namespace MOA_ISA
 }  // namespace moa

@@ -41,6 +41,28 @@ struct ForwardParams : LoraParams {
   void* h;           // [tokens * top_k, rank] accumulator type
 };
 
+// y += x W^T, all of one type.
+struct LinearParams {
+  DType type;
+  int64_t tokens, in, out;
+  const void* x;  // [tokens, in], rows ldx apart
+  int64_t ldx;
+  const void* weight;  // [out, in], rows ldw apart
+  int64_t ldw;
+  void* y;  // [tokens, out]
+};
+
+// dx += dy W, all of one type.
+struct LinearBackwardParams {
+  DType type;
+  int64_t tokens, in, out;
+  const void* dy;  // [tokens, out], rows lddy apart
+  int64_t lddy;
+  const void* weight;  // [out, in], rows ldw apart
+  int64_t ldw;
+  void* dx;  // [tokens, in]
+};
+
 struct BackwardParams : LoraParams {
   const void* dy;  // [tokens, out], rows lddy apart
   int64_t lddy;

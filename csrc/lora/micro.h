@@ -102,20 +102,30 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
 #undef MOA_ROW
   const int64_t tiles = ((m_size + M - 1) / M) * ((n_size + N - 1) / N);
   ahead.spread(tiles * (k_size / V::kIn), 4);
+  // Tiles of equal height, as far as they can be: a low one at the end loads a for few products.
+  auto height = [&](int64_t m) {
+    const int64_t left = m_size - m, tiles = (left + M - 1) / M;
+    return (left + tiles - 1) / tiles;
+  };
   // The rows of the next tile of x are fetched two at a time, while the groups of a pass over this one.
-  auto tile = [&](int64_t m, int64_t n, int64_t pass) {
-    const int64_t rows = m_size - m < M ? m_size - m : M, cols = n_size - n < N ? n_size - n : N;
+  auto tile = [&](int64_t m, int64_t rows, int64_t n, int64_t pass) {
+    const int64_t cols = n_size - n < N ? n_size - n : N;
     const int64_t soon = m + rows + 2 * pass;
     const bool more = pass < M / 2 && soon + 1 < m_size + m_ahead;
     kTiles[rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, k_size,
                                out + m * ldo + n, ldo, &ahead);
   };
   if (x_outer) {
-    for (int64_t m = 0; m < m_size; m += M)
-      for (int64_t n = 0; n < n_size; n += N) tile(m, n, n / N);
+    for (int64_t m = 0, rows = 0; m < m_size; m += rows) {
+      rows = height(m);
+      for (int64_t n = 0; n < n_size; n += N) tile(m, rows, n, n / N);
+    }
   } else {
     for (int64_t n = 0; n < n_size; n += N)
-      for (int64_t m = 0; m < m_size; m += M) tile(m, n, n / N);
+      for (int64_t m = 0, rows = 0; m < m_size; m += rows) {
+        rows = height(m);
+        tile(m, rows, n, n / N);
+      }
   }
 }
 

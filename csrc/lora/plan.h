@@ -51,6 +51,25 @@ inline bool along_ranks(int64_t tokens, int64_t rank) { return tokens <= 2 && ra
 // Outputs of one run of its backward: bounds float32 rounding, and splits the work into tasks.
 constexpr int64_t kShrinkRun = 128;
 
+// The base's product is our own where the library's GEMM, which packs W first, is slower. `most` tokens is what an
+// instruction set has (vec.h); short rows have too few products to pay for the sum of their lanes. W 2048 x 2048 against
+// F.linear: float32 T = 1 0.4, T = 16 0.4, T = 64 0.6 to 0.8, T = 192 0.9 to 1.0; bfloat16 T = 1 0.3, T = 16 0.75, T = 32
+// 0.9; the gradient of x float32 T = 1 0.8, T = 4 0.4, T = 32 0.75, bfloat16 T = 1 0.5, T = 8 0.75. A type that is
+// converted to be multiplied (`direct` is false) has no fast GEMM at any T: float16 T = 256 0.3, its gradient 0.005.
+inline bool few_tokens(int64_t tokens, int64_t in, int64_t most, bool direct) {
+  if (!direct) return most > 0 && tokens > 1;  // one token has a fast GEMV there
+  return tokens <= most && 8 * tokens <= in;
+}
+inline bool few_tokens_backward(int64_t tokens, int64_t out, int64_t most, bool direct) {
+  if (!direct) return most > 0;
+  return 4 * tokens <= most && 48 * tokens <= out;
+}
+constexpr int64_t kLinearBlock = 256;  // tokens at a time, where there are more
+constexpr int64_t kLinearPanel = 8;    // rows of W, or pairs of them, between two looks at dx
+// Rows of W, which are columns of y, that a task owns; and columns of dx.
+inline int64_t linear_rows(int64_t out) { return clamp(ceil_div(out, 8 * 4) * 4, 4, 64); }
+inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 64) * 64, 64, 512); }
+
 // Gram: columns per task; its x panel is gathered again for every tile of ranks.
 inline int64_t gram_cols(int64_t width) {
   return width >= 2048 ? 256 : clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);

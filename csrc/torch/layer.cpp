@@ -1,48 +1,35 @@
 // The layer without gradients, whole and in one call, on the CPU: mixture and base, with h and the routing in work
 // memory. In full precision y holds bias and mixture first, and F.linear's own product is added to it: one pass less
 // over y. In half precision that addition slows the product itself by 4 %, and would round y twice: there the product
-// comes first, and the mixture is added in float32. Where no token has an adapter only the product is left.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+// comes first, and the mixture is added in float32. For few tokens the product is our own (linear.h), and comes last.
+// Where no token has an adapter only the product is left.
 #include "common/scratch.h"
 #include "isa/table.h"
 #include "torch/checks.h"
 #include "torch/cpu_arguments.h"
+#include "torch/linear.h"
 
 namespace moa {
 namespace {
-
-// W^T, a view made without the dispatcher, whose code the weights of the call before have swept from the caches.
-Tensor transposed(const Tensor& weight) {
-  const int64_t sizes[2] = {weight.size(1), weight.size(0)}, strides[2] = {weight.stride(1), weight.stride(0)};
-  AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 2, sizes, strides, 0, &view));
-  return Tensor(view);
-}
-
-// y = start + x W^T, the start being y itself, a bias [out] or nothing.
-void add_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
-  const Tensor columns = transposed(weight);
-  if (start.has_value()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), start->get(), x.get(), columns.get(), 1.0, 1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), x.get(), columns.get()));
-  }
-}
 
 // y = base + bias + mixture + x W^T, in the order that suits the type; weight may be absent.
 void mixture_and_linear(ForwardParams* p, const Tensor& y, const Tensor& x, const OptionalTensor& weight,
                         const OptionalTensor& bias) {
   const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
-  const bool linear_first = half && weight.has_value() && p->base == nullptr;
+  const bool linear_first = half && weight.has_value() && p->base == nullptr && !few_tokens(x, *weight);
   if (linear_first) {
-    add_linear(y, bias, x, *weight);
+    library_linear(y, bias, x, *weight);
     p->base = p->y;
     p->ldbase = p->out;
     p->bias = nullptr;
   }
   kernels().forward(*p);
-  if (weight.has_value() && !linear_first) add_linear(y, y, x, *weight);
+  if (!weight.has_value() || linear_first) return;
+  if (p->base == nullptr) {
+    add_linear(y, bias, x, *weight);
+  } else {
+    library_linear(y, y, x, *weight);
+  }
 }
 
 // Whether some slot has an adapter of rank 1 or more.
@@ -65,7 +52,7 @@ Tensor segment_linear_cpu(const Tensor& x_, const OptionalTensor& weight, const 
   if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
   const Output out(&p, a, base_rows(base, x_), bias, /*keep_h=*/false);
   if (weight.has_value() && !base.has_value() && !any_adapter(p)) {
-    add_linear(out.y, bias, a.x, *weight);  // what F.linear does
+    library_linear(out.y, bias, a.x, *weight);  // what F.linear does
     return with_leading(out.y, x_);
   }
   p.h = scratch<char>(Scratch::call_second, (p.x_type == DType::f64 ? 8 : 4) * p.seg.tokens * p.seg.top_k * p.rank);

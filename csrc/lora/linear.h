@@ -1,0 +1,139 @@
+// The base's product for few tokens on a CPU, y += x W^T, and its gradient, dx += dy W. Included only by
+// csrc/isa/kernels.cpp.
+//
+// A GEMM packs its operands before it multiplies: that pays for hundreds of tokens. With a few, reading W is the whole
+// work, so every row of W is read once, as it lies, against all tokens. A task owns columns of the result.
+#pragma once
+#include "lora/kernels.h"
+
+namespace moa {
+namespace MOA_ISA {
+
+// Tokens [t0, t0 + tokens) of x as rows of In, converted if need be, in memory of the calling thread that its workers
+// share.
+template <class V, class T>
+static const typename V::In** rows_of(const void* x, int64_t ldx, int64_t t0, int64_t tokens, int64_t width) {
+  using In = typename V::In;
+  const T* row = static_cast<const T*>(x) + t0 * ldx;
+  const In** rows = scratch<const In*>(Scratch::call_pointers, tokens);
+  In* buffer = Same<T, In>::value ? nullptr : scratch<In>(Scratch::call_first, tokens * width);
+  for (int64_t t = 0; t < tokens; ++t)
+    rows[t] = row_as<V, T>(row + t * ldx, width, buffer == nullptr ? nullptr : buffer + t * width);
+  return rows;
+}
+
+// ---- y += x W^T for tokens [t0, t0 + tokens): dot tiles, a group of W's rows against all tokens ----------------
+template <class V, class T>
+static void linear_tokens(const LinearParams& p, int64_t t0, int64_t tokens) {
+  using In = typename V::In;
+  using Acc = typename V::Acc;
+  constexpr bool direct = Same<T, In>::value;
+  const T* weight = static_cast<const T*>(p.weight);
+  T* y = static_cast<T*>(p.y);
+  const In** rows = rows_of<V, T>(p.x, p.ldx, t0, tokens, p.in);
+
+  const int64_t block = plan::linear_rows(p.out);
+  parallel_tasks(plan::ceil_div(p.out, block), plan::worth_threads(p.out * p.in * sizeof(T)), [&](int64_t task) {
+    const int64_t begin = task * block, end = min64(begin + block, p.out);
+    Acc* tile = scratch<Acc>(Scratch::tile, tokens * block);
+    In* buffer = direct ? nullptr : scratch<In>(Scratch::panel, V::kDotN * p.in);
+    for (int64_t o = begin; o < end; o += V::kDotN) {
+      const int64_t n = min64(V::kDotN, end - o), soon = min64(V::kDotN, p.out - o - n);
+      const T* w = weight + o * p.ldw;
+      const Ahead ahead(w + n * p.ldw, soon * p.ldw * static_cast<int64_t>(sizeof(T)));
+      if constexpr (direct) {
+        dot_block<V>(rows, tokens, 0, w, p.ldw, n, p.in, tile + o - begin, block, false, ahead);
+      } else {
+        for (int64_t i = 0; i < n; ++i) convert_row(w + i * p.ldw, buffer + i * p.in, p.in);
+        dot_block<V>(rows, tokens, 0, buffer, p.in, n, p.in, tile + o - begin, block, false, ahead);
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      Acc* sum = tile + t * block;
+      T* out = y + (t0 + t) * p.out + begin;
+      add_row(out, sum, end - begin);
+      convert_row(sum, out, end - begin);
+    }
+  });
+}
+
+template <class V, class T>
+static void linear(const LinearParams& p) {
+  for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
+    linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
+}
+
+template <class V, class T>
+static bool few_tokens(int64_t tokens, int64_t in) {
+  return plan::few_tokens(tokens, in, V::kLinearTokens, Same<T, typename V::In>::value);
+}
+
+// ---- dx += dy W for tokens [t0, t0 + tokens): axpy tiles over panels of W's rows --------------------------------------
+template <class V, class T>
+static void linear_backward_tokens(const LinearBackwardParams& p, int64_t t0, int64_t tokens) {
+  using In = typename V::In;
+  using Acc = typename V::Acc;
+  const T* weight = static_cast<const T*>(p.weight);
+  T* dx = static_cast<T*>(p.dx);
+  const In** dy = rows_of<V, T>(p.dy, p.lddy, t0, tokens, p.out);
+  const int64_t ld = tokens > 1 ? dy[1] - dy[0] : 0;
+  constexpr int64_t kRows = plan::kLinearPanel * V::kPack;  // of W in a panel
+
+  const int64_t block = plan::linear_cols(p.in);
+  parallel_tasks(plan::ceil_div(p.in, block), plan::worth_threads(p.out * p.in * sizeof(T)), [&](int64_t task) {
+    const int64_t c0 = task * block, cols = min64(block, p.in - c0);
+    // Sums of one run of outputs: totals of many runs lose less to rounding than one long sum.
+    Acc* run = scratch<Acc>(Scratch::tile, 2 * tokens * cols);
+    Acc* total = run + tokens * cols;
+    memset(total, 0, tokens * cols * sizeof(Acc));
+    In* buffer = scratch<In>(Scratch::panel, kRows * cols);
+    for (int64_t r0 = 0; r0 < p.out; r0 += plan::kGramRun) {
+      const int64_t r1 = min64(r0 + plan::kGramRun, p.out);
+      memset(run, 0, tokens * cols * sizeof(Acc));
+      for (int64_t o = r0; o < r1; o += kRows) {
+        const int64_t steps = plan::ceil_div(min64(kRows, r1 - o), V::kPack);
+        const In* panel[plan::kLinearPanel];
+        for (int64_t i = 0; i < steps; ++i) {
+          const T* w = weight + (o + i * V::kPack) * p.ldw + c0;
+          In* packed = buffer + i * V::kPack * cols;
+          if constexpr (V::kPack == 1) {
+            panel[i] = row_as<V, T>(w, cols, packed);
+          } else {
+            interleave(w, w + p.ldw, cols, packed);
+            panel[i] = packed;
+          }
+        }
+        const int64_t next = o + kRows, next_end = min64(next + kRows, p.out);  // fetched between the tiles of this one
+        int64_t soon = next;
+        Ahead none(weight, 0);
+        for (int64_t t = 0; t < tokens; t += V::kAxpyM) {
+          for (; soon < next_end && (soon - next) * tokens <= kRows * t; ++soon)
+            prefetch_row(weight + soon * p.ldw + c0, cols);
+          const int m = static_cast<int>(min64(V::kAxpyM, tokens - t));
+          Acc* to[V::kAxpyM];
+          for (int i = 0; i < m; ++i) to[i] = run + (t + i) * cols;
+          axpy_block<V>(m, to, to, dy[t] + o, ld, V::kPack, panel, steps, cols, &none);
+        }
+      }
+      add_row(run, total, tokens * cols);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* out = dx + (t0 + t) * p.in + c0;
+      add_row(out, total + t * cols, cols);
+      convert_row(total + t * cols, out, cols);
+    }
+  });
+}
+
+// False, and nothing done, where the library's GEMM is as fast.
+template <class V, class T>
+static bool linear_backward(const LinearBackwardParams& p) {
+  if (!plan::few_tokens_backward(p.tokens, p.out, V::kLinearTokens, Same<T, typename V::In>::value)) return false;
+  if (p.out % V::kPack != 0) return false;  // the last pair would reach into the next row of dy
+  for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
+    linear_backward_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
+  return true;
+}
+
+}  // namespace MOA_ISA
+}  // namespace moa

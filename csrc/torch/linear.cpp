@@ -1,0 +1,119 @@
+#include "torch/linear.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "isa/table.h"
+#include "torch/ops.h"
+
+namespace moa {
+namespace {
+
+// W^T, a view made without the dispatcher, whose code the weights of the call before have swept from the caches.
+Tensor transposed(const Tensor& weight) {
+  const int64_t sizes[2] = {weight.size(1), weight.size(0)}, strides[2] = {weight.stride(1), weight.stride(0)};
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 2, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+
+bool rows_are_dense(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
+
+void check_linear(const Tensor& x, const Tensor& weight, const Place& place) {
+  dtype_of(x, "x");
+  check_tensor(x, "x", place, {-1, -1});
+  check_tensor(weight, "weight", place, {-1, x.size(1)}, x.scalar_type());
+}
+
+// Whether every row of y is the bias, or zero without one: of bits, where U is as wide as an element.
+template <class U>
+bool only_bias(const Tensor& y, const OptionalTensor& bias) {
+  const U* rows = data<U>(y);
+  const U* start = bias.has_value() ? data<U>(*bias) : nullptr;
+  const int64_t tokens = y.size(0), out = y.size(1);
+  auto zero = [](U bits) { return static_cast<U>(bits << 1) == 0; };  // of either sign
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < out; ++i) {
+      const U value = rows[t * out + i], want = start != nullptr ? start[i] : U(0);
+      if (value != want && !(zero(value) && zero(want))) return false;
+    }
+  return true;
+}
+
+bool only_bias(const Tensor& y, const OptionalTensor& bias) {
+  switch (dtype_of(y, "y")) {
+    case DType::f64: return only_bias<uint64_t>(y, bias);
+    case DType::f32: return only_bias<uint32_t>(y, bias);
+    default: return only_bias<uint16_t>(y, bias);
+  }
+}
+
+}  // namespace
+
+bool few_tokens(const Tensor& x, const Tensor& weight) {
+  return rows_are_dense(x) && rows_are_dense(weight) && kernels().few_tokens(dtype_of(x, "x"), x.size(0), x.size(1));
+}
+
+void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
+  const Tensor columns = transposed(weight);
+  if (start.has_value()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), start->get(), x.get(), columns.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), x.get(), columns.get()));
+  }
+}
+
+void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, const Tensor& weight) {
+  if (!few_tokens(x, weight)) return library_linear(y, y, x, weight);
+  if (only_bias(y, bias)) return library_linear(y, bias, x, weight);
+  LinearParams p{};
+  p.type = dtype_of(x, "x");
+  p.tokens = x.size(0);
+  p.in = x.size(1);
+  p.out = weight.size(0);
+  p.x = data<void>(x);
+  p.ldx = row_stride(x);
+  p.weight = data<void>(weight);
+  p.ldw = row_stride(weight);
+  p.y = data<void>(y);
+  kernels().linear(p);
+}
+
+bool few_tokens_cpu(const Tensor& x, const Tensor& weight) {
+  check_linear(x, weight, place_of(x));
+  return few_tokens(x, weight);
+}
+
+void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const Place place = place_of(x);
+  check_linear(x, weight, place);
+  check_tensor(y, "y", place, {x.size(0), weight.size(0)}, x.scalar_type());
+  STD_TORCH_CHECK(y.is_contiguous(), "y is not contiguous; it is written in place: give a contiguous one");
+  if (!bias.has_value()) return add_linear(y, bias, x, weight);
+  check_tensor(*bias, "bias", place, {weight.size(0)}, x.scalar_type());
+  add_linear(y, dense(*bias), x, weight);
+}
+
+void add_linear_backward_cpu(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {
+  const Place place = place_of(grad_y);
+  const DType type = dtype_of(grad_y, "grad_y");
+  check_tensor(grad_y, "grad_y", place, {-1, -1});
+  check_tensor(weight, "weight", place, {grad_y.size(1), -1}, grad_y.scalar_type());
+  check_tensor(grad_x, "grad_x", place, {grad_y.size(0), weight.size(1)}, grad_y.scalar_type());
+  if (rows_are_dense(grad_y) && rows_are_dense(weight) && grad_x.is_contiguous()) {
+    LinearBackwardParams p{};
+    p.type = type;
+    p.tokens = grad_y.size(0);
+    p.in = weight.size(1);
+    p.out = weight.size(0);
+    p.dy = data<void>(grad_y);
+    p.lddy = row_stride(grad_y);
+    p.weight = data<void>(weight);
+    p.ldw = row_stride(weight);
+    p.dx = data<void>(grad_x);
+    if (kernels().linear_backward(p)) return;
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(grad_x.get(), grad_x.get(), grad_y.get(), weight.get(), 1.0, 1.0));
+}
+
+}  // namespace moa

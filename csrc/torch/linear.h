@@ -1,0 +1,17 @@
+// The base's product beside the mixture, on the CPU: our own kernel for few tokens, else the library's GEMM.
+#pragma once
+#include "torch/tensors.h"
+
+namespace moa {
+
+// Whether add_linear takes our own kernel.
+bool few_tokens(const Tensor& x, const Tensor& weight);
+
+// y = start + x W^T as F.linear computes it, the start being y itself, a bias [out] or nothing.
+void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight);
+
+// y += x W^T, where y holds the bias and the mixture. Where the mixture is zero throughout, as in a layer whose adapters
+// are fresh, y becomes F.linear's own, bit for bit. What is handed in has been checked; y is contiguous.
+void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, const Tensor& weight);
+
+}  // namespace moa

@@ -6,7 +6,18 @@ namespace moa {
 
 // One slot per use that can be alive at the same time on one thread. Slots from `call_first` on belong to the
 // thread that called the operator and are shared, read-only or task by task, with its workers.
-enum class Scratch : int { rows, panel, tile, convert, pointers, counts, call_first, call_second, call_pointers, count };
+enum class Scratch : int {
+  rows,
+  panel,
+  tile,
+  convert,
+  pointers,
+  counts,
+  call_first,
+  call_second,
+  call_pointers,
+  count
+};
 
 // At least `bytes` of 64-byte-aligned memory, contents undefined, valid until the same slot is asked for again.
 void* scratch_bytes(Scratch slot, size_t bytes);

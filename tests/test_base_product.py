@@ -98,6 +98,20 @@ def test_without_a_mixture_it_is_the_library(dtype: torch.dtype, bias: bool) -> 
     assert torch.equal(y, F.linear(x, weight, added))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [2, 3, 17])
+def test_a_token_without_a_mixture_is_the_library(dtype: torch.dtype, bias: bool, tokens: int) -> None:
+    """So is one row of the base model in a batch by id, whatever is beside it."""
+    x, weight, y, _ = make(tokens, (256, 40), dtype)
+    added = torch.randn(40).to(dtype) if bias else None
+    y[1] = added if bias else 0.0
+    start = y.double().clone()
+    moa.add_linear_(y, x, weight, added)
+    assert torch.equal(y[1], F.linear(x, weight, added)[1])
+    assert_close(y, start + x.double() @ weight.double().t(), "y")
+
+
 def test_few_are_few() -> None:
     """Where the kernels are used: few tokens of a type with vectors; never float64."""
     weight = torch.randn(64, 1024)

@@ -24,26 +24,30 @@ void check_linear(const Tensor& x, const Tensor& weight, const Place& place) {
   check_tensor(weight, "weight", place, {-1, x.size(1)}, x.scalar_type());
 }
 
-// Whether every row of y is the bias, or zero without one: of bits, where U is as wide as an element.
+// How many rows of y are the bias, or zero without one: of bits, where U is as wide as an element.
 template <class U>
-bool only_bias(const Tensor& y, const OptionalTensor& bias) {
-  const U* rows = data<U>(y);
+int64_t rows_of_bias(const Tensor& y, const OptionalTensor& bias) {
+  const U* row = data<U>(y);
   const U* start = bias.has_value() ? data<U>(*bias) : nullptr;
   const int64_t tokens = y.size(0), out = y.size(1);
   auto zero = [](U bits) { return static_cast<U>(bits << 1) == 0; };  // of either sign
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < out; ++i) {
-      const U value = rows[t * out + i], want = start != nullptr ? start[i] : U(0);
-      if (value != want && !(zero(value) && zero(want))) return false;
+  int64_t rows = 0;
+  for (int64_t t = 0; t < tokens; ++t, row += out) {
+    int64_t i = 0;
+    for (; i < out; ++i) {
+      const U want = start != nullptr ? start[i] : U(0);
+      if (row[i] != want && !(zero(row[i]) && zero(want))) break;
     }
-  return true;
+    rows += i == out;
+  }
+  return rows;
 }
 
-bool only_bias(const Tensor& y, const OptionalTensor& bias) {
+int64_t rows_of_bias(const Tensor& y, const OptionalTensor& bias) {
   switch (dtype_of(y, "y")) {
-    case DType::f64: return only_bias<uint64_t>(y, bias);
-    case DType::f32: return only_bias<uint32_t>(y, bias);
-    default: return only_bias<uint16_t>(y, bias);
+    case DType::f64: return rows_of_bias<uint64_t>(y, bias);
+    case DType::f32: return rows_of_bias<uint32_t>(y, bias);
+    default: return rows_of_bias<uint16_t>(y, bias);
   }
 }
 
@@ -64,7 +68,9 @@ void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& 
 
 void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, const Tensor& weight) {
   if (!few_tokens(x, weight)) return library_linear(y, y, x, weight);
-  if (only_bias(y, bias)) return library_linear(y, bias, x, weight);
+  const int64_t rows = rows_of_bias(y, bias);
+  if (rows == y.size(0)) return library_linear(y, bias, x, weight);
+  if (rows > 0) return library_linear(y, y, x, weight);
   LinearParams p{};
   p.type = dtype_of(x, "x");
   p.tokens = x.size(0);

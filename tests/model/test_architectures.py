@@ -93,22 +93,29 @@ def test_routed_forward_and_backward(name: str, granularity: str, level: str) ->
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit", "qwen3_moe"])
 def test_by_id_equals_peft(name: str, tmp_path: Path) -> None:
+    """In float64, as float32 through a whole model may round by more than 1e-6 on either side; but the experts
+    of qwen3_moe are multiplied by an operator that has no float64.
+    """
     peft = pytest.importorskip("peft")
+    dtype, limit = (torch.float32, 5e-6) if name == "qwen3_moe" else (torch.float64, 1e-6)
     model, batch = mixture(name, top_k=1), without_labels(batch_of(name))
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
     for adapter in model.adapters:
         write_peft_adapter(tmp_path / adapter, model.adapter_data(adapter))
+    model.to(dtype)
     ours = {adapter: model(**batch, adapter_names=[adapter] * 3).logits for adapter in model.adapters}
     mixed = model(**batch, adapter_names=["c", "__base__", "a"]).logits
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "a", adapter_name="a")
     for adapter in model.adapters[1:]:
         theirs.load_adapter(tmp_path / adapter, adapter)
+    theirs.to(dtype)
     for adapter in model.adapters:
         theirs.set_adapter(adapter)
         expected = theirs(**batch).logits
-        assert error(ours[adapter], expected) < 1e-6, adapter
+        assert error(ours[adapter], expected) < limit, adapter
         row = {"a": 2, "c": 0}.get(adapter)
         if row is not None:
-            assert error(mixed[row], expected[row]) < 1e-6, adapter
+            assert error(mixed[row], expected[row]) < limit, adapter
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])

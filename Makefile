@@ -5,12 +5,14 @@
 #   MOA_CUDA=auto|0|1   build the CUDA kernels (CMakeLists.txt)
 #   FAST=1              make demo: the short form            ARGS=...     passed on to pytest, the demo, the benchmarks
 #   QUICK=1             make bench: the short form
+#   JOBS=2              make test: files of tests at a time (0: in one process)
 #   CUDA=1              make wheel, wheel-check: with CUDA kernels, and +cuXYZ in the version
 #   UPDATE=1            make cuda-check, instruction-check: writes the budget (tests/*_budget.txt)
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
+JOBS ?= 2
 RUFF := ruff==0.17.6
 CLANG_FORMAT := clang-format==23.1.5
 
@@ -30,7 +32,7 @@ demo: build  ## train a mixture of LoRAs on real text and compare it (FAST=1: in
 	$(BIN)/python examples/demo.py $(if $(FAST),--fast) $(ARGS)
 
 test: build $(VENV)/torchao  ## the whole test suite
-	PYTHONPATH="$(abspath $(VENV)/torchao)" $(BIN)/python -m pytest $(ARGS)
+	PYTHONPATH="$(abspath $(VENV)/torchao)" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: build  ## micro-benchmarks against the alternatives
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)

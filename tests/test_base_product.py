@@ -5,6 +5,8 @@ The reference is the same in float64. Which tokens are few hangs on the instruct
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,13 +115,25 @@ def test_a_token_without_a_mixture_is_the_library(dtype: torch.dtype, bias: bool
 
 
 def test_few_are_few() -> None:
-    """Where the kernels are used: few tokens of a type with vectors; never float64."""
-    weight = torch.randn(64, 1024)
+    """Where the kernels are used: few tokens, fewer where the library is fast; never in float64."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     best = moa.cpu_isa()
-    expected = {"scalar": 0, "avx2": 32, "avx512": 128, "avx512_bf16": 128}[best]
-    taken = [tokens for tokens in (1, 32, 33, 128, 129) if moa.few_tokens(torch.randn(tokens, 1024), weight)]
-    assert taken == [tokens for tokens in (1, 32, 33, 128, 129) if tokens <= expected]
-    assert not moa.few_tokens(torch.randn(1, 1024).double(), weight.double())
+    most = {
+        torch.float32: {"scalar": 0, "avx2": 32}.get(best, 128),  # 8 tokens and more for each of 1024 inputs
+        torch.bfloat16: {"scalar": 0, "avx512_bf16": 32}.get(best, 10**9),
+        torch.float16: 0 if best == "scalar" else 10**9,
+        torch.float64: 0,
+    }
+    for dtype, word, fast in (
+        (torch.float32, "GenuineIntel", 32),
+        (torch.bfloat16, "amx_bf16", 4),
+        (torch.float16, "avx512_fp16", 16),
+    ):
+        most[dtype] = min(most[dtype], fast if word in cpu else most[dtype])
+    for dtype, limit in most.items():
+        for tokens in (2, 4, 5, 16, 17, 32, 33, 128, 129, 1000):
+            x, weight = torch.zeros(tokens, 1024, dtype=dtype), torch.zeros(64, 1024, dtype=dtype)
+            assert moa.few_tokens(x, weight) == (tokens <= limit), (dtype, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,7 @@
 //   In      element that is multiplied          kIn    elements in one loaded vector
 //   Acc     element that is accumulated         kAcc   lanes of one accumulator
 //   kPack   products summed into a lane by one multiply-add: 1, or 2 for bfloat16 pairs
-//   kLinearTokens   up to how many tokens a product with W is faster here than in a GEMM (plan.h)
+//   kLinearTokens   up to how many tokens a product with W is faster here than in most GEMMs (plan.h)
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
 //
 // Included only by csrc/isa/kernels.cpp, once per instruction set, inside that set's own namespace: the linker must

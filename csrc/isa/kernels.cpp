@@ -48,10 +48,10 @@ static void forward(const ForwardParams& p) {
 }
 static bool few_tokens(DType type, int64_t tokens, int64_t in) {
   switch (type) {
-    case DType::f32: return few_tokens<F32, float>(tokens, in);
-    case DType::f64: return few_tokens<F64, double>(tokens, in);
-    case DType::bf16: return few_tokens<Bf16Arithmetic, bf16_t>(tokens, in);
-    case DType::f16: return few_tokens<F32, f16_t>(tokens, in);
+    case DType::f32: return few_tokens<F32, float>(type, tokens, in);
+    case DType::f64: return few_tokens<F64, double>(type, tokens, in);
+    case DType::bf16: return few_tokens<Bf16Arithmetic, bf16_t>(type, tokens, in);
+    case DType::f16: return few_tokens<F32, f16_t>(type, tokens, in);
   }
   return false;
 }

@@ -63,9 +63,17 @@ static void linear(const LinearParams& p) {
     linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
 }
 
+// The most tokens that are few, by instruction set and processor.
 template <class V, class T>
-static bool few_tokens(int64_t tokens, int64_t in) {
-  return plan::few_tokens(tokens, in, V::kLinearTokens, Same<T, typename V::In>::value);
+static int64_t most_tokens(DType type) {
+  if (V::kLinearTokens == 0) return 0;
+  const int64_t most = Same<T, typename V::In>::value ? V::kLinearTokens : INT64_MAX;
+  return min64(most, plan::most_beside_library(type, processor()));
+}
+
+template <class V, class T>
+static bool few_tokens(DType type, int64_t tokens, int64_t in) {
+  return plan::few_tokens(tokens, in, most_tokens<V, T>(type), Same<T, typename V::In>::value);
 }
 
 // ---- dx += dy W for tokens [t0, t0 + tokens): axpy tiles over panels of W's rows --------------------------------------
@@ -128,7 +136,9 @@ static void linear_backward_tokens(const LinearBackwardParams& p, int64_t t0, in
 // False, and nothing done, where the library's GEMM is as fast.
 template <class V, class T>
 static bool linear_backward(const LinearBackwardParams& p) {
-  if (!plan::few_tokens_backward(p.tokens, p.out, V::kLinearTokens, Same<T, typename V::In>::value)) return false;
+  const int64_t least = p.type == DType::f32 && processor().intel ? 2 : 1;  // a fast GEMV
+  if (!plan::few_tokens_backward(p.tokens, p.out, least, most_tokens<V, T>(p.type), Same<T, typename V::In>::value))
+    return false;
   if (p.out % V::kPack != 0) return false;  // the last pair would reach into the next row of dy
   for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
     linear_backward_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));

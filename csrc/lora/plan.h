@@ -3,6 +3,9 @@
 #pragma once
 #include <cstdint>
 
+#include "common/processor.h"
+#include "common/types.h"
+
 namespace moa {
 namespace plan {
 
@@ -57,12 +60,23 @@ constexpr int64_t kShrinkRun = 128;
 // 0.9; the gradient of x float32 T = 1 0.8, T = 4 0.4, T = 32 0.75, bfloat16 T = 1 0.5, T = 8 0.75. A type that is
 // converted to be multiplied (`direct` is false) has no fast GEMM at any T: float16 T = 256 0.3, its gradient 0.005.
 inline bool few_tokens(int64_t tokens, int64_t in, int64_t most, bool direct) {
-  if (!direct) return most > 0 && tokens > 1;  // one token has a fast GEMV there
+  if (!direct) return tokens > 1 && tokens <= most;  // one token has a fast GEMV there
   return tokens <= most && 8 * tokens <= in;
 }
-inline bool few_tokens_backward(int64_t tokens, int64_t out, int64_t most, bool direct) {
-  if (!direct) return most > 0;
-  return 4 * tokens <= most && 48 * tokens <= out;
+inline bool few_tokens_backward(int64_t tokens, int64_t out, int64_t least, int64_t most, bool direct) {
+  if (!direct) return tokens <= most / 4;
+  return tokens >= least && 4 * tokens <= most && 48 * tokens <= out;
+}
+// The most tokens where the library is faster than on Zen 4. Two Emerald Rapids cores, W 2048 x 2048: float32 T = 1 0.93,
+// T = 4 0.52, T = 32 0.80, T = 64 1.05, T = 192 1.40, gradient T = 1 1.42, T = 8 0.79; bfloat16 by tiles T = 4 0.69, T = 8
+// 1.13, T = 32 3.1, gradient T = 1 0.87, T = 2 1.09; float16 T = 16 0.98, T = 64 1.31, gradient T = 4 0.97, T = 16 1.03.
+inline int64_t most_beside_library(DType type, const Processor& cpu) {
+  switch (type) {
+    case DType::f32: return cpu.intel ? 32 : INT64_MAX;
+    case DType::bf16: return cpu.amx_bf16 ? 4 : INT64_MAX;
+    case DType::f16: return cpu.avx512_fp16 ? 16 : INT64_MAX;
+    default: return INT64_MAX;
+  }
 }
 constexpr int64_t kLinearBlock = 256;  // tokens at a time, where there are more
 constexpr int64_t kLinearPanel = 8;    // rows of W, or pairs of them, between two looks at dx

@@ -5,6 +5,7 @@ python tests/emulator/build.py [plain asan tsan]     builds, incrementally; the 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.machinery
 import importlib.util
@@ -128,8 +129,17 @@ def jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
+@functools.cache
 def build(variant: str) -> Path:
-    """The module of a variant, compiled as far as something changed."""
+    """The module of a variant, compiled as far as something changed; by one process at a time."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with (OUTPUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_alone(variant)
+
+
+def build_alone(variant: str) -> Path:
+    """What ``build`` does while no other process does."""
     objects = {source: object_of(variant, source) for source in sources(variant)}
     with ThreadPoolExecutor(jobs()) as pool:
         changed = list(pool.map(lambda item: compile_source(variant, *item), objects.items()))

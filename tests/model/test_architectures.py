@@ -93,8 +93,8 @@ def test_routed_forward_and_backward(name: str, granularity: str, level: str) ->
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit", "qwen3_moe"])
 def test_by_id_equals_peft(name: str, tmp_path: Path) -> None:
-    """In float64, as float32 through a whole model may round by more than 1e-6 on either side; but what multiplies
-    the experts of qwen3_moe has no float64.
+    """In float64, as float32 through a whole model may round by more than 1e-6 on either side; but what
+    multiplies the experts of qwen3_moe has no float64.
     """
     peft = pytest.importorskip("peft")
     dtype, limit = (torch.float32, 5e-6) if name == "qwen3_moe" else (torch.float64, 1e-6)

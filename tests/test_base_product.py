@@ -120,7 +120,7 @@ def test_few_are_few() -> None:
     best = moa.cpu_isa()
     most = {
         torch.float32: {"scalar": 0, "avx2": 32}.get(best, 128),  # 8 tokens and more for each of 1024 inputs
-        torch.bfloat16: {"scalar": 0, "avx512_bf16": 32}.get(best, 10**9),
+        torch.bfloat16: {"scalar": 0, "avx512_bf16": 32, "amx_bf16": 32}.get(best, 10**9),
         torch.float16: 0 if best == "scalar" else 10**9,
         torch.float64: 0,
     }

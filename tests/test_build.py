@@ -20,7 +20,7 @@ from moa_ops import _lib, info
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(_lib._C.__file__)
-ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 
 def output_of(*command: str | Path, expect: int | None = 0, **env: str) -> str:

@@ -11,6 +11,7 @@ enum class Scratch : int {
   panel,
   tile,
   convert,
+  tiles,
   pointers,
   counts,
   call_first,

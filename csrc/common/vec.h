@@ -4,6 +4,7 @@
 //   Acc     element that is accumulated         kAcc   lanes of one accumulator
 //   kPack   products summed into a lane by one multiply-add: 1, or 2 for bfloat16 pairs
 //   kLinearTokens   up to how many tokens a product with W is faster here than in most GEMMs (plan.h)
+//   kTiles  whether whole tiles are multiplied at once (lora/tiles.h), what is left over as in the struct it derives from
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
 //
 // Included only by csrc/isa/kernels.cpp, once per instruction set, inside that set's own namespace: the linker must
@@ -27,6 +28,7 @@ struct Plain {
     T v[W];
   };
   using AccVec = InVec;
+  static constexpr bool kTiles = false;
   static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN, kLinearTokens = 0;
 
   static inline InVec load(const T* p) {
@@ -87,6 +89,7 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
+  static constexpr bool kTiles = false;
   static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2, kLinearTokens = 32;
 
   static inline __m256i first(int n) {
@@ -112,6 +115,7 @@ struct F32 {
 struct Acc512 {
   using Acc = float;
   using AccVec = __m512;
+  static constexpr bool kTiles = false;
   static constexpr int kAcc = 16, kDotM = 6, kDotN = 4, kAxpyM = 6, kAxpyN = 4;
 
   static inline AccVec zero() { return _mm512_setzero_ps(); }
@@ -160,6 +164,12 @@ struct BF16 : Acc512 {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 };
+#if defined(MOA_HAS_AMX_BF16)
+struct BF16Tiles : BF16 {
+  static constexpr bool kTiles = true;
+  static constexpr int kAxpyM = 16;
+};
+#endif
 #endif
 #endif
 

@@ -11,6 +11,9 @@
 #if defined(__AVX512BF16__)
 #define MOA_HAS_AVX512_BF16
 #endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define MOA_HAS_AMX_BF16
+#endif
 
 #include "isa/table.h"
 #include "lora/linear.h"
@@ -26,6 +29,11 @@ using Bf16Arithmetic = BF16;
 #else
 using Bf16Arithmetic = F32;  // converted to float on the way
 #endif
+#if defined(MOA_HAS_AMX_BF16)
+using Bf16Lora = BF16Tiles;
+#else
+using Bf16Lora = Bf16Arithmetic;
+#endif
 
 // fn(Lora<arithmetic, x, adapters>) for the types at hand; the callers have checked that the pair is one of these.
 template <class F>
@@ -36,7 +44,7 @@ static void for_types(const LoraParams& p, const F& fn) {
     case DType::f64: return fn(Lora<F64, double, double>(p));
     case DType::bf16:
       if (wider) return fn(Lora<F32, bf16_t, float>(p));
-      return fn(Lora<Bf16Arithmetic, bf16_t, bf16_t>(p));
+      return fn(Lora<Bf16Lora, bf16_t, bf16_t>(p));
     case DType::f16:
       if (wider) return fn(Lora<F32, f16_t, float>(p));
       return fn(Lora<F32, f16_t, f16_t>(p));

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/processor.h"
+
 namespace moa {
 
 namespace scalar {
@@ -24,6 +26,11 @@ namespace avx512_bf16 {
 extern const KernelTable kTable;
 }
 #endif
+#if defined(MOA_WITH_AMX_BF16)
+namespace amx_bf16 {
+extern const KernelTable kTable;
+}
+#endif
 
 const KernelTable* const kCompiledTables[] = {
     &scalar::kTable,
@@ -35,6 +42,9 @@ const KernelTable* const kCompiledTables[] = {
 #endif
 #if defined(MOA_WITH_AVX512_BF16)
     &avx512_bf16::kTable,
+#endif
+#if defined(MOA_WITH_AMX_BF16)
+    &amx_bf16::kTable,
 #endif
     nullptr,
 };
@@ -50,7 +60,9 @@ bool cpu_can_run(const char* name) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (strcmp(name, "avx2") == 0) return avx2;
   if (strcmp(name, "avx512") == 0) return avx512;
-  if (strcmp(name, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (strcmp(name, "avx512_bf16") == 0) return bf16;
+  if (strcmp(name, "amx_bf16") == 0) return bf16 && processor().amx_bf16;
 #endif
   return false;
 }

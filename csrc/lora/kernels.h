@@ -232,6 +232,14 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
           w = pairs;
           cm = 2;
           ck = 2 * ldc;
+          if constexpr (V::kTiles) {  // they want the pairs of a rank side by side
+            In* turned = scratch<In>(Scratch::tiles, steps * ldc * 2);
+            transpose(reinterpret_cast<const uint32_t*>(pairs), ldc, steps, ldc, reinterpret_cast<uint32_t*>(turned),
+                      steps);
+            w = turned;
+            cm = 2 * steps;
+            ck = 2;
+          }
         }
         Ahead none(x, 0);
         for (int64_t j = 0; j < rank; j += V::kAxpyM) {

@@ -6,11 +6,39 @@
 // Each output is summed in the same order whatever tile it falls into, so neither blocking nor threads change a bit.
 #pragma once
 #include "common/convert.h"
+#include "common/scratch.h"
 
 namespace moa {
 namespace MOA_ISA {
 
 #define MOA_UNROLL _Pragma("GCC unroll 8")
+
+#if defined(MOA_HAS_AVX512)
+// A square of 16 x 16 32-bit units, its rows in registers, turned over: r[i] becomes its column i.
+static inline void turn_16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+#endif
 
 // Memory wanted soon, brought into L2 line by line between the arithmetic: rows are too short, and experts too far
 // apart, for the hardware to foresee.
@@ -25,6 +53,16 @@ struct Ahead {
     pace = 64 * (lines < most ? lines : most);
   }
 };
+
+}  // namespace MOA_ISA
+}  // namespace moa
+
+#if defined(MOA_HAS_AMX_BF16)
+#include "lora/tiles.h"
+#endif
+
+namespace moa {
+namespace MOA_ISA {
 
 // ---- dot -------------------------------------------------------------------------------------------------------------
 // x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n]. soon_0, soon_1: two rows of x to come.
@@ -87,6 +125,10 @@ template <class V>
 static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_ahead, const typename V::In* a,
                       int64_t lda, int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer,
                       Ahead ahead) {
+#if defined(MOA_HAS_AMX_BF16)
+  if constexpr (V::kTiles)
+    if (m_size > kTileFewRows) return dot_tiles(x, m_size, m_ahead, a, lda, n_size, k_size, out, ldo);
+#endif
   using In = typename V::In;
   using Tile =
       void (*)(const In* const*, const In*, const In*, const In*, int64_t, int64_t, typename V::Acc*, int64_t, Ahead*);
@@ -179,10 +221,9 @@ static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const
 
 template <class V, int M>
 static void axpy_rows(const typename V::Acc* const* from, typename V::Acc* const* to, const typename V::In* coef,
-                      int64_t cm, int64_t ck, const typename V::In* const* panel, int64_t k_size, int64_t width,
-                      Ahead* ahead) {
+                      int64_t cm, int64_t ck, const typename V::In* const* panel, int64_t k_size, int64_t col,
+                      int64_t width, Ahead* ahead) {
   constexpr int N = V::kAxpyN;
-  int64_t col = 0;
   for (; col + N * V::kAcc <= width; col += N * V::kAcc)
     axpy_tile<V, M, N, false>(from, to, col, coef, cm, ck, panel, k_size, 0, ahead);
   for (; col < width; col += V::kAcc)
@@ -190,18 +231,27 @@ static void axpy_rows(const typename V::Acc* const* from, typename V::Acc* const
                              static_cast<int>(width - col < V::kAcc ? width - col : V::kAcc), ahead);
 }
 
-// m <= kAxpyM rows of `width` columns, k_size rows of the panel. A row of `to` may be that of `from`.
+// Columns [col, width) of m <= kAxpyM rows, k_size rows of the panel. A row of `to` may be that of `from`.
 template <class V>
 static inline void axpy_block(int m, const typename V::Acc* const* from, typename V::Acc* const* to,
                               const typename V::In* coef, int64_t cm, int64_t ck, const typename V::In* const* panel,
-                              int64_t k_size, int64_t width, Ahead* ahead) {
+                              int64_t k_size, int64_t width, Ahead* ahead, int64_t col = 0) {
+#if defined(MOA_HAS_AMX_BF16)
+  if constexpr (V::kTiles) {
+    if (ck == V::kPack) col = axpy_tiles(m, from, to, coef, cm, panel, k_size, width);
+    for (int i = 0; col < width && i < m; i += BF16::kAxpyM)
+      axpy_block<BF16>(m - i < BF16::kAxpyM ? m - i : BF16::kAxpyM, from + i, to + i, coef + i * cm, cm, ck, panel,
+                       k_size, width, ahead, col);
+    return;
+  }
+#endif
   switch (m) {
-    case 1: return axpy_rows<V, 1>(from, to, coef, cm, ck, panel, k_size, width, ahead);
-    case 2: return axpy_rows<V, 2>(from, to, coef, cm, ck, panel, k_size, width, ahead);
-    case 3: return axpy_rows<V, 3>(from, to, coef, cm, ck, panel, k_size, width, ahead);
-    case 4: return axpy_rows<V, (V::kAxpyM > 3 ? 4 : 1)>(from, to, coef, cm, ck, panel, k_size, width, ahead);
-    case 5: return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(from, to, coef, cm, ck, panel, k_size, width, ahead);
-    default: return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(from, to, coef, cm, ck, panel, k_size, width, ahead);
+    case 1: return axpy_rows<V, 1>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
+    case 2: return axpy_rows<V, 2>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
+    case 3: return axpy_rows<V, 3>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
+    case 4: return axpy_rows<V, (V::kAxpyM > 3 ? 4 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
+    case 5: return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
+    default: return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
   }
 }
 
@@ -216,30 +266,11 @@ static inline void transpose_plain(const U* src, int64_t lds, int64_t rows, int6
 #if defined(MOA_HAS_AVX512)
 // 16 rows of up to 16 32-bit units through registers.
 static inline void transpose_16(const uint32_t* src, int64_t lds, int cols, uint32_t* dst, int64_t ldd) {
-  __m512i r[16], t[16];
+  __m512i r[16];
   const __mmask16 mask = static_cast<__mmask16>((1u << cols) - 1);
   MOA_UNROLL
   for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, src + i * lds);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
+  turn_16(r);
   for (int i = 0; i < 16; ++i)
     if (i < cols) _mm512_storeu_si512(dst + i * ldd, r[i]);
 }

@@ -178,7 +178,7 @@ struct Lora {
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
     shrink(
-        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank), p.in,
+        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, V::kTiles), p.in,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
         [&](int64_t e, int64_t j0, int64_t j1) {
           return Ahead(A + (e * p.rank + j0) * p.in, (j1 - j0) * p.in * static_cast<int64_t>(sizeof(TA)));
@@ -227,8 +227,7 @@ struct Lora {
     const Segments& s = p.seg;
     const int64_t n = s.slots();
     Acc* u = static_cast<Acc*>(b.u);
-    plan::Shrink plan = plan::shrink(n, p.rank);
-    if (plan.slots == 48) plan.slots = 128;  // repacking B costs a tenth of 48 rows
+    const plan::Shrink plan = plan::shrink(n, p.rank, true);
     if (V::kPack == 1 && kDirect && Same<TX, In>::value && plan::along_ranks(s.tokens, p.rank)) {
       backward_shrink_along_ranks(b);
     } else {

@@ -24,14 +24,16 @@ inline int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return v < lo ? lo : v
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Shrink: slots per task. 48 rows of 2048 floats fill a third of L2; a task also splits the ranks when there are so
-// few slots that one task would hold them all (decode).
+// few slots that one task would hold them all (decode). Where the rows of an expert are repacked, which costs a tenth of
+// 48 slots, a task has more.
 struct Shrink {
   int64_t slots, rank_split;
 };
-inline Shrink shrink(int64_t slots, int64_t rank) {
+inline Shrink shrink(int64_t slots, int64_t rank, bool repacked) {
   const int64_t chunk = clamp(ceil_div(slots, 4), 6, 48);
   const int64_t tasks = ceil_div(slots, chunk);
-  return {chunk, tasks >= 4 ? rank : clamp(ceil_div(ceil_div(rank, 2), 4) * 4, 4, rank < 4 ? 4 : rank)};
+  return {repacked && chunk == 48 ? 128 : chunk,
+          tasks >= 4 ? rank : clamp(ceil_div(ceil_div(rank, 2), 4) * 4, 4, rank < 4 ? 4 : rank)};
 }
 
 // Expand: a task owns token_block x col_block outputs. A block of tokens must give each expert enough rows (about 24)

@@ -1,0 +1,175 @@
+// The two register tiles of micro.h for bfloat16 on AMX: a tile holds 16 rows of 64 bytes, and one instruction adds the
+// products of 16 x 32 and 32 x 16 bfloat16 to 16 x 16 floats. Included only by micro.h.
+//
+// The second operand comes in pairs of depth, as vdpbf16ps has them too: [depth / 2][16 columns][2]. What is subnormal
+// counts as zero.
+#pragma once
+
+namespace moa {
+namespace MOA_ISA {
+
+// Shapes of the eight tiles, in the layout of LDTILECFG; released at the end, so that the system has no tiles to save.
+class TileShapes {
+ public:
+  TileShapes() { palette_[0] = 1; }
+  ~TileShapes() { _tile_release(); }
+  void set(int tile, int rows, int bytes) {
+    memcpy(palette_ + 16 + 2 * tile, &bytes, 2);
+    palette_[48 + tile] = static_cast<uint8_t>(rows);
+  }
+  void load() const { _tile_loadconfig(palette_); }
+
+ private:
+  alignas(64) uint8_t palette_[64] = {};
+};
+
+// ---- dot: out[m][n] = sum_k x_m[k] a_n[k] ------------------------------------------------------------------------
+constexpr int64_t kTileDepth = 128;              // of the four products that are summed apart: one waits for no other
+constexpr int64_t kTileChunk = 512;              // of x copied at a time: 16 rows of it, and as much of a, fit into L1
+constexpr int64_t kTileFewRows = 3;              // up to here packing a costs more than it saves
+constexpr int64_t kTilePitch = kTileChunk + 32;  // an odd number of lines: rows do not share cache sets
+
+// n <= 16 rows of a as pairs of depth, zeros from n and k_size on: dst[k / 2][16].
+static inline void pack_pairs(const bf16_t* a, int64_t lda, int64_t n, int64_t k_size, uint32_t* dst) {
+  const int64_t k_end = (k_size + kTileDepth - 1) / kTileDepth * kTileDepth;
+  for (int64_t k = 0; k < k_end; k += 32) {
+    const int64_t here = k_size - k < 32 ? (k_size > k ? k_size - k : 0) : 32;
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << here) - 1);
+    __m512i r[16];
+    for (int64_t i = 0; i < 16; ++i)
+      r[i] = i < n ? _mm512_maskz_loadu_epi16(mask, a + i * lda + (here > 0 ? k : 0)) : _mm512_setzero_si512();
+    turn_16(r);
+    for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(dst + (k / 2 + i) * 16, r[i]);
+  }
+}
+
+// `count` columns from k on of a row of k_size, zeros behind its end.
+static inline void copy_columns(const bf16_t* row, int64_t k, int64_t count, int64_t k_size, bf16_t* dst) {
+  for (int64_t i = 0; i < count; i += 32) {
+    const int64_t left = k_size - k - i, here = left < 0 ? 0 : left < 32 ? left : 32;
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << here) - 1);
+    _mm512_storeu_si512(dst + i, _mm512_maskz_loadu_epi16(mask, row + (here > 0 ? k + i : 0)));
+  }
+}
+
+static void dot_tiles(const bf16_t* const* x, int64_t m_size, int64_t m_ahead, const bf16_t* a, int64_t lda,
+                      int64_t n_size, int64_t k_size, float* out, int64_t ldo) {
+  const int64_t k_end = (k_size + kTileDepth - 1) / kTileDepth * kTileDepth, groups = (n_size + 15) / 16;
+  uint32_t* packed = scratch<uint32_t>(Scratch::tiles, groups * k_end * 8);
+  for (int64_t g = 0; g < groups; ++g)
+    pack_pairs(a + g * 16 * lda, lda, n_size - g * 16 < 16 ? n_size - g * 16 : 16, k_size, packed + g * k_end * 8);
+  alignas(64) bf16_t rows[16 * kTilePitch];
+  alignas(64) float sums[4][16 * 16];
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, 16, 64);
+  shapes.load();
+  for (int64_t m = 0; m < m_size; m += 16) {
+    const int64_t m_here = m_size - m < 16 ? m_size - m : 16;
+    for (int64_t i = m_here; i < 16; ++i) memset(rows + i * kTilePitch, 0, kTileChunk * sizeof(bf16_t));
+    for (int64_t g = 0; g < groups; ++g) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t k0 = 0; k0 < k_end; k0 += kTileChunk) {
+        const int64_t count = k_end - k0 < kTileChunk ? k_end - k0 : kTileChunk;
+        for (int64_t i = 0; i < m_here; ++i) {
+          copy_columns(x[m + i], k0, count, k_size, rows + i * kTilePitch);
+          if (m + 16 + i < m_size + m_ahead)  // the next tile's
+            for (int64_t k = k0; k < k0 + count && k < k_size; k += 32) __builtin_prefetch(x[m + 16 + i] + k, 0, 2);
+        }
+        const uint32_t* pairs = packed + (g * k_end + k0) * 8;
+        for (int64_t k = 0; k < count; k += kTileDepth) {
+          _tile_loadd(4, rows + k, kTilePitch * 2);
+          _tile_loadd(5, pairs + k * 8, 64);
+          _tile_dpbf16ps(0, 4, 5);
+          _tile_loadd(6, rows + k + 32, kTilePitch * 2);
+          _tile_loadd(7, pairs + k * 8 + 256, 64);
+          _tile_dpbf16ps(1, 6, 7);
+          _tile_loadd(4, rows + k + 64, kTilePitch * 2);
+          _tile_loadd(5, pairs + k * 8 + 512, 64);
+          _tile_dpbf16ps(2, 4, 5);
+          _tile_loadd(6, rows + k + 96, kTilePitch * 2);
+          _tile_loadd(7, pairs + k * 8 + 768, 64);
+          _tile_dpbf16ps(3, 6, 7);
+        }
+      }
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+      const int64_t n_here = n_size - g * 16 < 16 ? n_size - g * 16 : 16;
+      const __mmask16 mask = static_cast<__mmask16>((1u << n_here) - 1);
+      for (int64_t i = 0; i < m_here; ++i) {
+        const __m512 low = _mm512_add_ps(_mm512_load_ps(sums[0] + i * 16), _mm512_load_ps(sums[1] + i * 16));
+        const __m512 high = _mm512_add_ps(_mm512_load_ps(sums[2] + i * 16), _mm512_load_ps(sums[3] + i * 16));
+        _mm512_mask_storeu_ps(out + (m + i) * ldo + g * 16, mask, _mm512_add_ps(low, high));
+      }
+    }
+  }
+}
+
+// ---- axpy: to_m[:] = from_m[:] + sum_k coef[m][k] panel_k[:] -----------------------------------------------------------
+// m <= 16 rows. The pairs of a row of coef lie side by side, the rows cm apart; the rows of the panel are one distance
+// apart. Returns how many columns it did: whole tiles.
+static int64_t axpy_tiles(int m, const float* const* from, float* const* to, const bf16_t* coef, int64_t cm,
+                          const bf16_t* const* panel, int64_t k_size, int64_t width) {
+  const int64_t pitch = k_size > 1 ? (panel[1] - panel[0]) * 2 : 64;
+  for (int64_t k = 2; k < k_size; ++k)
+    if ((panel[k] - panel[k - 1]) * 2 != pitch) return 0;
+  const int64_t whole = k_size / 16;
+  const int rest = static_cast<int>(k_size % 16);
+  TileShapes shapes;
+  for (int tile = 0; tile < 4; ++tile) shapes.set(tile, m, 64);
+  shapes.set(4, m, 64);
+  shapes.set(5, 16, 64);
+  if (rest > 0) {
+    shapes.set(6, m, 4 * rest);
+    shapes.set(7, rest, 64);
+  }
+  shapes.load();
+  alignas(64) float sums[16 * 64];
+  int64_t col = 0;
+  for (; col + 64 <= width; col += 64) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < whole; ++k) {
+      const bf16_t* p = panel[k * 16] + 2 * col;
+      _tile_loadd(4, coef + k * 32, cm * 2);
+      _tile_loadd(5, p, pitch);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(5, p + 32, pitch);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_loadd(5, p + 64, pitch);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(5, p + 96, pitch);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    if (rest > 0) {
+      const bf16_t* p = panel[whole * 16] + 2 * col;
+      _tile_loadd(6, coef + whole * 32, cm * 2);
+      _tile_loadd(7, p, pitch);
+      _tile_dpbf16ps(0, 6, 7);
+      _tile_loadd(7, p + 32, pitch);
+      _tile_dpbf16ps(1, 6, 7);
+      _tile_loadd(7, p + 64, pitch);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(7, p + 96, pitch);
+      _tile_dpbf16ps(3, 6, 7);
+    }
+    _tile_stored(0, sums, 256);
+    _tile_stored(1, sums + 16, 256);
+    _tile_stored(2, sums + 32, 256);
+    _tile_stored(3, sums + 48, 256);
+    for (int i = 0; i < m; ++i)
+      for (int n = 0; n < 64; n += 16)
+        _mm512_storeu_ps(to[i] + col + n,
+                         _mm512_add_ps(_mm512_loadu_ps(from[i] + col + n), _mm512_load_ps(sums + i * 64 + n)));
+  }
+  return col;
+}
+
+}  // namespace MOA_ISA
+}  // namespace moa

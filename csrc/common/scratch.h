@@ -17,6 +17,9 @@ enum class Scratch : int {
   call_first,
   call_second,
   call_pointers,
+  call_groups,
+  call_packed,
+  call_dense,
   count
 };
 

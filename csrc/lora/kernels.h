@@ -56,6 +56,16 @@ static inline void prefetch_row(const T* row, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 1, 2);
 }
 
+}  // namespace MOA_ISA
+}  // namespace moa
+
+#if defined(MOA_HAS_AMX_BF16)
+#include "lora/dense.h"
+#endif
+
+namespace moa {
+namespace MOA_ISA {
+
 // ---- expand-combine --------------------------------------------------------------------------------------------------
 // y[t][:] = base[t] + bias + sum over the token's slots of coef[p][:] times the expert's panel.
 // Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs,
@@ -74,10 +84,26 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
   const int64_t col_blocks = plan::ceil_div(width, plan.col_block);
   const int64_t bytes = s.tokens * width * 4 + min64(s.slots(), s.experts) * ldc * width * 4;
+#if defined(MOA_HAS_AMX_BF16)
+  const bf16_t* dense = nullptr;  // all coefficients, where the product is dense
+  int64_t packs = 0;
+  if constexpr (V::kTiles) {
+    for (int64_t e = 0; e < s.experts; ++e) packs += plan::ceil_div(depth(e), 2);
+    const int64_t steps = plan::ceil_div(packs, 16);
+    if (steps > 0 && plan::dense_expand(s.tokens, s.top_k, steps))
+      dense = dense_coefficients(s, coef, ldc, steps, depth);
+  }
+#endif
 
   parallel_tasks(token_blocks * col_blocks, plan::worth_threads(bytes), [&](int64_t task) {
     const int64_t t0 = task / col_blocks * plan.token_block, t1 = min64(t0 + plan.token_block, s.tokens);
     const int64_t c0 = task % col_blocks * plan.col_block, cols = min64(plan.col_block, width - c0);
+#if defined(MOA_HAS_AMX_BF16)
+    if constexpr (V::kTiles)
+      if (dense != nullptr &&
+          dense_expand(s, dense, packs, ldc, width, y, base, ldbase, bias, t0, t1, c0, cols, depth, panel))
+        return;
+#endif
     // Rows of their own, packed: y's rows are often a power of two apart, and then share few cache sets.
     Acc* tile = scratch<Acc>(Scratch::tile, (plan.token_block + 1) * plan.col_block);
     Acc* start = tile + plan.token_block * plan.col_block;

@@ -119,6 +119,14 @@ struct Lora {
               const PanelRows& panel, const Fetch& fetch) const {
     constexpr bool direct = Same<TX, In>::value;
     const Segments& s = p.seg;
+#if defined(MOA_HAS_AMX_BF16)
+    if constexpr (V::kTiles) {
+      int64_t groups = 0;
+      for (int64_t e = 0; e < s.experts; ++e) groups += plan::ceil_div(rank_of(e), 16);
+      if (plan::dense_shrink(s.tokens, s.top_k, groups))
+        return dense_shrink(s, x, ldx, k_size, out, p.rank, ld_panel, [&](int64_t e) { return rank_of(e); }, panel);
+    }
+#endif
     const int64_t n = s.slots(), chunks = plan::ceil_div(n, plan.slots);
     const int64_t splits = plan::ceil_div(p.rank, plan.rank_split);
     const bool wide = plan::worth_threads((n + min64(n, s.experts) * p.rank) * k_size * sizeof(In));

@@ -12,10 +12,14 @@ namespace plan {
 constexpr int64_t kL1 = 32 * 1024;
 constexpr int64_t kTile = 256 * 1024;  // output tile of the expand: a quarter of L2
 
-// Dense-masked against grouped: grouped always. Per 16 outputs of a token the expand does k r multiply-adds and, once
-// per expert, a load and a store (about 3 cycles); computing all E experts with zero weights would do E r and one load
-// and store. At E = 8, r = 16, k = 2 that is 38 against 131, at E = 4, r = 4, k = 2 it is 14 against 19; they meet only
-// where k = E, and there the grouped form computes the same products.
+// Dense-masked against grouped, on vectors: grouped always. Per 16 outputs of a token the expand does k r multiply-adds
+// and, once per expert, a load and a store (about 3 cycles); computing all E experts with zero weights would do E r and
+// one load and store. At E = 8, r = 16, k = 2 that is 38 against 131, at E = 4, r = 4, k = 2 it is 14 against 19; they
+// meet only where k = E, and there the grouped form computes the same products.
+// On tiles (bfloat16 on AMX) a product of 16 tokens, 16 outputs and 32 ranks takes 16 cycles, while to gather 16 tokens
+// or to add to 16 rows of y takes about 60: dense up to so many tiles of all experts' ranks for each expert chosen.
+inline bool dense_shrink(int64_t tokens, int64_t top_k, int64_t groups) { return tokens >= 64 && groups <= 4 * top_k; }
+inline bool dense_expand(int64_t tokens, int64_t top_k, int64_t steps) { return tokens >= 64 && steps <= 6 * top_k; }
 
 // Waking a second thread costs about 3 us: the time to read this much.
 inline bool worth_threads(int64_t bytes) { return bytes > 96 * 1024; }

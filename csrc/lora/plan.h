@@ -101,6 +101,8 @@ constexpr int64_t kGramRun = 512;
 
 // Router logits: tokens and experts per task. Few experts: a tile of x stays in L1 while W streams from L2; many: four
 // rows of W stay while the task's 48 rows of x stream.
+// With AMX a bfloat16 x goes through tiles from so many tokens on: fewer do not pay for the packing of W.
+constexpr int64_t kRouterTiles = 32;
 struct Router {
   int64_t tokens, expert_split;
   bool x_outer;

@@ -26,6 +26,16 @@ ZEN[25] = {
     range(0x60, 0x100): "zen4",
 }
 
+XEON = {  # the servers of family 6
+    85: "skylake",  # and cascadelake, cooperlake
+    106: "icelake",
+    108: "icelake",
+    143: "sapphirerapids",
+    173: "graniterapids",
+    174: "graniterapids",
+    207: "emeraldrapids",
+}
+
 
 def describe(threads: int) -> dict[str, Any]:
     """The machine: CPU, cores, threads used, instruction set of the kernels in use."""
@@ -140,7 +150,9 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _microarchitecture(info: dict[str, str]) -> str:
-    """Where the model name does not say it: AMD's generation, by family and model."""
+    """Where the model name does not say it: the generation, by family and model."""
+    if info.get("vendor_id") == "GenuineIntel" and info.get("cpu family") == "6":
+        return XEON.get(int(info["model"]), "")
     if info.get("vendor_id") != "AuthenticAMD":
         return ""
     models = ZEN.get(int(info.get("cpu family", 0)), {})

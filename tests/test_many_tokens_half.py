@@ -1,4 +1,4 @@
-"""bfloat16 at sizes where AMX computes the mixture densely (csrc/lora/dense.h), and just beside them; the router too."""
+"""bfloat16 at sizes where AMX computes the mixture densely (csrc/lora/dense.h), and beside them; the router too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ BF16 = torch.bfloat16
 def test_dense_and_beside(
     isa: str, tokens: int, in_features: int, out_features: int, experts: int, top_k: int, r: int, kind: str
 ) -> None:
-    check_mixture(make_mixture(tokens, in_features, out_features, experts, top_k, r, BF16, kind=kind, bias=True))
+    sizes = (tokens, in_features, out_features, experts, top_k, r)
+    check_mixture(make_mixture(*sizes, BF16, kind=kind, bias=True))
 
 
 def test_ranks_scales_and_far_rows(isa: str) -> None:

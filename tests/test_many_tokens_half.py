@@ -1,4 +1,4 @@
-"""bfloat16 at sizes where AMX computes the mixture densely (csrc/lora/dense.h), and beside them; the router too."""
+"""bfloat16 where AMX computes the mixture densely (csrc/lora/dense.h), and just beside; the router, too."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -95,10 +96,12 @@ def run(command: list[str]) -> None:
         print(result.stdout, file=sys.stderr)
 
 
-def compile_source(variant: str, source: Path, target: Path, first: list[str] | None = None) -> bool:
-    """Compiles ``source`` if it, a header or a flag changed; ``first`` are flags to go before the others."""
+def compile_source(
+    variant: str, source: Path, target: Path, first: Sequence[str] = (), last: Sequence[str] = ()
+) -> bool:
+    """Compiles ``source`` if it, a header or a flag changed; ``first`` and ``last`` go around the other flags."""
     ccache = shutil.which("ccache")
-    command = [*([ccache] if ccache else []), compiler(), *(first or []), *flags(variant, source)]
+    command = [*([ccache] if ccache else []), compiler(), *first, *flags(variant, source), *last]
     command += ["-MMD", "-c", str(source), "-o", str(target)]
     said, depends = target.with_suffix(".cmd"), target.with_suffix(".d")
     if target.exists() and said.exists() and said.read_text() == shlex.join(command):

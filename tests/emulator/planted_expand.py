@@ -71,7 +71,13 @@ chunks(
 chunks(
     "expand-places-tail", "i[u] >= 0 && i[u] < count", "i[u] >= 0 && i[u] <= count", "tsan:0", f"{OUT}|{RACE}"
 )
-chunks("expand-missing-barrier", "    __syncthreads();\n    return next;", "    return next;", "tsan:0", RACE)
+chunks(
+    "expand-missing-barrier",
+    "    __syncthreads();\n    return next;",
+    "    return next;",
+    "tsan:0",
+    f"{RACE}|{WRONG}",
+)
 chunks(
     "expand-missing-mask", "if (e < from || e >= next) continue;", "if (e < 0) continue;", "plain:0", WRONG
 )

@@ -106,6 +106,7 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
     check(emulator, rng, route(rng, 200, 2, 4, 0.1), 4, 6, (640, 71), dtype, adapter=F32)
 
 
+@pytest.mark.large
 def test_many_slots_of_few_tokens(emulator: ModuleType, rng) -> None:
     check(emulator, rng, route(rng, 60, 40, 64), 64, 8, (600, 40), BF16)  # places by each block still
     check(emulator, rng, route(rng, 60, 200, 200), 200, 8, (72, 40), BF16)  # too many for a tile

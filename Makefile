@@ -59,11 +59,12 @@ format: $(VENV)/.lint  ## let ruff and clang-format write the files as they want
 
 build: $(VENV)/.installed $(EXTENSION)  ## the environment and the extension, installed editable
 
+# In the folder of setup.py's builds: what it compiles, `make wheel CUDA=1` takes up.
 cuda-check: $(VENV)/.cuobjdump  ## every CUDA kernel for every architecture: registers and spills by the budget
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda-check -G Ninja -DMOA_CUDA=$(NVCC_THERE) -DMOA_WERROR=1 \
-	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOA_OUTPUT_DIR=$(abspath build/cuda-check)
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda-check --target cuda-check
-	$(if $(NVCC),find build/cuda-check -name '*.cu.o' -exec $(BIN)/python tests/cuda_binary.py $(if $(UPDATE),--update) {} +)
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -G Ninja -DMOA_CUDA=$(NVCC_THERE) -DMOA_WERROR=1 \
+	  -UCMAKE_CUDA_ARCHITECTURES -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOA_OUTPUT_DIR=$(abspath moa_ops)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target cuda-check
+	$(if $(NVCC),find build/cmake -name '*.cu.o' -exec $(BIN)/python tests/cuda_binary.py $(if $(UPDATE),--update) {} +)
 
 instruction-check: build  ## what the CPU kernels execute, counted by valgrind, by the budget
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target moa_instructions

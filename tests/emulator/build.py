@@ -99,7 +99,7 @@ def run(command: list[str]) -> None:
 def compile_source(
     variant: str, source: Path, target: Path, first: Sequence[str] = (), last: Sequence[str] = ()
 ) -> bool:
-    """Compiles ``source`` if it, a header or a flag changed; ``first`` and ``last`` go around the other flags."""
+    """Compiles ``source`` if it, a header or a flag changed; ``first`` and ``last`` go around its flags."""
     ccache = shutil.which("ccache")
     command = [*([ccache] if ccache else []), compiler(), *first, *flags(variant, source), *last]
     command += ["-MMD", "-c", str(source), "-o", str(target)]

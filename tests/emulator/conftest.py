@@ -20,7 +20,7 @@ WAYS = os.environ.get("MOA_EMULATOR", "plain:7 tsan:0").split()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Whoever names the ways (a sanitizer's run, a mutation's) wants the tests of kernels, and those only.
 
-    Large problems run without the race detector, which sees the same barriers with fewer blocks: minutes less.
+    Large problems run without the race detector, which sees the same barriers with fewer blocks.
     """
     if "MOA_EMULATOR" in os.environ:
         here = Path(__file__).parent

@@ -1,6 +1,6 @@
 // Shrink and expand as dense products on AMX, for few adapters and many tokens: every token against every expert, what
 // it has not chosen left out or multiplied by zero. That is experts / top_k times the arithmetic, which the tiles have
-// to spare, and no row is gathered: tokens stay side by side. When it pays: plan::dense.
+// to spare, and no row is gathered: tokens stay side by side. When it pays: plan::dense_shrink, plan::dense_expand.
 // Included only by kernels.h.
 #pragma once
 
@@ -13,8 +13,8 @@ struct Group {
   int64_t expert, rank0, ranks;
 };
 
-// sums[t][16 g + j] = <x_t, row j of group g> for `tokens` <= 32 rows of x and the groups g0, g0 + 1: two tiles of
-// tokens against two groups, each product waiting only for the fourth before it.
+// sums[t][16 g + j] = <x_t, row j of group g> for `tokens` <= 32 rows of x and every group, two at a time: two tiles of
+// tokens against two of ranks, each product waiting only for the fourth before it.
 static void dense_dot(const bf16_t* x, int64_t ldx, int64_t tokens, const uint32_t* packed, int64_t k_size,
                       int64_t groups, float* sums, int64_t ld) {
   const int64_t k_whole = k_size / 32 * 32, k_end = round_up(k_size, kTileDepth);

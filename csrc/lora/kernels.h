@@ -5,7 +5,6 @@
 #include "common/scratch.h"
 #include "lora/lora.h"
 #include "lora/micro.h"
-#include "lora/plan.h"
 
 namespace moa {
 namespace MOA_ISA {

@@ -136,8 +136,8 @@ static void linear_backward_tokens(const LinearBackwardParams& p, int64_t t0, in
 // False, and nothing done, where the library's GEMM is as fast.
 template <class V, class T>
 static bool linear_backward(const LinearBackwardParams& p) {
-  const int64_t least = p.type == DType::f32 && processor().intel ? 2 : 1;  // a fast GEMV
-  if (!plan::few_tokens_backward(p.tokens, p.out, least, most_tokens<V, T>(p.type), Same<T, typename V::In>::value))
+  if (!plan::few_tokens_backward(p.tokens, p.out, most_tokens<V, T>(p.type), Same<T, typename V::In>::value,
+                                 plan::fast_gemv(p.type, processor())))
     return false;
   if (p.out % V::kPack != 0) return false;  // the last pair would reach into the next row of dy
   for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)

@@ -7,6 +7,7 @@
 #pragma once
 #include "common/convert.h"
 #include "common/scratch.h"
+#include "lora/plan.h"
 
 namespace moa {
 namespace MOA_ISA {
@@ -127,7 +128,7 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
                       Ahead ahead) {
 #if defined(MOA_HAS_AMX_BF16)
   if constexpr (V::kTiles)
-    if (m_size > kTileFewRows) return dot_tiles(x, m_size, m_ahead, a, lda, n_size, k_size, out, ldo);
+    if (m_size > plan::kTileFewRows) return dot_tiles(x, m_size, m_ahead, a, lda, n_size, k_size, out, ldo);
 #endif
   using In = typename V::In;
   using Tile =

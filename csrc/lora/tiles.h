@@ -26,7 +26,6 @@ class TileShapes {
 // ---- dot: out[m][n] = sum_k x_m[k] a_n[k] ------------------------------------------------------------------------
 constexpr int64_t kTileDepth = 128;              // of the four products that are summed apart: one waits for no other
 constexpr int64_t kTileChunk = 512;              // of x copied at a time: 16 rows of it, and as much of a, fit into L1
-constexpr int64_t kTileFewRows = 7;              // up to here packing a costs more than it saves
 constexpr int64_t kTilePitch = kTileChunk + 32;  // an odd number of lines: rows do not share cache sets
 
 // n <= 16 rows of a as pairs of depth, zeros from n and k_size on: dst[k / 2][16].

@@ -55,7 +55,7 @@ template <class V, class T>
 static void router_logits(const RouterParams& p) {
 #if defined(MOA_HAS_AMX_BF16)
   if constexpr (Same<T, bf16_t>::value)
-    if (p.tokens >= plan::kRouterTiles) return router_logits_tiles(p);
+    if (plan::router_tiles(p.tokens, p.experts)) return router_logits_tiles(p);
 #endif
   using In = typename V::In;
   constexpr bool direct = Same<T, In>::value;

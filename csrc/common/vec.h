@@ -5,6 +5,7 @@
 //   kPack   products summed into a lane by one multiply-add: 1, or 2 for bfloat16 pairs
 //   kLinearTokens   up to how many tokens a product with W is faster here than in most GEMMs (plan.h)
 //   kTiles  whether whole tiles are multiplied at once (lora/tiles.h), what is left over as in the struct it derives from
+//   kPanels whether rows can be multiplied by a panel (lora/panel.h)
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
 //
 // Included only by csrc/isa/kernels.cpp, once per instruction set, inside that set's own namespace: the linker must
@@ -28,7 +29,7 @@ struct Plain {
     T v[W];
   };
   using AccVec = InVec;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kPanels = false;
   static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN, kLinearTokens = 0;
 
   static inline InVec load(const T* p) {
@@ -89,7 +90,7 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kPanels = false;
   static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2, kLinearTokens = 32;
 
   static inline __m256i first(int n) {
@@ -115,10 +116,11 @@ struct F32 {
 struct Acc512 {
   using Acc = float;
   using AccVec = __m512;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kPanels = false;
   static constexpr int kAcc = 16, kDotM = 6, kDotN = 4, kAxpyM = 6, kAxpyN = 4;
 
   static inline AccVec zero() { return _mm512_setzero_ps(); }
+  static inline AccVec add(AccVec a, AccVec b) { return _mm512_add_ps(a, b); }
   static inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
   static inline AccVec load_acc(const float* p) { return _mm512_loadu_ps(p); }
   static inline AccVec load_acc_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -137,6 +139,7 @@ struct Acc512 {
 struct F32 : Acc512 {
   using In = float;
   using InVec = __m512;
+  static constexpr bool kPanels = true;
   static constexpr int kIn = 16, kPack = 1, kLinearTokens = 192;
 
   static inline InVec load(const float* p) { return _mm512_loadu_ps(p); }

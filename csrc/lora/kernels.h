@@ -58,8 +58,10 @@ static inline void prefetch_row(const T* row, int64_t n) {
 }  // namespace MOA_ISA
 }  // namespace moa
 
+#include "lora/panel.h"
 #if defined(MOA_HAS_AMX_BF16)
 #include "lora/dense.h"
+#include "lora/strips.h"
 #endif
 
 namespace moa {
@@ -79,7 +81,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   using Acc = typename V::Acc;
   using In = typename V::In;
   constexpr bool direct = Same<T, Acc>::value;  // y and base can be operands themselves
-  const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width);
+  const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width, V::kTiles);
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
   const int64_t col_blocks = plan::ceil_div(width, plan.col_block);
   const int64_t bytes = s.tokens * width * 4 + min64(s.slots(), s.experts) * ldc * width * 4;
@@ -98,10 +100,13 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
     const int64_t t0 = task / col_blocks * plan.token_block, t1 = min64(t0 + plan.token_block, s.tokens);
     const int64_t c0 = task % col_blocks * plan.col_block, cols = min64(plan.col_block, width - c0);
 #if defined(MOA_HAS_AMX_BF16)
-    if constexpr (V::kTiles)
+    if constexpr (V::kTiles) {
       if (dense != nullptr &&
           dense_expand(s, dense, packs, ldc, width, y, base, ldbase, bias, t0, t1, c0, cols, depth, panel))
         return;
+      if (cols % 64 == 0)
+        return expand_strips(s, coef, ldc, width, y, base, ldbase, bias, t0, t1, c0, cols, depth, panel);
+    }
 #endif
     // Rows of their own, packed: y's rows are often a power of two apart, and then share few cache sets.
     Acc* tile = scratch<Acc>(Scratch::tile, (plan.token_block + 1) * plan.col_block);

@@ -15,28 +15,34 @@ namespace MOA_ISA {
 #define MOA_UNROLL _Pragma("GCC unroll 8")
 
 #if defined(MOA_HAS_AVX512)
-// A square of 16 x 16 32-bit units, its rows in registers, turned over: r[i] becomes its column i.
-static inline void turn_16(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
+// 16 rows of four 32-bit units, or `rows` of them, through registers: each takes the four units of rows i, i + 4, i + 8
+// and i + 12 from memory, so that only the squares in its lanes are left to turn over.
+template <bool Whole>
+static inline void transpose_16x4(const uint32_t* src, int64_t lds, int rows, uint32_t* dst, int64_t ldd) {
+  auto four = [&](int row) {
+    return Whole || row < rows ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + row * lds))
+                               : _mm_setzero_si128();
+  };
+  __m512i r[4];
+  MOA_UNROLL
   for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(four(i)), four(i + 4), 1);
+    r[i] = _mm512_inserti32x4(_mm512_inserti32x4(r[i], four(i + 8), 2), four(i + 12), 3);
   }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  const __m512i lo[2] = {_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpacklo_epi32(r[2], r[3])};
+  const __m512i hi[2] = {_mm512_unpackhi_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[2], r[3])};
+  r[0] = _mm512_unpacklo_epi64(lo[0], lo[1]);
+  r[1] = _mm512_unpackhi_epi64(lo[0], lo[1]);
+  r[2] = _mm512_unpacklo_epi64(hi[0], hi[1]);
+  r[3] = _mm512_unpackhi_epi64(hi[0], hi[1]);
+  const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
+  MOA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (Whole) {
+      _mm512_storeu_si512(dst + i * ldd, r[i]);
+    } else {
+      _mm512_mask_storeu_epi32(dst + i * ldd, mask, r[i]);
+    }
   }
 }
 #endif
@@ -265,22 +271,18 @@ static inline void transpose_plain(const U* src, int64_t lds, int64_t rows, int6
 }
 
 #if defined(MOA_HAS_AVX512)
-// 16 rows of up to 16 32-bit units through registers.
-static inline void transpose_16(const uint32_t* src, int64_t lds, int cols, uint32_t* dst, int64_t ldd) {
-  __m512i r[16];
-  const __mmask16 mask = static_cast<__mmask16>((1u << cols) - 1);
-  MOA_UNROLL
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, src + i * lds);
-  turn_16(r);
-  for (int i = 0; i < 16; ++i)
-    if (i < cols) _mm512_storeu_si512(dst + i * ldd, r[i]);
-}
 static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
-  int64_t j = 0;
-  for (; j + 16 <= rows; j += 16)
-    for (int64_t i = 0; i < cols; i += 16)
-      transpose_16(src + j * lds + i, lds, static_cast<int>(cols - i < 16 ? cols - i : 16), dst + i * ldd + j, ldd);
-  if (j < rows) transpose_plain(src + j * lds, lds, rows - j, cols, dst + j, ldd);
+  const int64_t quads = cols / 4 * 4;
+  for (int64_t j = 0; j < rows; j += 16) {
+    const int here = static_cast<int>(rows - j < 16 ? rows - j : 16);
+    const uint32_t* from = src + j * lds;
+    if (here == 16) {
+      for (int64_t i = 0; i < quads; i += 4) transpose_16x4<true>(from + i, lds, 16, dst + i * ldd + j, ldd);
+    } else {
+      for (int64_t i = 0; i < quads; i += 4) transpose_16x4<false>(from + i, lds, here, dst + i * ldd + j, ldd);
+    }
+    transpose_plain(from + quads, lds, here, cols - quads, dst + quads * ldd + j, ldd);
+  }
 }
 #else
 static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
@@ -324,7 +326,7 @@ static inline void transpose(const bf16_t* src, int64_t lds, int64_t rows, int64
       for (int k = 0; k < 16; ++k)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(units + k * 8),
                             _mm256_maskz_loadu_epi16(mask, src + (i + k) * lds + j));
-      transpose_16(units, 8, 8, turned, 16);
+      for (int k = 0; k < 8; k += 4) transpose_16x4<true>(units + k, 8, 16, turned + k * 16, 16);
       for (int k = 0; k < n; ++k) {
         const __m512i pair = _mm512_loadu_si512(turned + k / 2 * 16);
         const __m256i half = _mm512_cvtepi32_epi16(k % 2 == 0 ? pair : _mm512_srli_epi32(pair, 16));

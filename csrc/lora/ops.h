@@ -24,6 +24,7 @@ struct Lora {
   // The router's coefficient takes part in whole packs after the ranks. It has float32 accuracy, which three bfloat16
   // terms give: their products with a bfloat16 x are exact. dx is bfloat16 itself, and two terms, one pack, are enough.
   static constexpr int64_t kRouterTerms = V::kPack == 2 ? 3 : 1;
+  static constexpr int64_t kSpare = V::kTiles ? 15 : 0;  // rows behind the coefficients that a tile may read
   int64_t coef_ld(bool router) const {
     return round_up(p.rank, V::kPack) + (router ? round_up(kRouterTerms, V::kPack) : 0);
   }
@@ -85,7 +86,8 @@ struct Lora {
   int64_t a_panel(int64_t e, int64_t c0, int64_t cols, const In** rows, const Acc* router) const {
     const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
     const TA* a = A + e * p.rank * p.in + c0;
-    In* buffer = scratch<In>(Scratch::panel, (packs + 1) * cols * V::kPack);
+    const int64_t all = round_up(p.rank, V::kPack) / V::kPack;
+    In* buffer = scratch<In>(Scratch::panel, (all + 1) * cols * V::kPack);
     for (int64_t k = 0; k < packs; ++k) {
       In* dst = buffer + k * cols * V::kPack;
       if constexpr (V::kPack == 2) {
@@ -98,17 +100,16 @@ struct Lora {
     }
     if (router == nullptr) return packs;
     // The router's coefficient stands after all p.rank ones; the ranks between have zero coefficients, so any row does.
-    const int64_t all = round_up(p.rank, V::kPack) / V::kPack;
-    In* dst = buffer + packs * cols * V::kPack;
     if constexpr (V::kPack == 2) {
       In* narrow = scratch<In>(Scratch::convert, cols);
       convert_row(router + e * p.in + c0, narrow, cols);
-      interleave(narrow, narrow, cols, dst);
-      rows[all] = dst;
+      for (int64_t k = packs; k <= all; ++k) {  // rows of their own: tiles want them one distance apart
+        rows[k] = buffer + k * cols * V::kPack;
+        interleave(narrow, narrow, cols, buffer + k * cols * V::kPack);
+      }
     } else {
-      rows[all] = router + e * p.in + c0;
+      for (int64_t k = packs; k <= all; ++k) rows[k] = router + e * p.in + c0;
     }
-    for (int64_t k = packs; k < all; ++k) rows[k] = rows[all];
     return all + 1;
   }
 
@@ -192,7 +193,7 @@ struct Lora {
           return Ahead(A + (e * p.rank + j0) * p.in, (j1 - j0) * p.in * static_cast<int64_t>(sizeof(TA)));
         });
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
-    In* coef = scratch<In>(Scratch::call_first, n * coef_ld(false));
+    In* coef = scratch<In>(Scratch::call_first, (n + kSpare) * coef_ld(false));
     coefficients(h, nullptr, false, coef);
     if (kDirect && plan::along_ranks(s.tokens, p.rank)) return expand_along_ranks(f, coef);
     expand<V, TX>(
@@ -324,7 +325,7 @@ struct Lora {
     const bool router = dz != nullptr;
     const int64_t ldc = coef_ld(router), router_at = round_up(p.rank, V::kPack);
     if (b.dx != nullptr || b.dA != nullptr || b.d_router != nullptr) {
-      In* coef = scratch<In>(Scratch::call_first, n * ldc);
+      In* coef = scratch<In>(Scratch::call_first, (n + kSpare) * ldc);
       coefficients(static_cast<const Acc*>(b.u), dz, router, coef);
       const Acc* router_weight = router ? static_cast<const Acc*>(b.router_weight) : nullptr;
       if (b.dx != nullptr)

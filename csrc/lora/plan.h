@@ -11,6 +11,7 @@ namespace plan {
 
 constexpr int64_t kL1 = 32 * 1024;
 constexpr int64_t kTile = 256 * 1024;  // output tile of the expand: a quarter of L2
+constexpr int64_t kTileOnTiles = 1024 * 1024;  // processors with AMX have an L2 of 2 MiB
 
 // Dense-masked against grouped, on vectors: grouped always. Per 16 outputs of a token the expand does k r multiply-adds
 // and, once per expert, a load and a store (about 3 cycles); computing all E experts with zero weights would do E r and
@@ -49,11 +50,11 @@ inline Shrink shrink(int64_t slots, int64_t rank, bool repacked) {
 struct Expand {
   int64_t token_block, col_block;
 };
-inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t width) {
+inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t width, bool tiles) {
   const int64_t want = clamp(24 * experts / top_k, 256, 4096);
   const int64_t blocks = tokens < want * 3 / 2 ? 1 : ceil_div(tokens, want);
   const int64_t token_block = tokens > 0 ? ceil_div(tokens, blocks) : 1;
-  int64_t cols = clamp(kTile / 4 / token_block / 64 * 64, 64, 256);
+  int64_t cols = clamp((tiles ? kTileOnTiles : kTile) / 4 / token_block / 64 * 64, 64, 256);
   if (ceil_div(width, cols) * blocks < 8) cols = clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);
   return {token_block, cols};
 }
@@ -107,6 +108,14 @@ constexpr int64_t kGramRun = 512;
 // Whether a bfloat16 x goes through AMX's tiles. Time on tiles / on vectors, beside another job: T = 512 2048 E = 8 1.22,
 // T = 512 1024 E = 64 0.72, T = 2048 1024 E = 256 0.58.
 inline bool router_tiles(int64_t tokens, int64_t experts) { return tokens >= 32 && experts > 16; }
+// Whether W is turned over for panels (lora/panel.h): where a processor has two 512-bit multiply-adds a cycle, which
+// dot products cannot feed. One thread of an Emerald Rapids, T = 512, 1024 inputs, E = 64: 118 GF/s by dot products, 172
+// by panels, of 179; four fifths of the lanes must be experts, and turning W over costs what about 20 tokens save.
+inline bool router_panel(int64_t tokens, int64_t experts, const Processor& cpu) {
+  return cpu.intel && tokens >= 48 && experts >= 32 && 5 * experts >= 4 * (ceil_div(experts, 16) * 16);
+}
+constexpr int64_t kPanelTokens = 48;  // per task: their part of a run stays in L1
+constexpr int64_t kPanelRun = 256;    // products summed in one run of accumulators: bounds float32 rounding
 // Router logits: tokens and experts per task. Few experts: a tile of x stays in L1 while W streams from L2; many: four
 // rows of W stay while the task's 48 rows of x stream.
 struct Router {

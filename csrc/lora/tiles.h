@@ -28,17 +28,29 @@ constexpr int64_t kTileDepth = 128;              // of the four products that ar
 constexpr int64_t kTileChunk = 512;              // of x copied at a time: 16 rows of it, and as much of a, fit into L1
 constexpr int64_t kTilePitch = kTileChunk + 32;  // an odd number of lines: rows do not share cache sets
 
+// Sixteen bfloat16 as floats.
+static inline __m512 widened(const bf16_t* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+static inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n < 16 ? (1u << n) - 1 : 0xffff); }
+
 // n <= 16 rows of a as pairs of depth, zeros from n and k_size on: dst[k / 2][16].
 static inline void pack_pairs(const bf16_t* a, int64_t lda, int64_t n, int64_t k_size, uint32_t* dst) {
-  const int64_t k_end = (k_size + kTileDepth - 1) / kTileDepth * kTileDepth;
-  for (int64_t k = 0; k < k_end; k += 32) {
-    const int64_t here = k_size - k < 32 ? (k_size > k ? k_size - k : 0) : 32;
-    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << here) - 1);
-    __m512i r[16];
+  const int64_t k_end = (k_size + kTileDepth - 1) / kTileDepth * kTileDepth, whole = k_size / 8 * 8;
+  alignas(64) bf16_t rows[16 * 32];  // where rows or columns are missing
+  int64_t k = 0;
+  for (; n == 16 && lda % 2 == 0 && k < whole; k += 8)
+    transpose_16x4<true>(reinterpret_cast<const uint32_t*>(a + k), lda / 2, 16, dst + k * 8, 16);
+  for (int64_t here = 8; k < k_end; k += here) {
+    here = k_end - k < 32 ? k_end - k : 32;
+    const int64_t there = k_size - k < here ? (k_size > k ? k_size - k : 0) : here;
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << there) - 1);
     for (int64_t i = 0; i < 16; ++i)
-      r[i] = i < n ? _mm512_maskz_loadu_epi16(mask, a + i * lda + (here > 0 ? k : 0)) : _mm512_setzero_si512();
-    turn_16(r);
-    for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(dst + (k / 2 + i) * 16, r[i]);
+      _mm512_store_si512(rows + i * 32, i < n && there > 0 ? _mm512_maskz_loadu_epi16(mask, a + i * lda + k)
+                                                           : _mm512_setzero_si512());
+    for (int64_t i = 0; i < here; i += 8)
+      transpose_16x4<true>(reinterpret_cast<const uint32_t*>(rows + i), 16, 16, dst + (k + i) * 8, 16);
   }
 }
 
@@ -108,14 +120,17 @@ static void dot_tiles(const bf16_t* const* x, int64_t m_size, int64_t m_ahead, c
   }
 }
 
+// The bytes between two rows of a panel, which are one distance apart.
+static inline int64_t panel_pitch(const bf16_t* const* panel, int64_t k_size) {
+  return k_size > 1 ? (panel[1] - panel[0]) * 2 : 64;
+}
+
 // ---- axpy: to_m[:] = from_m[:] + sum_k coef[m][k] panel_k[:] -----------------------------------------------------------
 // m <= 16 rows. The pairs of a row of coef lie side by side, the rows cm apart; the rows of the panel are one distance
 // apart. Returns how many columns it did: whole tiles.
 static int64_t axpy_tiles(int m, const float* const* from, float* const* to, const bf16_t* coef, int64_t cm,
                           const bf16_t* const* panel, int64_t k_size, int64_t width) {
-  const int64_t pitch = k_size > 1 ? (panel[1] - panel[0]) * 2 : 64;
-  for (int64_t k = 2; k < k_size; ++k)
-    if ((panel[k] - panel[k - 1]) * 2 != pitch) return 0;
+  const int64_t pitch = panel_pitch(panel, k_size);
   const int64_t whole = k_size / 16;
   const int rest = static_cast<int>(k_size % 16);
   TileShapes shapes;

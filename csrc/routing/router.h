@@ -21,22 +21,20 @@ static void router_logits_tiles(const RouterParams& p) {
   const bool wide = plan::worth_threads(p.tokens * p.in * 2);
   parallel_tasks(blocks, wide, [&](int64_t block) {
     const int64_t e0 = block * 16, n = min64(16, p.experts - e0);
-    float* rest = scratch<float>(Scratch::rows, n * p.in);
-    float* wide_term = scratch<float>(Scratch::tile, p.in);
-    bf16_t* term = scratch<bf16_t>(Scratch::panel, n * p.in);
-    memcpy(rest, weight + e0 * p.in, n * p.in * sizeof(float));
-    for (int64_t i = 0; i < kTerms; ++i) {
-      convert_row(rest, term, n * p.in);
-      pack_pairs(term, p.in, n, p.in, packed + (i * blocks + block) * k_end * 8);
-      for (int64_t e = 0; e < n; ++e) {
-        float* row = rest + e * p.in;
-        convert_row(term + e * p.in, wide_term, p.in);
-        for (int64_t k = 0; k < p.in; ++k) {
-          const float left = row[k] - wide_term[k];
-          row[k] = left == left ? left : 0.0f;  // an infinity or a NaN: the first term says so
-        }
+    bf16_t* terms = scratch<bf16_t>(Scratch::panel, kTerms * n * p.in);
+    for (int64_t i = 0; i < n * p.in; i += 16) {
+      const __mmask16 mask = first_lanes(n * p.in - i);
+      __m512 rest = _mm512_maskz_loadu_ps(mask, weight + e0 * p.in + i);
+      for (int64_t term = 0; term < kTerms; ++term) {
+        const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
+        _mm256_mask_storeu_epi16(terms + term * n * p.in + i, mask, bits);
+        const __m512 left = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+        // Of an infinity or a NaN nothing: the first term says so.
+        rest = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(left, left, _CMP_ORD_Q), left);
       }
     }
+    for (int64_t term = 0; term < kTerms; ++term)
+      pack_pairs(terms + term * n * p.in, p.in, n, p.in, packed + (term * blocks + block) * k_end * 8);
   });
   parallel_tasks(plan::ceil_div(p.tokens, 32), wide, [&](int64_t task) {
     const int64_t t0 = task * 32, m = min64(32, p.tokens - t0);
@@ -51,12 +49,38 @@ static void router_logits_tiles(const RouterParams& p) {
 }
 #endif
 
+// The same by panels of W turned over.
+template <class V, class T>
+static void router_logits_panel(const RouterParams& p) {
+  using In = typename V::In;
+  constexpr bool direct = Same<T, In>::value;
+  const In* weight = static_cast<const In*>(p.weight);
+  const T* x = static_cast<const T*>(p.x);
+  In* logits = static_cast<In*>(p.logits);
+  const int64_t ld = round_up(p.experts, V::kIn), run = plan::kPanelRun;
+  In* turned = scratch<In>(Scratch::call_packed, p.in * ld);
+  parallel_tasks(plan::ceil_div(p.in, run), true, [&](int64_t task) {
+    const int64_t k0 = task * run;
+    transpose(weight + k0, p.in, p.experts, min64(run, p.in - k0), turned + k0 * ld, ld);
+  });
+  parallel_tasks(plan::ceil_div(p.tokens, plan::kPanelTokens), true, [&](int64_t task) {
+    const int64_t t0 = task * plan::kPanelTokens, m = min64(plan::kPanelTokens, p.tokens - t0);
+    const In* rows[plan::kPanelTokens];
+    In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
+    for (int64_t i = 0; i < m; ++i)
+      rows[i] = row_as<V, T>(x + (t0 + i) * p.ldx, p.in, direct ? nullptr : buffer + i * p.in);
+    panel_block<V>(rows, m, turned, ld, p.experts, p.in, logits + t0 * p.experts, p.experts);
+  });
+}
+
 template <class V, class T>
 static void router_logits(const RouterParams& p) {
 #if defined(MOA_HAS_AMX_BF16)
   if constexpr (Same<T, bf16_t>::value)
     if (plan::router_tiles(p.tokens, p.experts)) return router_logits_tiles(p);
 #endif
+  if constexpr (V::kPanels)
+    if (plan::router_panel(p.tokens, p.experts, processor())) return router_logits_panel<V, T>(p);
   using In = typename V::In;
   constexpr bool direct = Same<T, In>::value;
   const In* weight = static_cast<const In*>(p.weight);

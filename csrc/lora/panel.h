@@ -1,0 +1,78 @@
+// A third register tile beside those of micro.h, for processors with two 512-bit multiply-adds a cycle:
+//
+//   panel_tile  out[m][:] = sum_k x_m[k] panel_k[:]     x broadcast, the panel contiguous along its columns
+//
+// It needs no sum across lanes and reads two lines less from L2 per step than a dot_tile, but whole vectors of columns,
+// which only the router has (plan::router_panel), and its weight turned over first. Sums go in runs of kPanelRun
+// products, added in order: the same whatever tile an output falls into. Included only by kernels.h.
+#pragma once
+
+namespace moa {
+namespace MOA_ISA {
+
+// Columns [k0, k1) of M rows x against as many rows of the panel, `ldp` apart, N vectors each, the last one with `last`
+// columns. Only `rows` of the M are stored: added to what is there, unless k0 is 0.
+template <class V, int M, int N, bool Tail>
+static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int64_t k1, const typename V::In* panel,
+                       int64_t ldp, int last, typename V::Acc* out, int64_t ldo) {
+  using In = typename V::In;
+  typename V::AccVec acc[M][N];
+  const In* xp[M];
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) xp[m] = x[m];
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) MOA_UNROLL
+  for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
+  const In* p = panel + k0 * ldp;
+  for (int64_t k = k0; k < k1; ++k, p += ldp) {
+    typename V::InVec pv[N];
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n)
+      pv[n] = Tail && n == N - 1 ? V::load_n(p + n * V::kIn, last) : V::load(p + n * V::kIn);
+    MOA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const typename V::InVec xv = V::splat(xp[m] + k);
+      MOA_UNROLL
+      for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, pv[n], acc[m][n]);
+    }
+  }
+  MOA_UNROLL
+  for (int m = 0; m < M; ++m) {
+    if (m >= rows) break;
+    MOA_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const int lanes = Tail && n == N - 1 ? last : V::kAcc;
+      typename V::Acc* o = out + m * ldo + n * V::kAcc;
+      V::store_acc_n(o, k0 > 0 ? V::add(V::load_acc_n(o, lanes), acc[m][n]) : acc[m][n], lanes);
+    }
+  }
+}
+
+// out[m][n] = sum_k x_m[k] panel[k * ldp + n], in tiles of six rows and four vectors; fewer rows are filled up.
+template <class V>
+static void panel_block(const typename V::In* const* x, int64_t m_size, const typename V::In* panel, int64_t ldp,
+                        int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo) {
+  constexpr int M = 6;
+  constexpr int64_t kWide = 4 * V::kIn;
+  using Tile = void (*)(const typename V::In* const*, int, int64_t, int64_t, const typename V::In*, int64_t, int,
+                        typename V::Acc*, int64_t);
+  static constexpr Tile kWhole[4] = {panel_tile<V, M, 1, false>, panel_tile<V, M, 2, false>, panel_tile<V, M, 3, false>,
+                                     panel_tile<V, M, 4, false>};
+  static constexpr Tile kTail[4] = {panel_tile<V, M, 1, true>, panel_tile<V, M, 2, true>, panel_tile<V, M, 3, true>,
+                                    panel_tile<V, M, 4, true>};
+  for (int64_t k0 = 0; k0 < k_size; k0 += plan::kPanelRun)
+    for (int64_t n = 0; n < n_size; n += kWide) {
+      const int64_t cols = min64(kWide, n_size - n), vectors = plan::ceil_div(cols, V::kIn);
+      const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
+      const Tile tile = (last < V::kIn ? kTail : kWhole)[vectors - 1];
+      for (int64_t m = 0; m < m_size; m += M) {
+        const int rows = static_cast<int>(min64(M, m_size - m));
+        const typename V::In* filled[M];
+        for (int i = 0; i < M; ++i) filled[i] = x[m + (i < rows ? i : rows - 1)];
+        tile(filled, rows, k0, min64(k0 + plan::kPanelRun, k_size), panel + n, ldp, last, out + m * ldo + n, ldo);
+      }
+    }
+}
+
+}  // namespace MOA_ISA
+}  // namespace moa

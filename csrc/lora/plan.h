@@ -108,6 +108,8 @@ constexpr int64_t kGramRun = 512;
 // Whether a bfloat16 x goes through AMX's tiles. Time on tiles / on vectors, beside another job: T = 512 2048 E = 8 1.22,
 // T = 512 1024 E = 64 0.72, T = 2048 1024 E = 256 0.58.
 inline bool router_tiles(int64_t tokens, int64_t experts) { return tokens >= 32 && experts > 16; }
+// Rows of a task there: blocks of 64, up to four where that leaves eight tasks.
+inline int64_t router_tile_rows(int64_t tokens) { return 64 * clamp(tokens / (8 * 64), 1, 4); }
 // Whether W is turned over for panels (lora/panel.h): where a processor has two 512-bit multiply-adds a cycle, which
 // dot products cannot feed. One thread of an Emerald Rapids, T = 512, 1024 inputs, E = 64: 118 GF/s by dot products, 172
 // by panels, of 179; four fifths of the lanes must be experts, and turning W over costs what about 20 tokens save.

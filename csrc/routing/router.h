@@ -9,15 +9,52 @@ namespace moa {
 namespace MOA_ISA {
 
 #if defined(MOA_HAS_AMX_BF16)
-// The same on tiles for a bfloat16 x, in float32 accuracy: W as a sum of three bfloat16 terms, the products exact.
-// Groups of sixteen experts, first all with the first term, then with the second and the third.
+// sums[64][16] = <x_t, w_e> for `tiles` <= 4 tiles of sixteen tokens and sixteen experts, over k_size columns. x: rows of
+// kTilePitch, whole tiles; W: three terms of pairs, `term` apart, all added to one sum, the smallest first.
+static void three_term_dot(const bf16_t* x, int tiles, const uint32_t* w, int64_t term, int64_t k_size, float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < k_size; k += 32, x += 32, w += 256) {
+    _tile_loadd(5, w, 64);
+    _tile_loadd(6, w + term, 64);
+    _tile_loadd(7, w + 2 * term, 64);
+    _tile_loadd(4, x, kTilePitch * 2);
+    _tile_dpbf16ps(0, 4, 7);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(0, 4, 5);
+    if (tiles < 2) continue;
+    _tile_loadd(4, x + 16 * kTilePitch, kTilePitch * 2);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_dpbf16ps(1, 4, 5);
+    if (tiles < 3) continue;
+    _tile_loadd(4, x + 32 * kTilePitch, kTilePitch * 2);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(2, 4, 5);
+    if (tiles < 4) continue;
+    _tile_loadd(4, x + 48 * kTilePitch, kTilePitch * 2);
+    _tile_dpbf16ps(3, 4, 7);
+    _tile_dpbf16ps(3, 4, 6);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+}
+
+// The same on tiles for a bfloat16 x, in float32 accuracy: W as a sum of three bfloat16 terms, the products exact, in
+// runs of kPanelRun columns, whose part of 64 rows of x stays in L1.
 static void router_logits_tiles(const RouterParams& p) {
-  constexpr int64_t kTerms = 3;
+  constexpr int64_t kTerms = 3, kRows = 64, kRun = kTileChunk;
   const bf16_t* x = static_cast<const bf16_t*>(p.x);
   const float* weight = static_cast<const float*>(p.weight);
   float* logits = static_cast<float*>(p.logits);
-  const int64_t blocks = plan::ceil_div(p.experts, 16), k_end = round_up(p.in, kTileDepth), ld = kTerms * blocks * 16;
-  uint32_t* packed = scratch<uint32_t>(Scratch::call_packed, ld * k_end / 2);
+  const int64_t blocks = plan::ceil_div(p.experts, 16), k_end = round_up(p.in, kTileDepth), term = blocks * k_end * 8;
+  uint32_t* packed = scratch<uint32_t>(Scratch::call_packed, kTerms * term);
   const bool wide = plan::worth_threads(p.tokens * p.in * 2);
   parallel_tasks(blocks, wide, [&](int64_t block) {
     const int64_t e0 = block * 16, n = min64(16, p.experts - e0);
@@ -25,25 +62,42 @@ static void router_logits_tiles(const RouterParams& p) {
     for (int64_t i = 0; i < n * p.in; i += 16) {
       const __mmask16 mask = first_lanes(n * p.in - i);
       __m512 rest = _mm512_maskz_loadu_ps(mask, weight + e0 * p.in + i);
-      for (int64_t term = 0; term < kTerms; ++term) {
+      for (int64_t j = 0; j < kTerms; ++j) {
         const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
-        _mm256_mask_storeu_epi16(terms + term * n * p.in + i, mask, bits);
+        _mm256_mask_storeu_epi16(terms + j * n * p.in + i, mask, bits);
         const __m512 left = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
         // Of an infinity or a NaN nothing: the first term says so.
         rest = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(left, left, _CMP_ORD_Q), left);
       }
     }
-    for (int64_t term = 0; term < kTerms; ++term)
-      pack_pairs(terms + term * n * p.in, p.in, n, p.in, packed + (term * blocks + block) * k_end * 8);
+    for (int64_t j = 0; j < kTerms; ++j)
+      pack_pairs(terms + j * n * p.in, p.in, n, p.in, packed + j * term + block * k_end * 8);
   });
-  parallel_tasks(plan::ceil_div(p.tokens, 32), wide, [&](int64_t task) {
-    const int64_t t0 = task * 32, m = min64(32, p.tokens - t0);
-    float* sums = scratch<float>(Scratch::tile, 32 * ld);
-    dense_dot(x + t0 * p.ldx, p.ldx, m, packed, p.in, kTerms * blocks, sums, ld);
-    for (int64_t t = 0; t < m; ++t)
-      for (int64_t e = 0; e < p.experts; ++e) {
-        const float* sum = sums + t * ld + e;
-        logits[(t0 + t) * p.experts + e] = sum[2 * blocks * 16] + sum[blocks * 16] + sum[0];
+  // Some blocks of rows a task, so that a run of W is read from L2 for all but the first.
+  const int64_t own = plan::router_tile_rows(p.tokens);
+  parallel_tasks(plan::ceil_div(p.tokens, own), wide, [&](int64_t task) {
+    bf16_t* rows = scratch<bf16_t>(Scratch::rows, kRows * kTilePitch);
+    alignas(64) float sums[kRows * 16];
+    TileShapes shapes;
+    for (int tile = 0; tile < 8; ++tile) shapes.set(tile, 16, 64);
+    shapes.load();
+    const int64_t begin = task * own, end = min64(begin + own, p.tokens);
+    for (int64_t k0 = 0; k0 < p.in; k0 += kRun)
+      for (int64_t t0 = begin; t0 < end; t0 += kRows) {
+        const int64_t k_size = min64(kRun, round_up(p.in - k0, 32)), m = min64(kRows, end - t0);
+        const int tiles = static_cast<int>(plan::ceil_div(m, 16));
+        for (int64_t t = 0; t < m; ++t) copy_columns(x + (t0 + t) * p.ldx, k0, k_size, p.in, rows + t * kTilePitch);
+        memset(rows + m * kTilePitch, 0, (tiles * 16 - m) * kTilePitch * sizeof(bf16_t));
+        for (int64_t block = 0; block < blocks; ++block) {
+          three_term_dot(rows, tiles, packed + (block * k_end + k0) * 8, term, k_size, sums);
+          const __mmask16 mask = first_lanes(p.experts - block * 16);
+          for (int64_t t = 0; t < m; ++t) {
+            float* to = logits + (t0 + t) * p.experts + block * 16;
+            __m512 sum = _mm512_load_ps(sums + t * 16);
+            if (k0 > 0) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum);
+            _mm512_mask_storeu_ps(to, mask, sum);
+          }
+        }
       }
   });
 }

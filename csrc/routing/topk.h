@@ -94,6 +94,28 @@ static void select_top(Key* keys, int64_t n, int64_t k, int64_t* ids) {
   }
 }
 
+#if defined(MOA_HAS_AVX512)
+// The same, sixteen lanes abreast, each with its best key and the first place of it.
+static inline void select_top(int32_t* keys, int64_t n, int64_t k, int64_t* ids) {
+  if (n < 32) return select_top<int32_t>(keys, n, k, ids);
+  const __m512i none = _mm512_set1_epi32(INT32_MIN), step = _mm512_set1_epi32(16);
+  for (int64_t j = 0; j < k; ++j) {
+    __m512i best = none, where = _mm512_setzero_si512();
+    __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 there = static_cast<__mmask16>(n - i < 16 ? (1u << (n - i)) - 1 : 0xffff);
+      const __m512i key = _mm512_mask_loadu_epi32(none, there, keys + i);
+      where = _mm512_mask_mov_epi32(where, _mm512_cmpgt_epi32_mask(key, best), here);
+      best = _mm512_max_epi32(best, key);
+      here = _mm512_add_epi32(here, step);
+    }
+    const __mmask16 tied = _mm512_cmpeq_epi32_mask(best, _mm512_set1_epi32(_mm512_reduce_max_epi32(best)));
+    ids[j] = _mm512_mask_reduce_min_epi32(tied, where);
+    keys[ids[j]] = INT32_MIN;
+  }
+}
+#endif
+
 // The same for many of them: a sorted list of the best so far, which most keys do not enter.
 template <class Key>
 static void select_many(const Key* keys, int64_t n, int64_t k, Key* best, int64_t* ids) {

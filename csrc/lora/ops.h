@@ -162,24 +162,35 @@ struct Lora {
 
   // coef[pos][:] = weight * scale * h[pos][:], then the router's coefficient; what pads a pack is zero.
   void coefficients(const Acc* h, const Acc* dz, bool router, In* coef) const {
+    constexpr int64_t kSlots = 256, kRanks = 64;
     const Segments& s = p.seg;
     const Acc* weights = static_cast<const Acc*>(p.weights);
-    const int64_t ldc = coef_ld(router), ranks_end = round_up(p.rank, V::kPack);
-    for (int64_t e = 0; e < s.experts; ++e) {
-      const Acc scale = static_cast<Acc>(p.scale[e]);
-      for (int64_t q = s.offsets[e]; q < s.offsets[e + 1]; ++q) {
-        const Acc w = weights[s.order[q]] * scale;
-        In* c = coef + q * ldc;
-        for (int64_t j = 0; j < p.rank; ++j) from_acc(w * h[q * p.rank + j], c + j);
-        for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
-        Acc rest = router ? dz[q] : Acc(0);
-        for (int64_t i = 0; router && i < kRouterTerms; ++i) {
-          from_acc(rest, c + ranks_end + i);
-          rest -= to_acc(c[ranks_end + i]);
-          if (rest != rest) rest = Acc(0);  // the first term was infinite, or NaN, and says so
+    const int64_t ldc = coef_ld(router), ranks_end = round_up(p.rank, V::kPack), n = s.slots();
+    const bool wide = plan::worth_threads(n * ldc * static_cast<int64_t>(sizeof(Acc)));
+    parallel_tasks(plan::ceil_div(n, kSlots), wide, [&](int64_t task) {
+      int64_t q = task * kSlots;
+      const int64_t end = min64(q + kSlots, n);
+      for (int64_t e = expert_at(s, q); q < end; ++e) {
+        const Acc scale = static_cast<Acc>(p.scale[e]);
+        for (; q < min64(s.offsets[e + 1], end); ++q) {
+          const Acc w = weights[s.order[q]] * scale;
+          In* c = coef + q * ldc;
+          for (int64_t j0 = 0; j0 < p.rank; j0 += kRanks) {
+            Acc scaled[kRanks];
+            const int64_t ranks = min64(kRanks, p.rank - j0);
+            for (int64_t j = 0; j < ranks; ++j) scaled[j] = w * h[q * p.rank + j0 + j];
+            convert_row(scaled, c + j0, ranks);
+          }
+          for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
+          Acc rest = router ? dz[q] : Acc(0);
+          for (int64_t i = 0; router && i < kRouterTerms; ++i) {
+            from_acc(rest, c + ranks_end + i);
+            rest -= to_acc(c[ranks_end + i]);
+            if (rest != rest) rest = Acc(0);  // the first term was infinite, or NaN, and says so
+          }
         }
       }
-    }
+    });
   }
 
   void forward(const ForwardParams& f) const {

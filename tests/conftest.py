@@ -18,9 +18,20 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
+# Files whose tests are long, and share nothing: dealt out one by one, after the others, so that no process waits long
+# for another. The rest goes a file at a time (--dist loadgroup): what a file sets up is set up once.
+ONE_BY_ONE = {"test_asan.py", "test_mutations.py"}
+
 DEVICE = os.environ.get("MOA_TEST_DEVICE", "cpu")
 BEST_ISA = torch.ops.moa_ops.cpu_isa()
 ISAS = torch.ops.moa_ops.cpu_isas().split(",") if DEVICE == "cpu" else [BEST_ISA]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A group a file, where tests run in several processes."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else []:
+        if item.path.name not in ONE_BY_ONE:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,9 @@ BF16 = torch.bfloat16
         (113, 32, 832, 8, 1, 7),  # odd ranks
         (301, 256, 128, 2, 2, 128),  # deep
         (70, 96, 256, 40, 4, 2),  # many small experts: shrink by groups, expand dense
+        (150, 128, 192, 20, 2, 16),  # grouped, whole strips
+        (600, 64, 64, 200, 3, 17),  # an odd rank beyond a tile; more than one block of tokens
+        (40, 192, 64, 3, 2, 40),  # few tokens, strips
     ],
 )
 def test_dense_and_beside(
@@ -33,8 +36,9 @@ def test_dense_and_beside(
     check_mixture(make_mixture(*sizes, BF16, kind=kind, bias=True))
 
 
-def test_ranks_scales_and_far_rows(isa: str) -> None:
-    p = make_mixture(90, 160, 128, 6, 3, 12, BF16, None, "holes", ranks=True, expert_scaling=True)
+@pytest.mark.parametrize("experts", [6, 50])
+def test_ranks_scales_and_far_rows(isa: str, experts: int) -> None:
+    p = make_mixture(90, 160, 128, experts, 3, 12, BF16, None, "holes", ranks=True, expert_scaling=True)
     check_mixture(p)
     wide = torch.randn(90, 500).to(BF16)
     wide[:, 7:167] = p.x
@@ -42,10 +46,11 @@ def test_ranks_scales_and_far_rows(isa: str) -> None:
     check_mixture(p)
 
 
-def test_one_token_twice_under_an_expert(isa: str) -> None:
-    p = make_mixture(96, 64, 64, 3, 2, 8, BF16)
+@pytest.mark.parametrize("experts", [3, 24])
+def test_one_token_twice_under_an_expert(isa: str, experts: int) -> None:
+    p = make_mixture(96, 64, 64, experts, 2, 8, BF16)
     p.indices[::2, 1] = p.indices[::2, 0]
-    p.expert_offsets, p.order = reference.sort_by_expert(p.indices, 3)
+    p.expert_offsets, p.order = reference.sort_by_expert(p.indices, experts)
     check_mixture(p)
 
 

@@ -71,6 +71,17 @@ def test_sizes(edge_isa: str, tokens: int, experts: int, top_k: int, score_func:
     check_routing(torch.randn(tokens, experts), top_k, score_func, norm)
 
 
+@pytest.mark.parametrize("top_k", [1, 4, 8, 9])
+@pytest.mark.parametrize("experts", [31, 32, 33, 64, 257])
+def test_ties_among_many(isa: str, experts: int, top_k: int) -> None:
+    """Few values, each at many places, NaN and infinities among them: best first, the lower id before the higher."""
+    values = torch.tensor([-INF, -1.0, -0.0, 0.0, 1.0, 2.0, INF, NAN])
+    logits = values[torch.randint(0, 8, (60, experts))]
+    logits[:30] = values[torch.randint(0, 4, (30, experts))]
+    _, indices, _, _ = moa.topk_routing(logits, top_k, SOFTMAX, True, None, None)
+    assert torch.equal(indices, reference.topk_routing(logits.double(), top_k, SOFTMAX, True)[1])
+
+
 @pytest.mark.parametrize("score_func, norm", FLAGS)
 def test_mask_and_selection_bias(isa: str, score_func: str, norm: bool) -> None:
     given = {"mask": torch.rand(50) < 0.6, "selection_bias": torch.randn(6)}
@@ -249,6 +260,31 @@ def test_linear_routing_in_every_dtype(isa: str, dtype: torch.dtype) -> None:
     logits, *_ = moa.linear_routing(x, weight, 2, SOFTMAX, False, None, None)
     assert logits.dtype == acc
     assert_close(logits, x.double() @ weight.double().t(), "logits")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "experts"),
+    [(48, 256, 32), (50, 257, 33), (131, 700, 48), (96, 63, 65), (49, 1030, 240), (47, 512, 64)],
+)
+def test_linear_routing_of_many(
+    isa: str, tokens: int, in_features: int, experts: int, dtype: torch.dtype
+) -> None:
+    """Where W is turned over for the product (csrc/lora/panel.h), and just beside; each expert's logits."""
+    x = torch.randn(tokens, in_features + 5, dtype=torch.float64).to(dtype)[:, 3:-2]
+    scale = 10.0 ** torch.randint(-6, 4, (experts, 1))
+    weight = (torch.randn(experts, in_features) * scale).to(reference.accumulation_dtype(dtype))
+    logits, *_ = moa.linear_routing(x, weight, 2, SOFTMAX, False, None, None)
+    exact = x.double() @ weight.double().t()
+    for column in range(experts):
+        assert error(logits[:, column], exact[:, column]) < 2e-6
+    weight[3, 5] = math.inf
+    x[1] = NAN
+    logits, *_ = moa.linear_routing(x, weight, 2, SOFTMAX, False, None, None)
+    assert logits[1].isnan().all()
+    finite = torch.ones_like(logits, dtype=torch.bool)
+    finite[1], finite[:, 3] = False, False
+    assert logits[finite].isfinite().all() and not logits[:, 3].isfinite().any()
 
 
 # ---------------------------------------------------------------------------------------------------- Routing

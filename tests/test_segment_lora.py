@@ -98,17 +98,18 @@ ROUTED = [
 ]
 
 
+@pytest.mark.parametrize("in_features, ranks", [(130, False), (128, True)])
 @pytest.mark.parametrize(("dtype", "experts", "flags"), ROUTED)
 def test_router_part_of_the_backward(
-    isa: str, dtype: torch.dtype, experts: int, flags: tuple[int, bool]
+    isa: str, dtype: torch.dtype, experts: int, flags: tuple[int, bool], in_features: int, ranks: bool
 ) -> None:
-    p = make_mixture(77, 130, 60, experts, 2, 8, dtype, base=False)
-    weight = torch.randn(experts, 130, dtype=reference.accumulation_dtype(dtype))
+    p = make_mixture(77, in_features, 60, experts, 2, 8, dtype, base=False, ranks=ranks)
+    weight = torch.randn(experts, in_features, dtype=reference.accumulation_dtype(dtype))
     logits, p.weights, p.indices, p.expert_offsets, p.order = reference.linear_routing(p.x, weight, 2, *flags)
 
     def backward(q: Mixture, implementation: Any, router: tuple[Any, ...], needs: tuple[bool, ...]) -> Any:
         segments = (q.weights, q.indices, q.expert_offsets, q.order, q.forward(implementation)[1])
-        scale = (None, q.scaling, None)
+        scale = (None, q.scaling, q.ranks)
         lora = (q.x, q.lora_A, q.lora_B, *segments, *scale)
         return implementation.segment_lora_backward(q.grad_y, *lora, *router, *flags, *needs)
 

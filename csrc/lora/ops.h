@@ -54,6 +54,26 @@ struct Lora {
     }
     return dst;
   }
+  // Ranks [j0, j1) of A_e as rows along them (panel.h), `count` from input k0 on, `ld` apart; and of B_e, where they lie
+  // so already.
+  const In* a_across(int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t* ld) const {
+    *ld = round_up(j1 - j0, V::kIn);
+    const TA* a = A + (e * p.rank + j0) * p.in + k0;
+    In* dst = scratch<In>(Scratch::panel, *ld * count);
+    if constexpr (kDirect) {
+      transpose(a, p.in, j1 - j0, count, dst, *ld);
+    } else {
+      In* wide = scratch<In>(Scratch::convert, (j1 - j0) * count);
+      for (int64_t j = 0; j < j1 - j0; ++j) convert_row(a + j * p.in, wide + j * count, count);
+      transpose(wide, count, j1 - j0, count, dst, *ld);
+    }
+    return dst;
+  }
+  const In* b_across(int64_t e, int64_t j0, int64_t o0, int64_t count, int64_t* ld) const {
+    *ld = p.rank;
+    const TA* b = B + (e * p.out + o0) * p.rank;
+    return row_as<V, TA>(b, count * p.rank, kDirect ? nullptr : scratch<In>(Scratch::panel, count * p.rank)) + j0;
+  }
   // Rows of packs over ranks for `cols` outputs of B_e: [rank / kPack][cols].
   int64_t b_panel(int64_t e, int64_t c0, int64_t cols, const In** rows) const {
     const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
@@ -114,10 +134,11 @@ struct Lora {
   }
 
   // ---- shrink over all slots: out[pos][j] = <row of pos, panel row j>; unused ranks are zero ----
-  // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; fetch(e, j0, j1): the memory it will read.
-  template <class PanelRows, class Fetch>
+  // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; across(e, j0, j1, k0, count, &ld): `count` rows of
+  // their transpose, which lies ready where it is `turned`; fetch(e, j0, j1): the memory they will read.
+  template <class PanelRows, class Across, class Fetch>
   void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan, int64_t ld_panel,
-              const PanelRows& panel, const Fetch& fetch) const {
+              bool turned, const PanelRows& panel, const Across& across, const Fetch& fetch) const {
     constexpr bool direct = Same<TX, In>::value;
     const Segments& s = p.seg;
 #if defined(MOA_HAS_AMX_BF16)
@@ -149,7 +170,15 @@ struct Lora {
         int64_t next = e + 1;  // with slots: of few tokens most experts have none
         while (next < s.experts && s.offsets[next + 1] <= stop) ++next;
         const bool more = next < s.experts && rank_of(next) > j0;
-        if (used > j0)
+        bool done = used <= j0;
+        if constexpr (V::kPanels)
+          if (!done && plan::shrink_panel(stop - pos, used - j0, turned, processor())) {
+            panel_block<V>(
+                rows + (pos - begin), stop - pos, used - j0, k_size, out + pos * p.rank + j0, p.rank,
+                [&](int64_t k0, int64_t count, int64_t* ld) { return across(e, j0, used, k0, count, ld); });
+            done = true;
+          }
+        if (!done)
           dot_block<V>(rows + (pos - begin), stop - pos, known - stop, panel(e, j0, used), ld_panel, used - j0, k_size,
                        out + pos * p.rank + j0, p.rank, x_outer,
                        more ? fetch(next, j0, min64(rank_of(next), j1)) : Ahead(out, 0));
@@ -197,9 +226,13 @@ struct Lora {
     const Segments& s = p.seg;
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
+    const bool repacked = V::kTiles || (V::kPanels && plan::shrink_panel(n, p.rank, false, processor()));
     shrink(
-        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, V::kTiles), p.in,
+        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, repacked), p.in, /*turned=*/false,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
+        [&](int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t* ld) {
+          return a_across(e, j0, j1, k0, count, ld);
+        },
         [&](int64_t e, int64_t j0, int64_t j1) {
           return Ahead(A + (e * p.rank + j0) * p.in, (j1 - j0) * p.in * static_cast<int64_t>(sizeof(TA)));
         });
@@ -252,8 +285,11 @@ struct Lora {
       backward_shrink_along_ranks(b);
     } else {
       shrink(
-          static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(),
+          static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(), /*turned=*/true,
           [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
+          [&](int64_t e, int64_t j0, int64_t, int64_t o0, int64_t count, int64_t* ld) {
+            return b_across(e, j0, o0, count, ld);
+          },
           [&](int64_t e, int64_t, int64_t) {  // the ranks of a row stand side by side
             return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA)));
           });

@@ -10,10 +10,10 @@
 namespace moa {
 namespace MOA_ISA {
 
-// Columns [k0, k1) of M rows x against as many rows of the panel, `ldp` apart, N vectors each, the last one with `last`
+// Columns [k0, k1) of M rows x against as many rows p of the panel, `ldp` apart, N vectors each, the last one with `last`
 // columns. Only `rows` of the M are stored: added to what is there, unless k0 is 0.
 template <class V, int M, int N, bool Tail>
-static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int64_t k1, const typename V::In* panel,
+static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int64_t k1, const typename V::In* p,
                        int64_t ldp, int last, typename V::Acc* out, int64_t ldo) {
   using In = typename V::In;
   typename V::AccVec acc[M][N];
@@ -23,7 +23,6 @@ static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int
   MOA_UNROLL
   for (int m = 0; m < M; ++m) MOA_UNROLL
   for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
-  const In* p = panel + k0 * ldp;
   for (int64_t k = k0; k < k1; ++k, p += ldp) {
     typename V::InVec pv[N];
     MOA_UNROLL
@@ -48,10 +47,11 @@ static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int
   }
 }
 
-// out[m][n] = sum_k x_m[k] panel[k * ldp + n], in tiles of six rows and four vectors; fewer rows are filled up.
-template <class V>
-static void panel_block(const typename V::In* const* x, int64_t m_size, const typename V::In* panel, int64_t ldp,
-                        int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo) {
+// out[m][n] = sum_k x_m[k] panel_k[n], in tiles of six rows and four vectors; fewer rows are filled up.
+// panel(k0, count, &ld): rows [k0, k0 + count) of the panel, `ld` apart.
+template <class V, class Panel>
+static void panel_block(const typename V::In* const* x, int64_t m_size, int64_t n_size, int64_t k_size,
+                        typename V::Acc* out, int64_t ldo, const Panel& panel) {
   constexpr int M = 6;
   constexpr int64_t kWide = 4 * V::kIn;
   using Tile = void (*)(const typename V::In* const*, int, int64_t, int64_t, const typename V::In*, int64_t, int,
@@ -60,7 +60,10 @@ static void panel_block(const typename V::In* const* x, int64_t m_size, const ty
                                      panel_tile<V, M, 4, false>};
   static constexpr Tile kTail[4] = {panel_tile<V, M, 1, true>, panel_tile<V, M, 2, true>, panel_tile<V, M, 3, true>,
                                     panel_tile<V, M, 4, true>};
-  for (int64_t k0 = 0; k0 < k_size; k0 += plan::kPanelRun)
+  for (int64_t k0 = 0; k0 < k_size; k0 += plan::kPanelRun) {
+    const int64_t k1 = min64(k0 + plan::kPanelRun, k_size);
+    int64_t ld = 0;
+    const typename V::In* run = panel(k0, k1 - k0, &ld);
     for (int64_t n = 0; n < n_size; n += kWide) {
       const int64_t cols = min64(kWide, n_size - n), vectors = plan::ceil_div(cols, V::kIn);
       const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
@@ -69,9 +72,10 @@ static void panel_block(const typename V::In* const* x, int64_t m_size, const ty
         const int rows = static_cast<int>(min64(M, m_size - m));
         const typename V::In* filled[M];
         for (int i = 0; i < M; ++i) filled[i] = x[m + (i < rows ? i : rows - 1)];
-        tile(filled, rows, k0, min64(k0 + plan::kPanelRun, k_size), panel + n, ldp, last, out + m * ldo + n, ldo);
+        tile(filled, rows, k0, k1, run + n, ld, last, out + m * ldo + n, ldo);
       }
     }
+  }
 }
 
 }  // namespace MOA_ISA

@@ -26,6 +26,18 @@ inline bool dense_expand(int64_t tokens, int64_t top_k, int64_t steps) { return 
 // Rows of x that a product on tiles needs, by estimate: a is packed for it, which fewer do not pay for.
 constexpr int64_t kTileFewRows = 7;
 
+// Panels (lora/panel.h) against dot products, where a processor has two 512-bit multiply-adds a cycle, which dot products
+// cannot feed. One thread of an Emerald Rapids: logits of 64 experts, T = 512, 1024 inputs 118 GF/s by dot products, 150
+// by panels, of 179; ranks r = 128, 4096 inputs, E = 2 87 and 122, backward, where B lies turned over already, 52 and
+// 125; r = 64, 1024 inputs, E = 16 119 and 112, backward 101 and 115; r = 16 no faster. Four fifths of the lanes must be
+// used, and rows enough to pay for turning the panel over, which costs what about 20 save.
+inline bool panel_pays(int64_t rows, int64_t columns, const Processor& cpu) {
+  return cpu.intel && rows >= 32 && columns >= 32 && 5 * columns >= 4 * ((columns + 15) / 16 * 16);
+}
+inline bool shrink_panel(int64_t slots, int64_t ranks, bool turned, const Processor& cpu) {
+  return (turned || ranks >= 80) && panel_pays(slots, ranks, cpu);
+}
+
 // Waking a second thread costs about 3 us: the time to read this much.
 inline bool worth_threads(int64_t bytes) { return bytes > 96 * 1024; }
 
@@ -110,12 +122,6 @@ constexpr int64_t kGramRun = 512;
 inline bool router_tiles(int64_t tokens, int64_t experts) { return tokens >= 32 && experts > 16; }
 // Rows of a task there: blocks of 64, up to four where that leaves eight tasks.
 inline int64_t router_tile_rows(int64_t tokens) { return 64 * clamp(tokens / (8 * 64), 1, 4); }
-// Whether W is turned over for panels (lora/panel.h): where a processor has two 512-bit multiply-adds a cycle, which
-// dot products cannot feed. One thread of an Emerald Rapids, T = 512, 1024 inputs, E = 64: 118 GF/s by dot products, 172
-// by panels, of 179; four fifths of the lanes must be experts, and turning W over costs what about 20 tokens save.
-inline bool router_panel(int64_t tokens, int64_t experts, const Processor& cpu) {
-  return cpu.intel && tokens >= 48 && experts >= 32 && 5 * experts >= 4 * (ceil_div(experts, 16) * 16);
-}
 constexpr int64_t kPanelTokens = 48;  // per task: their part of a run stays in L1
 constexpr int64_t kPanelRun = 256;    // products summed in one run of accumulators: bounds float32 rounding
 // Router logits: tokens and experts per task. Few experts: a tile of x stays in L1 while W streams from L2; many: four

@@ -123,7 +123,10 @@ static void router_logits_panel(const RouterParams& p) {
     In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
     for (int64_t i = 0; i < m; ++i)
       rows[i] = row_as<V, T>(x + (t0 + i) * p.ldx, p.in, direct ? nullptr : buffer + i * p.in);
-    panel_block<V>(rows, m, turned, ld, p.experts, p.in, logits + t0 * p.experts, p.experts);
+    panel_block<V>(rows, m, p.experts, p.in, logits + t0 * p.experts, p.experts, [&](int64_t k0, int64_t, int64_t* apart) {
+      *apart = ld;
+      return turned + k0 * ld;
+    });
   });
 }
 
@@ -134,7 +137,7 @@ static void router_logits(const RouterParams& p) {
     if (plan::router_tiles(p.tokens, p.experts)) return router_logits_tiles(p);
 #endif
   if constexpr (V::kPanels)
-    if (plan::router_panel(p.tokens, p.experts, processor())) return router_logits_panel<V, T>(p);
+    if (plan::panel_pays(p.tokens, p.experts, processor())) return router_logits_panel<V, T>(p);
   using In = typename V::In;
   constexpr bool direct = Same<T, In>::value;
   const In* weight = static_cast<const In*>(p.weight);

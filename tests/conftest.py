@@ -18,8 +18,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
-# Files whose tests are long, and share nothing: dealt out one by one, after the others, so that no process waits long
-# for another. The rest goes a file at a time (--dist loadgroup): what a file sets up is set up once.
+# Files whose tests are long, and share nothing: dealt out one by one, after the others, so that no process
+# waits long for another. The rest goes a file at a time (--dist loadgroup): a file is set up once.
 ONE_BY_ONE = {"test_asan.py", "test_mutations.py"}
 
 DEVICE = os.environ.get("MOA_TEST_DEVICE", "cpu")

@@ -74,7 +74,7 @@ def test_sizes(edge_isa: str, tokens: int, experts: int, top_k: int, score_func:
 @pytest.mark.parametrize("top_k", [1, 4, 8, 9])
 @pytest.mark.parametrize("experts", [31, 32, 33, 64, 257])
 def test_ties_among_many(isa: str, experts: int, top_k: int) -> None:
-    """Few values, each at many places, NaN and infinities among them: best first, the lower id before the higher."""
+    """Few values, each at many places, NaN and infinities among them: the lower id comes first."""
     values = torch.tensor([-INF, -1.0, -0.0, 0.0, 1.0, 2.0, INF, NAN])
     logits = values[torch.randint(0, 8, (60, experts))]
     logits[:30] = values[torch.randint(0, 4, (30, experts))]

@@ -32,13 +32,13 @@ static void linear_tokens(const LinearParams& p, int64_t t0, int64_t tokens) {
   T* y = static_cast<T*>(p.y);
   const In** rows = rows_of<V, T>(p.x, p.ldx, t0, tokens, p.in);
 
-  const int64_t block = plan::linear_rows(p.out);
+  const int64_t block = plan::linear_rows(p.out), fetched = plan::linear_fetch(processor()) ? V::kDotN : 0;
   parallel_tasks(plan::ceil_div(p.out, block), plan::worth_threads(p.out * p.in * sizeof(T)), [&](int64_t task) {
     const int64_t begin = task * block, end = min64(begin + block, p.out);
     Acc* tile = scratch<Acc>(Scratch::tile, tokens * block);
     In* buffer = direct ? nullptr : scratch<In>(Scratch::panel, V::kDotN * p.in);
     for (int64_t o = begin; o < end; o += V::kDotN) {
-      const int64_t n = min64(V::kDotN, end - o), soon = min64(V::kDotN, p.out - o - n);
+      const int64_t n = min64(V::kDotN, end - o), soon = min64(fetched, p.out - o - n);
       const T* w = weight + o * p.ldw;
       const Ahead ahead(w + n * p.ldw, soon * p.ldw * static_cast<int64_t>(sizeof(T)));
       if constexpr (direct) {

@@ -2,135 +2,27 @@
 // Included only by csrc/isa/kernels.cpp, once per instruction set.
 #pragma once
 #include "lora/kernels.h"
+#include "lora/operands.h"
 
 namespace moa {
 namespace MOA_ISA {
 
 // V: arithmetic; TX: storage of x, y, dy, dx; TA: storage of lora_A, lora_B and their gradients.
 template <class V, class TX, class TA>
-struct Lora {
+struct Lora : Operands<V, TA> {
   using In = typename V::In;
   using Acc = typename V::Acc;
-  static constexpr bool kDirect = Same<TA, In>::value;
+  using Own = Operands<V, TA>;
+  using Own::A, Own::B, Own::kDirect, Own::p, Own::rank_of;
+  using Own::a_across, Own::a_panel, Own::a_rows, Own::b_across, Own::b_columns, Own::b_ld, Own::b_panel;
+  using Own::Own;
 
-  const LoraParams& p;
-  const TA* A;
-  const TA* B;
-
-  explicit Lora(const LoraParams& params)
-      : p(params), A(static_cast<const TA*>(params.lora_A)), B(static_cast<const TA*>(params.lora_B)) {}
-
-  int64_t rank_of(int64_t e) const { return p.ranks == nullptr ? p.rank : p.ranks[e]; }
   // The router's coefficient takes part in whole packs after the ranks. It has float32 accuracy, which three bfloat16
   // terms give: their products with a bfloat16 x are exact. dx is bfloat16 itself, and two terms, one pack, are enough.
   static constexpr int64_t kRouterTerms = V::kPack == 2 ? 3 : 1;
   static constexpr int64_t kSpare = V::kTiles ? 15 : 0;  // rows behind the coefficients that a tile may read
   int64_t coef_ld(bool router) const {
     return round_up(p.rank, V::kPack) + (router ? round_up(kRouterTerms, V::kPack) : 0);
-  }
-
-  // ---- the operands of an expert in the layouts the kernels want ----
-  // Rows [j0, j1) of A_e, along in.
-  const In* a_rows(int64_t e, int64_t j0, int64_t j1) const {
-    const TA* a = A + (e * p.rank + j0) * p.in;
-    if constexpr (kDirect) {
-      return a;
-    } else {
-      return row_as<V, TA>(a, (j1 - j0) * p.in, scratch<In>(Scratch::panel, (j1 - j0) * p.in));
-    }
-  }
-  // Columns [j0, j1) of B_e as rows along out, b_ld() apart: an odd number of lines, so that what is written at once
-  // does not share a cache set.
-  int64_t b_ld() const { return round_up(p.out, 128 / sizeof(In)) + 64 / sizeof(In); }
-  const In* b_columns(int64_t e, int64_t j0, int64_t j1) const {
-    const TA* b = B + e * p.out * p.rank + j0;
-    In* dst = scratch<In>(Scratch::panel, (j1 - j0) * b_ld());
-    if constexpr (kDirect) {
-      transpose(b, p.rank, p.out, j1 - j0, dst, b_ld());
-    } else {
-      TA* turned = scratch<TA>(Scratch::convert, (j1 - j0) * p.out);
-      transpose(b, p.rank, p.out, j1 - j0, turned, p.out);
-      for (int64_t j = 0; j < j1 - j0; ++j) convert_row(turned + j * p.out, dst + j * b_ld(), p.out);
-    }
-    return dst;
-  }
-  // Ranks [j0, j1) of A_e as rows along them (panel.h), `count` from input k0 on, `ld` apart; and of B_e, where they lie
-  // so already.
-  const In* a_across(int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t* ld) const {
-    *ld = round_up(j1 - j0, V::kIn);
-    const TA* a = A + (e * p.rank + j0) * p.in + k0;
-    In* dst = scratch<In>(Scratch::panel, *ld * count);
-    if constexpr (kDirect) {
-      transpose(a, p.in, j1 - j0, count, dst, *ld);
-    } else {
-      In* wide = scratch<In>(Scratch::convert, (j1 - j0) * count);
-      for (int64_t j = 0; j < j1 - j0; ++j) convert_row(a + j * p.in, wide + j * count, count);
-      transpose(wide, count, j1 - j0, count, dst, *ld);
-    }
-    return dst;
-  }
-  const In* b_across(int64_t e, int64_t j0, int64_t o0, int64_t count, int64_t* ld) const {
-    *ld = p.rank;
-    const TA* b = B + (e * p.out + o0) * p.rank;
-    return row_as<V, TA>(b, count * p.rank, kDirect ? nullptr : scratch<In>(Scratch::panel, count * p.rank)) + j0;
-  }
-  // Rows of packs over ranks for `cols` outputs of B_e: [rank / kPack][cols].
-  int64_t b_panel(int64_t e, int64_t c0, int64_t cols, const In** rows) const {
-    const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
-    const TA* b = B + (e * p.out + c0) * p.rank;
-    In* dst = scratch<In>(Scratch::panel, packs * cols * V::kPack);
-    if constexpr (V::kPack == 2) {
-      const TA* src = b;
-      int64_t lds = p.rank;
-      if (rank % 2 != 0 || p.rank % 2 != 0) {  // pad to whole pairs
-        lds = 2 * packs;
-        TA* padded = scratch<TA>(Scratch::convert, cols * lds);
-        for (int64_t i = 0; i < cols; ++i) {
-          memcpy(padded + i * lds, b + i * p.rank, rank * sizeof(TA));
-          if (rank % 2 != 0) padded[i * lds + rank] = TA{0};
-        }
-        src = padded;
-      }
-      transpose(reinterpret_cast<const uint32_t*>(src), lds / 2, cols, packs, reinterpret_cast<uint32_t*>(dst), cols);
-    } else if constexpr (kDirect) {
-      transpose(b, p.rank, cols, rank, dst, cols);
-    } else {
-      In* wide = scratch<In>(Scratch::convert, cols * p.rank);
-      convert_row(b, wide, cols * p.rank);
-      transpose(wide, p.rank, cols, rank, dst, cols);
-    }
-    for (int64_t k = 0; k < packs; ++k) rows[k] = dst + k * cols * V::kPack;
-    return packs;
-  }
-  // The same for `cols` inputs of A_e, and after it the router's row where it takes part.
-  int64_t a_panel(int64_t e, int64_t c0, int64_t cols, const In** rows, const Acc* router) const {
-    const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
-    const TA* a = A + e * p.rank * p.in + c0;
-    const int64_t all = round_up(p.rank, V::kPack) / V::kPack;
-    In* buffer = scratch<In>(Scratch::panel, (all + 1) * cols * V::kPack);
-    for (int64_t k = 0; k < packs; ++k) {
-      In* dst = buffer + k * cols * V::kPack;
-      if constexpr (V::kPack == 2) {
-        const TA* first = a + 2 * k * p.in;
-        interleave(first, 2 * k + 1 < rank ? first + p.in : nullptr, cols, dst);
-        rows[k] = dst;
-      } else {
-        rows[k] = row_as<V, TA>(a + k * p.in, cols, dst);
-      }
-    }
-    if (router == nullptr) return packs;
-    // The router's coefficient stands after all p.rank ones; the ranks between have zero coefficients, so any row does.
-    if constexpr (V::kPack == 2) {
-      In* narrow = scratch<In>(Scratch::convert, cols);
-      convert_row(router + e * p.in + c0, narrow, cols);
-      for (int64_t k = packs; k <= all; ++k) {  // rows of their own: tiles want them one distance apart
-        rows[k] = buffer + k * cols * V::kPack;
-        interleave(narrow, narrow, cols, buffer + k * cols * V::kPack);
-      }
-    } else {
-      for (int64_t k = packs; k <= all; ++k) rows[k] = router + e * p.in + c0;
-    }
-    return all + 1;
   }
 
   // ---- shrink over all slots: out[pos][j] = <row of pos, panel row j>; unused ranks are zero ----
@@ -173,9 +65,8 @@ struct Lora {
         bool done = used <= j0;
         if constexpr (V::kPanels)
           if (!done && plan::shrink_panel(stop - pos, used - j0, turned, processor())) {
-            panel_block<V>(
-                rows + (pos - begin), stop - pos, used - j0, k_size, out + pos * p.rank + j0, p.rank,
-                [&](int64_t k0, int64_t count, int64_t* ld) { return across(e, j0, used, k0, count, ld); });
+            panel_block<V>(rows + (pos - begin), stop - pos, used - j0, k_size, out + pos * p.rank + j0, p.rank,
+                           [&](int64_t k0, int64_t count, int64_t* ld) { return across(e, j0, used, k0, count, ld); });
             done = true;
           }
         if (!done)
@@ -204,11 +95,16 @@ struct Lora {
         for (; q < min64(s.offsets[e + 1], end); ++q) {
           const Acc w = weights[s.order[q]] * scale;
           In* c = coef + q * ldc;
-          for (int64_t j0 = 0; j0 < p.rank; j0 += kRanks) {
-            Acc scaled[kRanks];
-            const int64_t ranks = min64(kRanks, p.rank - j0);
-            for (int64_t j = 0; j < ranks; ++j) scaled[j] = w * h[q * p.rank + j0 + j];
-            convert_row(scaled, c + j0, ranks);
+          const Acc* row = h + q * p.rank;
+          if constexpr (Same<In, Acc>::value) {
+            for (int64_t j = 0; j < p.rank; ++j) c[j] = w * row[j];
+          } else {
+            for (int64_t j0 = 0; j0 < p.rank; j0 += kRanks) {
+              Acc scaled[kRanks];
+              const int64_t ranks = min64(kRanks, p.rank - j0);
+              for (int64_t j = 0; j < ranks; ++j) scaled[j] = w * row[j0 + j];
+              convert_row(scaled, c + j0, ranks);
+            }
           }
           for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
           Acc rest = router ? dz[q] : Acc(0);

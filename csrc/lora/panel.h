@@ -26,8 +26,7 @@ static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int
   for (int64_t k = k0; k < k1; ++k, p += ldp) {
     typename V::InVec pv[N];
     MOA_UNROLL
-    for (int n = 0; n < N; ++n)
-      pv[n] = Tail && n == N - 1 ? V::load_n(p + n * V::kIn, last) : V::load(p + n * V::kIn);
+    for (int n = 0; n < N; ++n) pv[n] = Tail && n == N - 1 ? V::load_n(p + n * V::kIn, last) : V::load(p + n * V::kIn);
     MOA_UNROLL
     for (int m = 0; m < M; ++m) {
       const typename V::InVec xv = V::splat(xp[m] + k);

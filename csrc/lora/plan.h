@@ -10,7 +10,7 @@ namespace moa {
 namespace plan {
 
 constexpr int64_t kL1 = 32 * 1024;
-constexpr int64_t kTile = 256 * 1024;  // output tile of the expand: a quarter of L2
+constexpr int64_t kTile = 256 * 1024;          // output tile of the expand: a quarter of L2
 constexpr int64_t kTileOnTiles = 1024 * 1024;  // processors with AMX have an L2 of 2 MiB
 
 // Dense-masked against grouped, on vectors: grouped always. Per 16 outputs of a token the expand does k r multiply-adds
@@ -102,6 +102,9 @@ inline int64_t most_beside_library(DType type, const Processor& cpu) {
     default: return INT64_MAX;
   }
 }
+// Whether W's next rows are asked for between the products. Intel's processors foresee them: one token, W 4096 x 4096,
+// 1.41 ms with prefetches, 1.30 without.
+inline bool linear_fetch(const Processor& cpu) { return !cpu.intel; }
 constexpr int64_t kLinearBlock = 256;  // tokens at a time, where there are more
 constexpr int64_t kLinearPanel = 8;    // rows of W, or pairs of them, between two looks at dx
 // Rows of W, which are columns of y, that a task owns; and columns of dx.

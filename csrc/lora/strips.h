@@ -145,7 +145,8 @@ static void expand_strips(const Segments& s, const bf16_t* coef, int64_t ldc, in
         begun[i] = 1;
         if (p + 16 + m < ahead) {  // what the next group starts from
           const int64_t next = s.order[p + 16 + m] / s.top_k;
-          if (begun[next - t0] == 0) prefetch_row(base != nullptr ? base + next * ldbase + c0 : y + next * width + c0, cols);
+          if (begun[next - t0] == 0)
+            prefetch_row(base != nullptr ? base + next * ldbase + c0 : y + next * width + c0, cols);
         }
       }
       tiles.run(m, rows, coef + p * ldc, ldc, b[0], pitch, k_size, cols);

@@ -47,8 +47,8 @@ static inline void pack_pairs(const bf16_t* a, int64_t lda, int64_t n, int64_t k
     const int64_t there = k_size - k < here ? (k_size > k ? k_size - k : 0) : here;
     const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << there) - 1);
     for (int64_t i = 0; i < 16; ++i)
-      _mm512_store_si512(rows + i * 32, i < n && there > 0 ? _mm512_maskz_loadu_epi16(mask, a + i * lda + k)
-                                                           : _mm512_setzero_si512());
+      _mm512_store_si512(rows + i * 32,
+                         i < n && there > 0 ? _mm512_maskz_loadu_epi16(mask, a + i * lda + k) : _mm512_setzero_si512());
     for (int64_t i = 0; i < here; i += 8)
       transpose_16x4<true>(reinterpret_cast<const uint32_t*>(rows + i), 16, 16, dst + (k + i) * 8, 16);
   }

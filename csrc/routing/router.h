@@ -65,7 +65,8 @@ static void router_logits_tiles(const RouterParams& p) {
       for (int64_t j = 0; j < kTerms; ++j) {
         const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
         _mm256_mask_storeu_epi16(terms + j * n * p.in + i, mask, bits);
-        const __m512 left = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+        const __m512 left =
+            _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
         // Of an infinity or a NaN nothing: the first term says so.
         rest = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(left, left, _CMP_ORD_Q), left);
       }
@@ -123,10 +124,11 @@ static void router_logits_panel(const RouterParams& p) {
     In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
     for (int64_t i = 0; i < m; ++i)
       rows[i] = row_as<V, T>(x + (t0 + i) * p.ldx, p.in, direct ? nullptr : buffer + i * p.in);
-    panel_block<V>(rows, m, p.experts, p.in, logits + t0 * p.experts, p.experts, [&](int64_t k0, int64_t, int64_t* apart) {
-      *apart = ld;
-      return turned + k0 * ld;
-    });
+    panel_block<V>(rows, m, p.experts, p.in, logits + t0 * p.experts, p.experts,
+                   [&](int64_t k0, int64_t, int64_t* apart) {
+                     *apart = ld;
+                     return turned + k0 * ld;
+                   });
   });
 }
 

@@ -244,10 +244,17 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
         const In* w = coef + p * ldc;
         int64_t cm = 1, ck = ldc;
         if constexpr (V::kPack == 1) {
-          constexpr bool same = Same<T, In>::value;
-          In* buffer = same ? nullptr : scratch<In>(Scratch::rows, run * cols);
-          for (int64_t i = 0; i < run; ++i)
-            rows[i] = row_as<V, T>(x + (s.order[p + i] / s.top_k) * ldx + c0, cols, buffer + (same ? 0 : i * cols));
+          const bool copied = !Same<T, In>::value || rank > plan::kGramInPlace;
+          In* buffer = copied ? scratch<In>(Scratch::rows, run * cols) : nullptr;
+          for (int64_t i = 0; i < run; ++i) {
+            const T* from = x + (s.order[p + i] / s.top_k) * ldx + c0;
+            if (copied) {
+              convert_row(from, buffer + i * cols, cols);
+              rows[i] = buffer + i * cols;
+            } else if constexpr (Same<T, In>::value) {
+              rows[i] = from;
+            }
+          }
         } else {
           In* buffer = scratch<In>(Scratch::rows, steps * cols * 2);
           In* pairs = scratch<In>(Scratch::convert, steps * ldc * 2);

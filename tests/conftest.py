@@ -27,6 +27,7 @@ BEST_ISA = torch.ops.moa_ops.cpu_isa()
 ISAS = torch.ops.moa_ops.cpu_isas().split(",") if DEVICE == "cpu" else [BEST_ISA]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A group a file, where tests run in several processes."""
     for item in items if config.pluginmanager.hasplugin("xdist") else []:

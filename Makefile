@@ -32,7 +32,7 @@ demo: build  ## train a mixture of LoRAs on real text and compare it (FAST=1: in
 	$(BIN)/python examples/demo.py $(if $(FAST),--fast) $(ARGS)
 
 test: build $(VENV)/torchao  ## the whole test suite
-	PYTHONPATH="$(abspath $(VENV)/torchao)" $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	PYTHONPATH="$(abspath $(VENV)/torchao)" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: build  ## micro-benchmarks against the alternatives
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +20,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
-# Files whose tests are long, and share nothing: dealt out one by one, after the others, so that no process
-# waits long for another. The rest goes a file at a time (--dist loadgroup): a file is set up once.
+# Files whose tests are long, and share nothing: dealt out one by one, after the others.
 ONE_BY_ONE = {"test_asan.py", "test_mutations.py"}
 
 DEVICE = os.environ.get("MOA_TEST_DEVICE", "cpu")
@@ -27,12 +28,19 @@ BEST_ISA = torch.ops.moa_ops.cpu_isa()
 ISAS = torch.ops.moa_ops.cpu_isas().split(",") if DEVICE == "cpu" else [BEST_ISA]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A group a file, where tests run in several processes."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else []:
-        if item.path.name not in ONE_BY_ONE:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """A file at a time to a process, so that what it sets up is set up once, those with many tests first; the
+    files above test by test at the end, where no process shall wait long for another.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if Path(file).name in ONE_BY_ONE else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,27 +18,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
-# Files whose tests are long, and share nothing: dealt out one by one, after the others.
-ONE_BY_ONE = {"test_asan.py", "test_mutations.py"}
-
 DEVICE = os.environ.get("MOA_TEST_DEVICE", "cpu")
 BEST_ISA = torch.ops.moa_ops.cpu_isa()
 ISAS = torch.ops.moa_ops.cpu_isas().split(",") if DEVICE == "cpu" else [BEST_ISA]
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """A file at a time to a process, so that what it sets up is set up once, those with many tests first; the
-    files above test by test at the end, where no process shall wait long for another.
-    """
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return nodeid if Path(file).name in ONE_BY_ONE else file
-
-    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

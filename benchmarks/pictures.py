@@ -267,9 +267,11 @@ def _roofs(axis: Any, ceilings: dict[str, float], dtype: str) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(0.5, MOST)
-    axis.set_ylim(20, 1000)
+    most = max(1000.0, *(2 * value for name, value in ceilings.items() if name.startswith("gemm_")))
+    axis.set_ylim(20, most)
     axis.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
-    axis.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+    ticks = [tick for tick in (30, 100, 300, 1000, 3000, 10000) if tick <= most]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.tick_params(length=0)
     axis.grid(color=FAINT, lw=0.7, zorder=1.5)

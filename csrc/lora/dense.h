@@ -182,10 +182,7 @@ static bool dense_expand(const Segments& s, const bf16_t* coef, int64_t packs, i
         }
         for (int64_t n = 0; n < 64; n += 16) {
           __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * 64 + n), _mm512_loadu_ps(start + strip * 64 + n));
-          if (from != nullptr) {
-            const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + n)));
-            sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
-          }
+          if (from != nullptr) sum = _mm512_add_ps(sum, widened(from + n));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
         }
       }

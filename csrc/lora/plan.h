@@ -123,12 +123,12 @@ constexpr int64_t kGramClearTasks = 16;
 // Rows summed in one run of accumulators before they are added to the total: bounds float32 rounding.
 constexpr int64_t kGramRun = 512;
 
-// Whether a bfloat16 x goes through AMX's tiles. Time on tiles / on vectors, beside another job: T = 512 2048 E = 8 1.22,
-// T = 512 1024 E = 64 0.72, T = 2048 1024 E = 256 0.58.
+// Whether a bfloat16 x goes through AMX's tiles. Time on tiles, before W's terms shared a sum, / on vectors: T = 512
+// 2048 E = 8 1.22, T = 512 1024 E = 64 0.72, T = 2048 1024 E = 256 0.58.
 inline bool router_tiles(int64_t tokens, int64_t experts) { return tokens >= 32 && experts > 16; }
 // Rows of a task there: blocks of 64, up to four where that leaves eight tasks.
 inline int64_t router_tile_rows(int64_t tokens) { return 64 * clamp(tokens / (8 * 64), 1, 4); }
-constexpr int64_t kPanelTokens = 48;  // per task: their part of a run stays in L1
+constexpr int64_t kPanelTokens = 48;  // per task: their part of a run is 48 KB, which E / 64 passes read
 constexpr int64_t kPanelRun = 256;    // products summed in one run of accumulators: bounds float32 rounding
 // Router logits: tokens and experts per task. Few experts: a tile of x stays in L1 while W streams from L2; many: four
 // rows of W stay while the task's 48 rows of x stream.

@@ -20,53 +20,15 @@ class ExpandTiles {
   // m <= 16 rows, columns [0, width).
   void run(int m, const TileRow* rows, const bf16_t* coef, int64_t ldc, const bf16_t* panel, int64_t pitch,
            int64_t k_size, int64_t width) {
-    const int64_t whole = k_size / 16;
-    const int rest = static_cast<int>(k_size % 16);
-    if (rest != rest_) load(rest);
+    if (k_size != loaded_) load_strip_shapes(&shapes_, 16, k_size);
+    loaded_ = k_size;
     for (int64_t col = 0; col < width; col += 64) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      const bf16_t* p = panel + 2 * col;
-      for (int64_t k = 0; k < whole; ++k, p += 8 * pitch) {
-        _tile_loadd(4, coef + k * 32, ldc * 2);
-        _tile_loadd(5, p, pitch);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(5, p + 32, pitch);
-        _tile_dpbf16ps(1, 4, 5);
-        _tile_loadd(5, p + 64, pitch);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(5, p + 96, pitch);
-        _tile_dpbf16ps(3, 4, 5);
-      }
-      if (rest > 0) {
-        _tile_loadd(6, coef + whole * 32, ldc * 2);
-        _tile_loadd(7, p, pitch);
-        _tile_dpbf16ps(0, 6, 7);
-        _tile_loadd(7, p + 32, pitch);
-        _tile_dpbf16ps(1, 6, 7);
-        _tile_loadd(7, p + 64, pitch);
-        _tile_dpbf16ps(2, 6, 7);
-        _tile_loadd(7, p + 96, pitch);
-        _tile_dpbf16ps(3, 6, 7);
-      }
-      _tile_stored(0, sums_, 256);
-      _tile_stored(1, sums_ + 16, 256);
-      _tile_stored(2, sums_ + 32, 256);
-      _tile_stored(3, sums_ + 48, 256);
+      strip_product(coef, ldc, panel + 2 * col, pitch, k_size, sums_);
       for (int i = 0; i < m; ++i) add(rows[i], sums_ + i * 64, col);
     }
   }
 
  private:
-  void load(int rest) {
-    for (int tile = 0; tile < 6; ++tile) shapes_.set(tile, 16, 64);
-    shapes_.set(6, rest > 0 ? 16 : 0, 4 * rest);
-    shapes_.set(7, rest, rest > 0 ? 64 : 0);
-    shapes_.load();
-    rest_ = rest;
-  }
   static void add(const TileRow& row, const float* sums, int64_t col) {
     MOA_UNROLL
     for (int64_t n = 0; n < 64; n += 16) {
@@ -84,7 +46,7 @@ class ExpandTiles {
 
   alignas(64) float sums_[16 * 64];
   TileShapes shapes_;
-  int rest_ = -1;  // of the shapes that are loaded
+  int64_t loaded_ = -1;  // the depth whose shapes are
 };
 
 // One task of expand (kernels.h): tokens [t0, t1), columns [c0, c0 + cols), whole strips.

@@ -42,8 +42,8 @@ static inline void pack_pairs(const bf16_t* a, int64_t lda, int64_t n, int64_t k
   int64_t k = 0;
   for (; n == 16 && lda % 2 == 0 && k < whole; k += 8)
     transpose_16x4<true>(reinterpret_cast<const uint32_t*>(a + k), lda / 2, 16, dst + k * 8, 16);
-  for (int64_t here = 8; k < k_end; k += here) {
-    here = k_end - k < 32 ? k_end - k : 32;
+  while (k < k_end) {
+    const int64_t here = k_end - k < 32 ? k_end - k : 32;
     const int64_t there = k_size - k < here ? (k_size > k ? k_size - k : 0) : here;
     const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << there) - 1);
     for (int64_t i = 0; i < 16; ++i)
@@ -51,6 +51,7 @@ static inline void pack_pairs(const bf16_t* a, int64_t lda, int64_t n, int64_t k
                          i < n && there > 0 ? _mm512_maskz_loadu_epi16(mask, a + i * lda + k) : _mm512_setzero_si512());
     for (int64_t i = 0; i < here; i += 8)
       transpose_16x4<true>(reinterpret_cast<const uint32_t*>(rows + i), 16, 16, dst + (k + i) * 8, 16);
+    k += here;
   }
 }
 
@@ -120,63 +121,66 @@ static void dot_tiles(const bf16_t* const* x, int64_t m_size, int64_t m_ahead, c
   }
 }
 
+// ---- axpy: sums[m][0:64] = sum_k coef[m][k] panel_k[0:64] -----------------------------------------------------------
+// The pairs of a row of coef lie side by side, the rows `ldc` elements apart; those of the panel `pitch` bytes apart.
+// Tile numbers are literals, so whole steps of 16 pairs and what is left are written out, on tiles of their own shape.
+static inline void load_strip_shapes(TileShapes* shapes, int rows, int64_t k_size) {
+  const int rest = static_cast<int>(k_size % 16);
+  for (int tile = 0; tile < 5; ++tile) shapes->set(tile, rows, 64);
+  shapes->set(5, 16, 64);
+  shapes->set(6, rest > 0 ? rows : 0, 4 * rest);
+  shapes->set(7, rest, rest > 0 ? 64 : 0);
+  shapes->load();
+}
+static inline void strip_product(const bf16_t* coef, int64_t ldc, const bf16_t* panel, int64_t pitch, int64_t k_size,
+                                 float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < k_size / 16; ++k, coef += 32, panel += 8 * pitch) {
+    _tile_loadd(4, coef, ldc * 2);
+    _tile_loadd(5, panel, pitch);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(5, panel + 32, pitch);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_loadd(5, panel + 64, pitch);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(5, panel + 96, pitch);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  if (k_size % 16 > 0) {
+    _tile_loadd(6, coef, ldc * 2);
+    _tile_loadd(7, panel, pitch);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(7, panel + 32, pitch);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_loadd(7, panel + 64, pitch);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_loadd(7, panel + 96, pitch);
+    _tile_dpbf16ps(3, 6, 7);
+  }
+  _tile_stored(0, sums, 256);
+  _tile_stored(1, sums + 16, 256);
+  _tile_stored(2, sums + 32, 256);
+  _tile_stored(3, sums + 48, 256);
+}
+
 // The bytes between two rows of a panel, which are one distance apart.
 static inline int64_t panel_pitch(const bf16_t* const* panel, int64_t k_size) {
   return k_size > 1 ? (panel[1] - panel[0]) * 2 : 64;
 }
 
-// ---- axpy: to_m[:] = from_m[:] + sum_k coef[m][k] panel_k[:] -----------------------------------------------------------
-// m <= 16 rows. The pairs of a row of coef lie side by side, the rows cm apart; the rows of the panel are one distance
-// apart. Returns how many columns it did: whole tiles.
-static int64_t axpy_tiles(int m, const float* const* from, float* const* to, const bf16_t* coef, int64_t cm,
+// to_m[:] = from_m[:] + sum_k coef[m][k] panel_k[:], m <= 16 rows. Returns how many columns it did: whole strips.
+static int64_t axpy_tiles(int m, const float* const* from, float* const* to, const bf16_t* coef, int64_t ldc,
                           const bf16_t* const* panel, int64_t k_size, int64_t width) {
   const int64_t pitch = panel_pitch(panel, k_size);
-  const int64_t whole = k_size / 16;
-  const int rest = static_cast<int>(k_size % 16);
   TileShapes shapes;
-  for (int tile = 0; tile < 4; ++tile) shapes.set(tile, m, 64);
-  shapes.set(4, m, 64);
-  shapes.set(5, 16, 64);
-  if (rest > 0) {
-    shapes.set(6, m, 4 * rest);
-    shapes.set(7, rest, 64);
-  }
-  shapes.load();
+  load_strip_shapes(&shapes, m, k_size);
   alignas(64) float sums[16 * 64];
   int64_t col = 0;
   for (; col + 64 <= width; col += 64) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < whole; ++k) {
-      const bf16_t* p = panel[k * 16] + 2 * col;
-      _tile_loadd(4, coef + k * 32, cm * 2);
-      _tile_loadd(5, p, pitch);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(5, p + 32, pitch);
-      _tile_dpbf16ps(1, 4, 5);
-      _tile_loadd(5, p + 64, pitch);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_loadd(5, p + 96, pitch);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-    if (rest > 0) {
-      const bf16_t* p = panel[whole * 16] + 2 * col;
-      _tile_loadd(6, coef + whole * 32, cm * 2);
-      _tile_loadd(7, p, pitch);
-      _tile_dpbf16ps(0, 6, 7);
-      _tile_loadd(7, p + 32, pitch);
-      _tile_dpbf16ps(1, 6, 7);
-      _tile_loadd(7, p + 64, pitch);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_loadd(7, p + 96, pitch);
-      _tile_dpbf16ps(3, 6, 7);
-    }
-    _tile_stored(0, sums, 256);
-    _tile_stored(1, sums + 16, 256);
-    _tile_stored(2, sums + 32, 256);
-    _tile_stored(3, sums + 48, 256);
+    strip_product(coef, ldc, panel[0] + 2 * col, pitch, k_size, sums);
     for (int i = 0; i < m; ++i)
       for (int n = 0; n < 64; n += 16)
         _mm512_storeu_ps(to[i] + col + n,

@@ -47,7 +47,7 @@ static void three_term_dot(const bf16_t* x, int tiles, const uint32_t* w, int64_
 }
 
 // The same on tiles for a bfloat16 x, in float32 accuracy: W as a sum of three bfloat16 terms, the products exact, in
-// runs of kPanelRun columns, whose part of 64 rows of x stays in L1.
+// runs of kTileChunk columns.
 static void router_logits_tiles(const RouterParams& p) {
   constexpr int64_t kTerms = 3, kRows = 64, kRun = kTileChunk;
   const bf16_t* x = static_cast<const bf16_t*>(p.x);
@@ -114,11 +114,12 @@ static void router_logits_panel(const RouterParams& p) {
   In* logits = static_cast<In*>(p.logits);
   const int64_t ld = round_up(p.experts, V::kIn), run = plan::kPanelRun;
   In* turned = scratch<In>(Scratch::call_packed, p.in * ld);
-  parallel_tasks(plan::ceil_div(p.in, run), true, [&](int64_t task) {
+  const bool wide = plan::worth_threads((p.tokens + p.experts) * p.in * static_cast<int64_t>(sizeof(In)));
+  parallel_tasks(plan::ceil_div(p.in, run), wide, [&](int64_t task) {
     const int64_t k0 = task * run;
     transpose(weight + k0, p.in, p.experts, min64(run, p.in - k0), turned + k0 * ld, ld);
   });
-  parallel_tasks(plan::ceil_div(p.tokens, plan::kPanelTokens), true, [&](int64_t task) {
+  parallel_tasks(plan::ceil_div(p.tokens, plan::kPanelTokens), wide, [&](int64_t task) {
     const int64_t t0 = task * plan::kPanelTokens, m = min64(plan::kPanelTokens, p.tokens - t0);
     const In* rows[plan::kPanelTokens];
     In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);

@@ -43,6 +43,10 @@ VARIANTS = {
 ONLY_TSAN = {"races", "trace"}
 INSTRUMENT = {"tsan": ["-fsanitize=thread"]}  # kernels only, not the emulator
 
+# For programs that threads start: pytest sets and unsets a variable around each test, and one that starts
+# while the process's own list of variables moves fails with "bad address".
+ENVIRONMENT = dict(os.environ)
+
 
 class BuildError(RuntimeError):
     """The compiler's output."""
@@ -89,7 +93,9 @@ def flags(variant: str, source: Path) -> list[str]:
 
 def run(command: list[str]) -> None:
     """Runs the compiler; what it says is an error's text."""
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
     if result.returncode != 0:
         raise BuildError(f"{shlex.join(command)}\n{result.stdout}")
     if result.stdout:
@@ -173,7 +179,8 @@ def load(variant: str) -> ModuleType:
 
 def asan_environment(module: Path) -> dict[str, str]:
     """Environment variables for a Python that imports the variant ``asan``: its libraries come first."""
-    said = subprocess.run(["ldd", str(module)], capture_output=True, text=True, check=True).stdout
+    command = ["ldd", str(module)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
     found = [line.split()[2] for line in said.splitlines() if "libasan" in line or "libubsan" in line]
     return {
         "LD_PRELOAD": ":".join(found),

@@ -8,7 +8,6 @@ process of their own. ``python tests/emulator/mutations.py [name]`` prints what 
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
 import subprocess
@@ -77,7 +76,7 @@ def build_mutant(mutation: Mutation, variant: str) -> Path:
 def run_tests(module: Path, tests: str, way: str) -> tuple[int, str]:
     """Exit status (negative: the signal that ended it) and output of the tests on a module."""
     here = Path(__file__).resolve().parent
-    env = {**os.environ, "MOA_EMULATOR": way, "MOA_EMULATOR_MODULE": str(module)}
+    env = {**build.ENVIRONMENT, "MOA_EMULATOR": way, "MOA_EMULATOR_MODULE": str(module)}
     if way.startswith("asan"):
         env.update(build.asan_environment(module))
     command = [

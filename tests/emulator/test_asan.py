@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,11 @@ def run_under_asan(file: Path) -> subprocess.CompletedProcess:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, **build.asan_environment(build.build("asan")), "MOA_EMULATOR": "asan:7"},
+        env={
+            **build.ENVIRONMENT,
+            **build.asan_environment(build.build("asan")),
+            "MOA_EMULATOR": "asan:7",
+        },
     )
 
 

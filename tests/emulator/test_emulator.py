@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from emulator import build
 from emulator.arrays import BF16, F16, assert_close, assert_no_conflicts, exact, normal, unwritten
 from emulator.repeated import Repeated
 
@@ -40,3 +44,14 @@ def test_what_depends_on_the_order_of_threads_shows() -> None:
     assert (y == 1).all()  # what it reads, too, is as it was for the second time
     with pytest.raises(AssertionError, match="wild: .* order of threads"):
         emulated.wild(np.ones(3), y)
+
+
+def test_programs_start_while_the_environment_changes() -> None:
+    """pytest sets and unsets a variable around each test, while threads compile and run mutations."""
+    with ThreadPoolExecutor(4) as pool:
+        started = [pool.submit(build.run, [shutil.which("true")]) for _ in range(200)]
+        while not started[-1].done():
+            for _ in range(1000):
+                os.environ["MOA_CHANGES"] = "set"
+                del os.environ["MOA_CHANGES"]
+    assert [repr(future.exception()) for future in started if future.exception()] == []

@@ -49,6 +49,19 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
   }
 }
 
+// Sum of products of two rows of accumulators: sixteen sums, which the compiler takes abreast, then those in pairs.
+template <class Acc>
+static inline Acc dot_row(const Acc* a, const Acc* b, int64_t n) {
+  Acc sums[16] = {};
+  int64_t j = 0;
+  for (; j + 16 <= n; j += 16)
+    for (int i = 0; i < 16; ++i) sums[i] += a[j + i] * b[j + i];
+  for (int i = 0; j < n; ++i, ++j) sums[i] += a[j] * b[j];
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) sums[i] += sums[i + step];
+  return sums[0];
+}
+
 // Brings n elements in for writing: of y, or of a base, which y overwrites as a rule.
 template <class T>
 static inline void prefetch_row(const T* row, int64_t n) {
@@ -244,7 +257,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
         const In* w = coef + p * ldc;
         int64_t cm = 1, ck = ldc;
         if constexpr (V::kPack == 1) {
-          const bool copied = !Same<T, In>::value || rank > plan::kGramInPlace;
+          const bool copied = !Same<T, In>::value || plan::gram_copied(rank, ldx * static_cast<int64_t>(sizeof(T)));
           In* buffer = copied ? scratch<In>(Scratch::rows, run * cols) : nullptr;
           for (int64_t i = 0; i < run; ++i) {
             const T* from = x + (s.order[p + i] / s.top_k) * ldx + c0;

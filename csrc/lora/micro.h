@@ -72,11 +72,23 @@ namespace moa {
 namespace MOA_ISA {
 
 // ---- dot -------------------------------------------------------------------------------------------------------------
-// x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n]. soon_0, soon_1: two rows of x to come.
+// Processors with AMX foresee the rows to come, multiply twice as fast as Zen 4 and have an L1 of 48 KiB: a tile asks
+// for nothing, and where ten rows together exceed L1, goes over its columns in runs that stay there. T = 512, 2048
+// inputs, E = 8, r = 16: 428 us in runs, 452 whole; 1024 inputs 207 and 187.
+#if defined(MOA_HAS_AMX_BF16)
+static constexpr bool kDotFetch = false;
+static constexpr int64_t kDotRun = 512, kDotWhole = 1024;  // columns of a run; up to so many are one
+#else
+static constexpr bool kDotFetch = true;
+static constexpr int64_t kDotRun = 512, kDotWhole = INT64_MAX;
+#endif
+
+// Columns [k0, k1) of `k_size`. x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n], when all
+// columns are summed; `sums` holds the lanes between two runs. soon_0, soon_1: two rows of x to come.
 template <class V, int M, int N>
 static void dot_tile(const typename V::In* const* x, const typename V::In* soon_0, const typename V::In* soon_1,
-                     const typename V::In* a, int64_t lda, int64_t k_size, typename V::Acc* out, int64_t ldo,
-                     Ahead* ahead) {
+                     const typename V::In* a, int64_t lda, int64_t k0, int64_t k1, int64_t k_size,
+                     typename V::Acc* sums, typename V::Acc* out, int64_t ldo, Ahead* ahead) {
   using In = typename V::In;
   typename V::AccVec acc[M][N];
   const In* xp[M];
@@ -87,19 +99,21 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   for (int n = 0; n < N; ++n) ap[n] = a + n * lda;
   MOA_UNROLL
   for (int m = 0; m < M; ++m) MOA_UNROLL
-  for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
+  for (int n = 0; n < N; ++n) acc[m][n] = k0 == 0 ? V::zero() : V::load_acc(sums + (m * N + n) * V::kAcc);
   // `pace` new lines a step, as long as there are any: a line asked for again costs nothing but its slot.
-  const int64_t step = ahead->end - ahead->at >= ahead->pace * (k_size / V::kIn) ? ahead->pace : 0;
+  const int64_t step = ahead->end - ahead->at >= ahead->pace * ((k1 - k0) / V::kIn) ? ahead->pace : 0;
   const char* soon = ahead->at;
-  int64_t k = 0;
-  for (; k + V::kIn <= k_size; k += V::kIn, soon += step) {
+  int64_t k = k0;
+  for (; k + V::kIn <= k1; k += V::kIn, soon += step) {
     typename V::InVec av[N];
     MOA_UNROLL
     for (int n = 0; n < N; ++n) av[n] = V::load(ap[n] + k);
-    MOA_UNROLL
-    for (int n = 0; n < 4; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
-    __builtin_prefetch(soon_0 + k, 0, 2);
-    __builtin_prefetch(soon_1 + k, 0, 2);
+    if constexpr (kDotFetch) {
+      MOA_UNROLL
+      for (int n = 0; n < 4; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
+      __builtin_prefetch(soon_0 + k, 0, 2);
+      __builtin_prefetch(soon_1 + k, 0, 2);
+    }
     MOA_UNROLL
     for (int m = 0; m < M; ++m) {
       const typename V::InVec xv = V::load(xp[m] + k);
@@ -108,8 +122,14 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
     }
   }
   ahead->at = soon;
-  if (k < k_size) {
-    const int rest = static_cast<int>(k_size - k);
+  if (k1 < k_size) {
+    MOA_UNROLL
+    for (int m = 0; m < M; ++m) MOA_UNROLL
+    for (int n = 0; n < N; ++n) V::store_acc(sums + (m * N + n) * V::kAcc, acc[m][n]);
+    return;
+  }
+  if (k < k1) {
+    const int rest = static_cast<int>(k1 - k);
     for (int n = 0; n < N; ++n) {
       const typename V::InVec av = V::load_n(ap[n] + k, rest);
       for (int m = 0; m < M; ++m) acc[m][n] = V::fma(V::load_n(xp[m] + k, rest), av, acc[m][n]);
@@ -137,8 +157,9 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
     if (m_size > plan::kTileFewRows) return dot_tiles(x, m_size, m_ahead, a, lda, n_size, k_size, out, ldo);
 #endif
   using In = typename V::In;
-  using Tile =
-      void (*)(const In* const*, const In*, const In*, const In*, int64_t, int64_t, typename V::Acc*, int64_t, Ahead*);
+  using Acc = typename V::Acc;
+  using Tile = void (*)(const In* const*, const In*, const In*, const In*, int64_t, int64_t, int64_t, int64_t, Acc*,
+                        Acc*, int64_t, Ahead*);
   constexpr int M = V::kDotM, N = V::kDotN;
   static_assert(M <= 6 && N <= 4, "the table below");
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
@@ -152,28 +173,43 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   const int64_t tiles = ((m_size + M - 1) / M) * ((n_size + N - 1) / N);
   ahead.spread(tiles * (k_size / V::kIn), 4);
   // Tiles of equal height, as far as they can be: a low one at the end loads a for few products.
-  auto height = [&](int64_t m) {
-    const int64_t left = m_size - m, tiles = (left + M - 1) / M;
+  auto height = [&](int64_t m, int64_t m_end) {
+    const int64_t left = m_end - m, tiles = (left + M - 1) / M;
     return (left + tiles - 1) / tiles;
   };
   // The rows of the next tile of x are fetched two at a time, while the groups of a pass over this one.
-  auto tile = [&](int64_t m, int64_t rows, int64_t n, int64_t pass) {
+  auto tile = [&](int64_t m, int64_t rows, int64_t n, int64_t pass, int64_t k0, int64_t k1, Acc* sums) {
     const int64_t cols = n_size - n < N ? n_size - n : N;
     const int64_t soon = m + rows + 2 * pass;
-    const bool more = pass < M / 2 && soon + 1 < m_size + m_ahead;
-    kTiles[rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, k_size,
-                               out + m * ldo + n, ldo, &ahead);
+    const bool more = kDotFetch && pass < M / 2 && soon + 1 < m_size + m_ahead;
+    kTiles[rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, k0, k1,
+                               k_size, sums, out + m * ldo + n, ldo, &ahead);
   };
-  if (x_outer) {
+  if (n_size > N && k_size > kDotWhole) {
+    constexpr int64_t kRows = 4 * M;  // whose sums stay beside them
+    const int64_t groups = (n_size + N - 1) / N;
+    Acc* sums = scratch<Acc>(Scratch::tiles, 4 * groups * M * N * V::kAcc);
+    for (int64_t m0 = 0; m0 < m_size; m0 += kRows) {
+      const int64_t m1 = m0 + kRows < m_size ? m0 + kRows : m_size;
+      for (int64_t k0 = 0; k0 < k_size; k0 += kDotRun) {
+        const int64_t k1 = k0 + kDotRun < k_size ? k0 + kDotRun : k_size;
+        Acc* at = sums;
+        for (int64_t m = m0, rows = 0; m < m1; m += rows) {
+          rows = height(m, m1);
+          for (int64_t n = 0; n < n_size; n += N, at += M * N * V::kAcc) tile(m, rows, n, n / N, k0, k1, at);
+        }
+      }
+    }
+  } else if (x_outer) {
     for (int64_t m = 0, rows = 0; m < m_size; m += rows) {
-      rows = height(m);
-      for (int64_t n = 0; n < n_size; n += N) tile(m, rows, n, n / N);
+      rows = height(m, m_size);
+      for (int64_t n = 0; n < n_size; n += N) tile(m, rows, n, n / N, 0, k_size, nullptr);
     }
   } else {
     for (int64_t n = 0; n < n_size; n += N)
       for (int64_t m = 0, rows = 0; m < m_size; m += rows) {
-        rows = height(m);
-        tile(m, rows, n, n / N);
+        rows = height(m, m_size);
+        tile(m, rows, n, n / N, 0, k_size, nullptr);
       }
   }
 }

@@ -80,40 +80,44 @@ struct Lora : Operands<V, TA> {
     });
   }
 
+  // fn(expert, position) for every slot, which reads or writes so many bytes.
+  template <class F>
+  void each_slot(int64_t bytes, const F& fn) const {
+    const Segments& s = p.seg;
+    const int64_t n = s.slots();
+    parallel_tasks(plan::ceil_div(n, plan::kSlots), plan::worth_threads(n * bytes), [&](int64_t task) {
+      int64_t q = task * plan::kSlots;
+      const int64_t end = min64(q + plan::kSlots, n);
+      for (int64_t e = expert_at(s, q); q < end; ++e)
+        for (; q < min64(s.offsets[e + 1], end); ++q) fn(e, q);
+    });
+  }
+
   // coef[pos][:] = weight * scale * h[pos][:], then the router's coefficient; what pads a pack is zero.
   void coefficients(const Acc* h, const Acc* dz, bool router, In* coef) const {
-    constexpr int64_t kSlots = 256, kRanks = 64;
-    const Segments& s = p.seg;
+    constexpr int64_t kRanks = 64;
     const Acc* weights = static_cast<const Acc*>(p.weights);
-    const int64_t ldc = coef_ld(router), ranks_end = round_up(p.rank, V::kPack), n = s.slots();
-    const bool wide = plan::worth_threads(n * ldc * static_cast<int64_t>(sizeof(Acc)));
-    parallel_tasks(plan::ceil_div(n, kSlots), wide, [&](int64_t task) {
-      int64_t q = task * kSlots;
-      const int64_t end = min64(q + kSlots, n);
-      for (int64_t e = expert_at(s, q); q < end; ++e) {
-        const Acc scale = static_cast<Acc>(p.scale[e]);
-        for (; q < min64(s.offsets[e + 1], end); ++q) {
-          const Acc w = weights[s.order[q]] * scale;
-          In* c = coef + q * ldc;
-          const Acc* row = h + q * p.rank;
-          if constexpr (Same<In, Acc>::value) {
-            for (int64_t j = 0; j < p.rank; ++j) c[j] = w * row[j];
-          } else {
-            for (int64_t j0 = 0; j0 < p.rank; j0 += kRanks) {
-              Acc scaled[kRanks];
-              const int64_t ranks = min64(kRanks, p.rank - j0);
-              for (int64_t j = 0; j < ranks; ++j) scaled[j] = w * row[j0 + j];
-              convert_row(scaled, c + j0, ranks);
-            }
-          }
-          for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
-          Acc rest = router ? dz[q] : Acc(0);
-          for (int64_t i = 0; router && i < kRouterTerms; ++i) {
-            from_acc(rest, c + ranks_end + i);
-            rest -= to_acc(c[ranks_end + i]);
-            if (rest != rest) rest = Acc(0);  // the first term was infinite, or NaN, and says so
-          }
+    const int64_t ldc = coef_ld(router), ranks_end = round_up(p.rank, V::kPack);
+    each_slot(ldc * static_cast<int64_t>(sizeof(Acc)), [&](int64_t e, int64_t q) {
+      const Acc w = weights[p.seg.order[q]] * static_cast<Acc>(p.scale[e]);
+      In* c = coef + q * ldc;
+      const Acc* row = h + q * p.rank;
+      if constexpr (Same<In, Acc>::value) {
+        for (int64_t j = 0; j < p.rank; ++j) c[j] = w * row[j];
+      } else {
+        for (int64_t j0 = 0; j0 < p.rank; j0 += kRanks) {
+          Acc scaled[kRanks];
+          const int64_t ranks = min64(kRanks, p.rank - j0);
+          for (int64_t j = 0; j < ranks; ++j) scaled[j] = w * row[j0 + j];
+          convert_row(scaled, c + j0, ranks);
         }
+      }
+      for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
+      Acc rest = router ? dz[q] : Acc(0);
+      for (int64_t i = 0; router && i < kRouterTerms; ++i) {
+        from_acc(rest, c + ranks_end + i);
+        rest -= to_acc(c[ranks_end + i]);
+        if (rest != rest) rest = Acc(0);  // the first term was infinite, or NaN, and says so
       }
     });
   }
@@ -122,9 +126,10 @@ struct Lora : Operands<V, TA> {
     const Segments& s = p.seg;
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
-    const bool repacked = V::kTiles || (V::kPanels && plan::shrink_panel(n, p.rank, false, processor()));
+    const bool turned = V::kPanels && plan::shrink_panel(n, p.rank, false, processor());
+    const int64_t most = turned ? plan::kSlotsTurned : V::kTiles ? plan::kSlotsRepacked : 48;
     shrink(
-        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, repacked), p.in, /*turned=*/false,
+        static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, most), p.in, /*turned=*/false,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
         [&](int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t* ld) {
           return a_across(e, j0, j1, k0, count, ld);
@@ -176,7 +181,7 @@ struct Lora : Operands<V, TA> {
     const Segments& s = p.seg;
     const int64_t n = s.slots();
     Acc* u = static_cast<Acc*>(b.u);
-    const plan::Shrink plan = plan::shrink(n, p.rank, true);
+    const plan::Shrink plan = plan::shrink(n, p.rank, plan::kSlotsRepacked);
     if (V::kPack == 1 && kDirect && Same<TX, In>::value && plan::along_ranks(s.tokens, p.rank)) {
       backward_shrink_along_ranks(b);
     } else {
@@ -193,12 +198,9 @@ struct Lora : Operands<V, TA> {
     if (b.dw == nullptr) return;
     const Acc* h = static_cast<const Acc*>(b.h);
     Acc* dw = static_cast<Acc*>(b.dw);
-    for (int64_t e = 0; e < s.experts; ++e)
-      for (int64_t q = s.offsets[e]; q < s.offsets[e + 1]; ++q) {
-        Acc sum = 0;
-        for (int64_t j = 0; j < p.rank; ++j) sum += h[q * p.rank + j] * u[q * p.rank + j];
-        dw[s.order[q]] = static_cast<Acc>(p.scale[e]) * sum;
-      }
+    each_slot(2 * p.rank * static_cast<int64_t>(sizeof(Acc)), [&](int64_t e, int64_t q) {
+      dw[s.order[q]] = static_cast<Acc>(p.scale[e]) * dot_row(h + q * p.rank, u + q * p.rank, p.rank);
+    });
     for (int64_t q = n; q < s.tokens * s.top_k; ++q) dw[s.order[q]] = Acc(0);
   }
 

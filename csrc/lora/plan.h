@@ -44,16 +44,20 @@ inline bool worth_threads(int64_t bytes) { return bytes > 96 * 1024; }
 inline int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return v < lo ? lo : v > hi ? hi : v; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kSlots = 256;  // per task of the passes over coefficients and weights
+
 // Shrink: slots per task. 48 rows of 2048 floats fill a third of L2; a task also splits the ranks when there are so
 // few slots that one task would hold them all (decode). Where the rows of an expert are repacked, which costs a tenth of
-// 48 slots, a task has more.
+// 48 slots, a task has more, and yet more where they are turned over for a panel (T = 8192, 256 inputs, r = 128: a
+// twelfth of 128 slots).
+constexpr int64_t kSlotsRepacked = 128, kSlotsTurned = 512;
 struct Shrink {
   int64_t slots, rank_split;
 };
-inline Shrink shrink(int64_t slots, int64_t rank, bool repacked) {
+inline Shrink shrink(int64_t slots, int64_t rank, int64_t most = 48) {
   const int64_t chunk = clamp(ceil_div(slots, 4), 6, 48);
   const int64_t tasks = ceil_div(slots, chunk);
-  return {repacked && chunk == 48 ? 128 : chunk,
+  return {chunk == 48 ? clamp(ceil_div(slots, 16), most < kSlotsRepacked ? most : kSlotsRepacked, most) : chunk,
           tasks >= 4 ? rank : clamp(ceil_div(ceil_div(rank, 2), 4) * 4, 4, rank < 4 ? 4 : rank)};
 }
 
@@ -115,9 +119,10 @@ inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 
 inline int64_t gram_cols(int64_t width) {
   return width >= 2048 ? 256 : clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);
 }
-// More ranks than so many pay for a copy of the x panel, which each tile of ranks reads again: rows a power of two apart
-// share cache sets. One thread of an Emerald Rapids, T = 512, 4096 inputs, E = 2, r = 128: dA 15.1 ms, copied 8.4.
-constexpr int64_t kGramInPlace = 48;
+// The x panel is copied where each of many tiles of ranks reads it again and its rows are a power of two apart, or close
+// to it, and share cache sets. One thread of an Emerald Rapids, r = 128, share of the peak in place and copied: 256 inputs
+// 0.9 and 0.8, 512 0.78 and 0.74, 768 0.80 and 0.78, 1024 0.43 and 0.72, 1536 0.62 and 0.73, 4096 0.40 and 0.71.
+inline bool gram_copied(int64_t rank, int64_t row_bytes) { return rank > 48 && row_bytes >= 4096; }
 // Tasks that the zeros of experts without slots are split into: enough for threads to share, where one may be stopped.
 constexpr int64_t kGramClearTasks = 16;
 // Rows summed in one run of accumulators before they are added to the total: bounds float32 rounding.

@@ -76,20 +76,27 @@ namespace MOA_ISA {
 // for nothing, and where ten rows together exceed L1, goes over its columns in runs that stay there. T = 512, 2048
 // inputs, E = 8, r = 16: 428 us in runs, 452 whole; 1024 inputs 207 and 187.
 #if defined(MOA_HAS_AMX_BF16)
-static constexpr bool kDotFetch = false;
-static constexpr int64_t kDotRun = 512, kDotWhole = 1024;  // columns of a run; up to so many are one
+static constexpr bool kDotFetch = false, kDotRuns = true;
 #else
-static constexpr bool kDotFetch = true;
-static constexpr int64_t kDotRun = 512, kDotWhole = INT64_MAX;
+static constexpr bool kDotFetch = true, kDotRuns = false;
 #endif
+static constexpr int64_t kDotRun = 512, kDotWhole = 1024;  // columns of a run; up to so many are one
 
-// Columns [k0, k1) of `k_size`. x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n], when all
-// columns are summed; `sums` holds the lanes between two runs. soon_0, soon_1: two rows of x to come.
+// Columns [begin, end) of all `size`; the lanes' sums between two runs.
+template <class Acc>
+struct DotColumns {
+  int64_t begin, end, size;
+  Acc* sums;
+};
+
+// x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n], when all columns are summed. soon_0, soon_1:
+// two rows of x to come.
 template <class V, int M, int N>
 static void dot_tile(const typename V::In* const* x, const typename V::In* soon_0, const typename V::In* soon_1,
-                     const typename V::In* a, int64_t lda, int64_t k0, int64_t k1, int64_t k_size,
-                     typename V::Acc* sums, typename V::Acc* out, int64_t ldo, Ahead* ahead) {
+                     const typename V::In* a, int64_t lda, const DotColumns<typename V::Acc>& columns,
+                     typename V::Acc* out, int64_t ldo, Ahead* ahead) {
   using In = typename V::In;
+  const int64_t begin = kDotRuns ? columns.begin : 0, end = columns.end;
   typename V::AccVec acc[M][N];
   const In* xp[M];
   const In* ap[N];
@@ -99,12 +106,12 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   for (int n = 0; n < N; ++n) ap[n] = a + n * lda;
   MOA_UNROLL
   for (int m = 0; m < M; ++m) MOA_UNROLL
-  for (int n = 0; n < N; ++n) acc[m][n] = k0 == 0 ? V::zero() : V::load_acc(sums + (m * N + n) * V::kAcc);
+  for (int n = 0; n < N; ++n) acc[m][n] = begin == 0 ? V::zero() : V::load_acc(columns.sums + (m * N + n) * V::kAcc);
   // `pace` new lines a step, as long as there are any: a line asked for again costs nothing but its slot.
-  const int64_t step = ahead->end - ahead->at >= ahead->pace * ((k1 - k0) / V::kIn) ? ahead->pace : 0;
+  const int64_t step = ahead->end - ahead->at >= ahead->pace * ((end - begin) / V::kIn) ? ahead->pace : 0;
   const char* soon = ahead->at;
-  int64_t k = k0;
-  for (; k + V::kIn <= k1; k += V::kIn, soon += step) {
+  int64_t k = begin;
+  for (; k + V::kIn <= end; k += V::kIn, soon += step) {
     typename V::InVec av[N];
     MOA_UNROLL
     for (int n = 0; n < N; ++n) av[n] = V::load(ap[n] + k);
@@ -122,14 +129,14 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
     }
   }
   ahead->at = soon;
-  if (k1 < k_size) {
+  if (kDotRuns && end < columns.size) {
     MOA_UNROLL
     for (int m = 0; m < M; ++m) MOA_UNROLL
-    for (int n = 0; n < N; ++n) V::store_acc(sums + (m * N + n) * V::kAcc, acc[m][n]);
+    for (int n = 0; n < N; ++n) V::store_acc(columns.sums + (m * N + n) * V::kAcc, acc[m][n]);
     return;
   }
-  if (k < k1) {
-    const int rest = static_cast<int>(k1 - k);
+  if (k < end) {
+    const int rest = static_cast<int>(end - k);
     for (int n = 0; n < N; ++n) {
       const typename V::InVec av = V::load_n(ap[n] + k, rest);
       for (int m = 0; m < M; ++m) acc[m][n] = V::fma(V::load_n(xp[m] + k, rest), av, acc[m][n]);
@@ -158,8 +165,8 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
 #endif
   using In = typename V::In;
   using Acc = typename V::Acc;
-  using Tile = void (*)(const In* const*, const In*, const In*, const In*, int64_t, int64_t, int64_t, int64_t, Acc*,
-                        Acc*, int64_t, Ahead*);
+  using Columns = DotColumns<Acc>;
+  using Tile = void (*)(const In* const*, const In*, const In*, const In*, int64_t, const Columns&, Acc*, int64_t, Ahead*);
   constexpr int M = V::kDotM, N = V::kDotN;
   static_assert(M <= 6 && N <= 4, "the table below");
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
@@ -178,38 +185,38 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
     return (left + tiles - 1) / tiles;
   };
   // The rows of the next tile of x are fetched two at a time, while the groups of a pass over this one.
-  auto tile = [&](int64_t m, int64_t rows, int64_t n, int64_t pass, int64_t k0, int64_t k1, Acc* sums) {
-    const int64_t cols = n_size - n < N ? n_size - n : N;
+  auto tile = [&](int64_t m, int64_t rows, int64_t n, const Columns& columns) {
+    const int64_t cols = n_size - n < N ? n_size - n : N, pass = n / N;
     const int64_t soon = m + rows + 2 * pass;
     const bool more = kDotFetch && pass < M / 2 && soon + 1 < m_size + m_ahead;
-    kTiles[rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, k0, k1,
-                               k_size, sums, out + m * ldo + n, ldo, &ahead);
+    kTiles[rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, columns,
+                               out + m * ldo + n, ldo, &ahead);
   };
-  if (n_size > N && k_size > kDotWhole) {
+  const Columns all{0, k_size, k_size, nullptr};
+  if (kDotRuns && n_size > N && k_size > kDotWhole) {
     constexpr int64_t kRows = 4 * M;  // whose sums stay beside them
     const int64_t groups = (n_size + N - 1) / N;
     Acc* sums = scratch<Acc>(Scratch::tiles, 4 * groups * M * N * V::kAcc);
     for (int64_t m0 = 0; m0 < m_size; m0 += kRows) {
       const int64_t m1 = m0 + kRows < m_size ? m0 + kRows : m_size;
       for (int64_t k0 = 0; k0 < k_size; k0 += kDotRun) {
-        const int64_t k1 = k0 + kDotRun < k_size ? k0 + kDotRun : k_size;
-        Acc* at = sums;
+        Columns run{k0, k0 + kDotRun < k_size ? k0 + kDotRun : k_size, k_size, sums};
         for (int64_t m = m0, rows = 0; m < m1; m += rows) {
           rows = height(m, m1);
-          for (int64_t n = 0; n < n_size; n += N, at += M * N * V::kAcc) tile(m, rows, n, n / N, k0, k1, at);
+          for (int64_t n = 0; n < n_size; n += N, run.sums += M * N * V::kAcc) tile(m, rows, n, run);
         }
       }
     }
   } else if (x_outer) {
     for (int64_t m = 0, rows = 0; m < m_size; m += rows) {
       rows = height(m, m_size);
-      for (int64_t n = 0; n < n_size; n += N) tile(m, rows, n, n / N, 0, k_size, nullptr);
+      for (int64_t n = 0; n < n_size; n += N) tile(m, rows, n, all);
     }
   } else {
     for (int64_t n = 0; n < n_size; n += N)
       for (int64_t m = 0, rows = 0; m < m_size; m += rows) {
         rows = height(m, m_size);
-        tile(m, rows, n, n / N, 0, k_size, nullptr);
+        tile(m, rows, n, all);
       }
   }
 }

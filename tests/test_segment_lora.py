@@ -101,7 +101,7 @@ ROUTED = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r, ranks", [(33, False), (60, True), (80, False), (97, False), (128, True)])
 def test_large_ranks_of_many_rows(isa: str, dtype: torch.dtype, r: int, ranks: bool) -> None:
-    """Panels in the shrink (csrc/lora/panel.h) and dot products, of more than one run; a copied panel in the gram."""
+    """Panels (csrc/lora/panel.h) and dot products of more than one run; a copied panel in the gram."""
     check_mixture(make_mixture(150, 1030, 1061, 3, 2, r, dtype, ranks=ranks))
 
 

@@ -94,7 +94,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   using Acc = typename V::Acc;
   using In = typename V::In;
   constexpr bool direct = Same<T, Acc>::value;  // y and base can be operands themselves
-  const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width, V::kTiles);
+  const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width, processor());
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
   const int64_t col_blocks = plan::ceil_div(width, plan.col_block);
   const int64_t bytes = s.tokens * width * 4 + min64(s.slots(), s.experts) * ldc * width * 4;

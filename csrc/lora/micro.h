@@ -166,7 +166,8 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   using In = typename V::In;
   using Acc = typename V::Acc;
   using Columns = DotColumns<Acc>;
-  using Tile = void (*)(const In* const*, const In*, const In*, const In*, int64_t, const Columns&, Acc*, int64_t, Ahead*);
+  using Tile =
+      void (*)(const In* const*, const In*, const In*, const In*, int64_t, const Columns&, Acc*, int64_t, Ahead*);
   constexpr int M = V::kDotM, N = V::kDotN;
   static_assert(M <= 6 && N <= 4, "the table below");
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.

@@ -232,29 +232,31 @@ struct Lora : Operands<V, TA> {
     for (int64_t task = 1; task < runs; ++task) add_row(parts + task * size, u, size);
   }
 
-  // dB of an expert of one or two slots, along its rows: dB[o][:] = sum dy[p][o] coef[p][:], the same products in the
-  // same order without a transposition, which costs more than they do. Two rows of dy are always one distance apart, as
-  // the tile wants them; three need not be.
+  // dB of an expert of few slots, along its rows: dB[o][:] = sum dy[p][o] coef[p][:], the same products in the same order
+  // without a transposition, which costs more than they do. Two at a time: two rows of dy are always one distance apart,
+  // as the tile wants them.
   bool few_slots_dB(const BackwardParams& b, const In* coef, TA* dB, int64_t e, int64_t c0, int64_t cols) const {
     if constexpr (V::kPack == 1 && kDirect && Same<TX, In>::value && Same<TA, Acc>::value) {
       const Segments& s = p.seg;
-      const int64_t p0 = s.offsets[e], n = s.offsets[e + 1] - p0;
-      if (n > 2 || rank_of(e) < p.rank) return false;
+      const int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1];
+      if (p1 - p0 > plan::kGramFewSlots || rank_of(e) < p.rank) return false;
       const TX* dy = static_cast<const TX*>(b.dy) + c0;
-      const int64_t first = s.order[p0] / s.top_k, second = s.order[p0 + n - 1] / s.top_k;
-      const In* rows[2] = {coef + p0 * coef_ld(false), coef + (p0 + n - 1) * coef_ld(false)};
       Acc* zeros = scratch<Acc>(Scratch::convert, p.rank);
       memset(zeros, 0, p.rank * sizeof(Acc));
       Ahead none(coef, 0);
-      for (int64_t o = 0; o < cols; o += V::kAxpyM) {
-        const int m = static_cast<int>(min64(V::kAxpyM, cols - o));
-        const Acc* from[V::kAxpyM];
-        Acc* to[V::kAxpyM];
-        for (int i = 0; i < m; ++i) {
-          from[i] = zeros;
-          to[i] = dB + (e * p.out + c0 + o + i) * p.rank;
+      for (int64_t q = p0; q < p1; q += 2) {
+        const int64_t n = min64(2, p1 - q), first = s.order[q] / s.top_k, second = s.order[q + n - 1] / s.top_k;
+        const In* rows[2] = {coef + q * coef_ld(false), coef + (q + n - 1) * coef_ld(false)};
+        for (int64_t o = 0; o < cols; o += V::kAxpyM) {
+          const int m = static_cast<int>(min64(V::kAxpyM, cols - o));
+          const Acc* from[V::kAxpyM];
+          Acc* to[V::kAxpyM];
+          for (int i = 0; i < m; ++i) {
+            to[i] = dB + (e * p.out + c0 + o + i) * p.rank;
+            from[i] = q == p0 ? zeros : to[i];
+          }
+          axpy_block<V>(m, from, to, dy + first * b.lddy + o, 1, (second - first) * b.lddy, rows, n, p.rank, &none);
         }
-        axpy_block<V>(m, from, to, dy + first * b.lddy + o, 1, (second - first) * b.lddy, rows, n, p.rank, &none);
       }
       return true;
     } else {

@@ -123,6 +123,8 @@ inline int64_t gram_cols(int64_t width) {
 // to it, and share cache sets. One thread of an Emerald Rapids, r = 128, share of the peak in place and copied: 256 inputs
 // 0.9 and 0.8, 512 0.78 and 0.74, 768 0.80 and 0.78, 1024 0.43 and 0.72, 1536 0.62 and 0.73, 4096 0.40 and 0.71.
 inline bool gram_copied(int64_t rank, int64_t row_bytes) { return rank > 48 && row_bytes >= 4096; }
+// Slots of an expert whose dB is summed along its rows instead.
+constexpr int64_t kGramFewSlots = 4;
 // Tasks that the zeros of experts without slots are split into: enough for threads to share, where one may be stopped.
 constexpr int64_t kGramClearTasks = 16;
 // Rows summed in one run of accumulators before they are added to the total: bounds float32 rounding.

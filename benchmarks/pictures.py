@@ -73,9 +73,10 @@ def scaling(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
         return None
     figure, axes = plt.subplots(2, len(AXES), figsize=(11.4, 6.6), sharey="row", sharex="col")
     for row, train in enumerate((False, True)):
+        lowest = min(case.ratio(OURS) for axis in AXES for _, case in lines[axis, train])
         for column, axis in enumerate(AXES):
             panel = axes[row][column]
-            _scaling_panel(panel, lines[axis, train], axis, record.get("ceilings", {}))
+            _scaling_panel(panel, lines[axis, train], min(0.97, 0.95 * lowest), record.get("ceilings", {}))
             others = {"tokens": "E=16, r=16", "experts": "T=512, r=16", "r": "T=512, E=16"}[axis]
             panel.set_title(f"{'training step' if train else 'forward'}, {others}")
             if row:
@@ -109,7 +110,9 @@ def _along(cases: list[Case], axis: str, train: bool) -> list[tuple[int, Case]]:
     return sorted(found.items())
 
 
-def _scaling_panel(panel: Any, line: list[tuple[int, Case]], axis: str, ceilings: dict[str, float]) -> None:
+def _scaling_panel(
+    panel: Any, line: list[tuple[int, Case]], bottom: float, ceilings: dict[str, float]
+) -> None:
     values = [value for value, _ in line]
     floor = [case.floor(ceilings) for _, case in line]
     panel.plot(values, floor, color=INK, lw=1.3, ls=(0, (4, 3)), label="floor", zorder=2)
@@ -126,8 +129,8 @@ def _scaling_panel(panel: Any, line: list[tuple[int, Case]], axis: str, ceilings
     panel.set_yscale("log")
     shown = values if len(values) <= 8 else values[::3]
     panel.set_xticks(shown, [str(value) for value in shown])
-    panel.set_ylim(0.97, 8)
-    ticks = (1, 1.2, 1.5, 2, 3, 5, 8)
+    panel.set_ylim(bottom, 8)
+    ticks = [tick for tick in (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 8) if tick >= bottom]
     panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     panel.tick_params(length=0)

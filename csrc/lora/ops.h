@@ -127,7 +127,7 @@ struct Lora : Operands<V, TA> {
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
     const bool turned = V::kPanels && plan::shrink_panel(n, p.rank, false, processor());
-    const int64_t most = turned ? plan::kSlotsTurned : V::kTiles ? plan::kSlotsRepacked : 48;
+    const int64_t most = turned ? plan::kSlotsTurned : V::kTiles ? plan::kSlotsRepacked : plan::kSlotsInPlace;
     shrink(
         static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, most), p.in, /*turned=*/false,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },

@@ -3,8 +3,8 @@
 //   panel_tile  out[m][:] = sum_k x_m[k] panel_k[:]     x broadcast, the panel contiguous along its columns
 //
 // It needs no sum across lanes and reads two lines less from L2 per step than a dot_tile, but whole vectors of columns,
-// which only the router has (plan::router_panel), and its weight turned over first. Sums go in runs of kPanelRun
-// products, added in order: the same whatever tile an output falls into. Included only by kernels.h.
+// which routers of many experts and large ranks have (plan::panel_pays), and the weight, or A, turned over first. Sums go
+// in runs of kPanelRun products, added in order: the same whatever tile an output falls into. Included only by kernels.h.
 #pragma once
 
 namespace moa {

@@ -48,17 +48,18 @@ constexpr int64_t kSlots = 256;  // per task of the passes over coefficients and
 
 // Shrink: slots per task. 48 rows of 2048 floats fill a third of L2; a task also splits the ranks when there are so
 // few slots that one task would hold them all (decode). Where the rows of an expert are repacked, which costs a tenth of
-// 48 slots, a task has more, and yet more where they are turned over for a panel (T = 8192, 256 inputs, r = 128: a
-// twelfth of 128 slots).
-constexpr int64_t kSlotsRepacked = 128, kSlotsTurned = 512;
+// 48 slots, a task has more, and yet more where they are turned over for a panel: by estimate a twelfth of 128 slots
+// at 256 inputs, r = 128.
+constexpr int64_t kSlotsInPlace = 48, kSlotsRepacked = 128, kSlotsTurned = 512;
 struct Shrink {
   int64_t slots, rank_split;
 };
-inline Shrink shrink(int64_t slots, int64_t rank, int64_t most = 48) {
-  const int64_t chunk = clamp(ceil_div(slots, 4), 6, 48);
+inline Shrink shrink(int64_t slots, int64_t rank, int64_t most) {
+  const int64_t chunk = clamp(ceil_div(slots, 4), 6, kSlotsInPlace);
   const int64_t tasks = ceil_div(slots, chunk);
-  return {chunk == 48 ? clamp(ceil_div(slots, 16), most < kSlotsRepacked ? most : kSlotsRepacked, most) : chunk,
-          tasks >= 4 ? rank : clamp(ceil_div(ceil_div(rank, 2), 4) * 4, 4, rank < 4 ? 4 : rank)};
+  return {
+      chunk == kSlotsInPlace ? clamp(ceil_div(slots, 16), most < kSlotsRepacked ? most : kSlotsRepacked, most) : chunk,
+      tasks >= 4 ? rank : clamp(ceil_div(ceil_div(rank, 2), 4) * 4, 4, rank < 4 ? 4 : rank)};
 }
 
 // Expand: a task owns token_block x col_block outputs. A block of tokens must give each expert enough rows (about 24)

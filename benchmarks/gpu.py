@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,9 +49,11 @@ TINY = (Point(Shape(24, 64, 48, 4), "forward", 1.12), Point(Shape(24, 64, 48, 4)
 
 
 def inputs_of(problem: Problem, train: bool) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    shape = problem.x.shape
-    more = [torch.randn(shape, generator=generator).to(problem.x) for _ in range(ROTATED - 1)]
+    shape, generator = problem.x.shape, torch.Generator(problem.x.device).manual_seed(2)
+    more = [
+        torch.randn(shape, generator=generator, device=problem.x.device).to(problem.dtype)
+        for _ in range(ROTATED - 1)
+    ]
     return [x.requires_grad_(train) for x in (problem.x.clone(), *more)]
 
 
@@ -219,15 +222,24 @@ def copy_rate(device: torch.device, budget: float) -> float:
     return 2 * source.nbytes / timing["copy"].seconds.median
 
 
-def run(device: torch.device, budget: float, tiny: bool = False) -> tuple[dict[str, Any], list[Case]]:
-    """Every case, about ``budget`` seconds of timing each; ``tiny``: small shapes that a CPU can do."""
+def run(device: torch.device, budget: float, tiny: bool = False) -> Iterator[tuple[dict[str, Any], list[Case]]]:
+    """Facts, and the cases so far, after every case: about ``budget`` seconds of timing each.
+
+    tiny: small shapes that a CPU can do.
+    """
     rate = copy_rate(device, budget / 4)
+    facts = {"copy_gbytes_per_s": 1e-9 * rate, "seconds_per_case": budget}
     dtype = "float32" if tiny else "bfloat16"
-    cases = [layer_case(point, dtype, device, budget, rate) for point in (TINY if tiny else POINTS)]
-    routings = ((64, 8, 2, None),) if tiny else ROUTINGS
-    cases += [routing_case(*routing, device, budget) for routing in routings]
-    cases.append(mixture_case((TINY if tiny else POINTS)[0].shape, dtype, device, budget, rate))
-    return {"copy_gbytes_per_s": 1e-9 * rate, "seconds_per_case": budget}, cases
+    points, routings = (TINY, ((64, 8, 2, None),)) if tiny else (POINTS, ROUTINGS)
+    cases = []
+    for point in points:
+        cases.append(layer_case(point, dtype, device, budget, rate))
+        yield facts, cases
+    for routing in routings:
+        cases.append(routing_case(*routing, device, budget))
+        yield facts, cases
+    cases.append(mixture_case(points[0].shape, dtype, device, budget, rate))
+    yield facts, cases
 
 
 def main(words: list[str] | None = None) -> None:
@@ -240,11 +252,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--json", help="a file for what was measured")
     args = parser.parse_args(words)
     device = torch.device(args.device)
-    facts, cases = run(device, args.budget, tiny=device.type != "cuda")
-    print(gpu_record.table(cases))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"facts": facts, "cases": [vars(case) for case in cases]}, file)
+    for facts, cases in run(device, args.budget, tiny=device.type != "cuda"):
+        print(gpu_record.table(cases[-1:]), flush=True)
+        if args.json:  # what is there when the time runs out is kept
+            Path(args.json).write_text(json.dumps({"facts": facts, "cases": [vars(case) for case in cases]}))
 
 
 if __name__ == "__main__":

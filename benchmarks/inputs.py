@@ -99,10 +99,10 @@ class Problem:
         self, shape: Shape, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
     ) -> None:
         self.shape, self.dtype = shape, dtype
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def randn(*size: int, scale: float, dtype: torch.dtype = dtype) -> Tensor:
-            return (torch.randn(size, generator=generator) * scale).to(device, dtype)
+            return (torch.randn(size, generator=generator, device=device) * scale).to(dtype)
 
         E, r, i, o = shape.experts, shape.r, shape.in_features, shape.out_features
         self.x = randn(shape.tokens, i, scale=1)

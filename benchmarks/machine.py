@@ -71,7 +71,12 @@ def versions() -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any]:
-    """The short commit, and whether the sources of the library differ from it."""
+    """The short commit, and whether the sources of the library differ from it.
+
+    ``MOA_COMMIT`` says it where the files were brought without git.
+    """
+    if said := os.environ.get("MOA_COMMIT"):
+        return {"commit": said, "modified": False}
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
         return {"commit": head, "modified": bool(_git("status", "--porcelain", "--", "csrc", "moa_ops"))}

@@ -13,6 +13,7 @@ benchmarks/results/<device>/<date>, ready to be committed; ``--out`` names anoth
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -53,7 +54,7 @@ class Step:
 
 def steps(python: str, results: Path, device: str, budget: float) -> list[Step]:
     """What is run, in this order."""
-    quiet = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20"]
+    quiet = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20", *abreast()]
     small = [python, "tests/gpu/small.py", "--device", device]
     bench = [
         python,
@@ -80,16 +81,22 @@ def steps(python: str, results: Path, device: str, budget: float) -> list[Step]:
             Step(
                 check,
                 "sanitizer",
-                [tool, "--tool", check, "--error-exitcode", "9", *small],
+                [tool, "--tool", check, "--error-exitcode", "9", *small, *more],
                 60,
                 sanitizer,
                 tool,
                 expected=40,
             )
-            for check in ("memcheck", "racecheck", "initcheck")
+            for check, more in (("memcheck", ()), ("racecheck", ()), ("initcheck", ("--alone",)))
         ),
         Step("the CPU's tests", "tests", [*quiet, *DEVICE_TESTS], 240, there, expected=90),
     ]
+
+
+def abreast() -> list[str]:
+    """What has pytest run on half of the cores, most of the tests' time being Python and references on a CPU."""
+    workers = min(8, (os.cpu_count() or 1) // 2)
+    return ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
 
 
 def run_step(step: Step, left: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers import DTYPES, TOLERANCE, assert_close, error, expected_output, make_layer, subsets
+from helpers import DTYPES, TOLERANCE, assert_close, assert_same, error, expected_output, make_layer, subsets
 from moa_ops import MoALinear, Routing, reference, topk_routing
 
 FLAGS = list(itertools.product(["softmax", "sigmoid"], [False, True]))
@@ -31,11 +31,11 @@ def test_a_fresh_layer_is_its_base_bit_for_bit(
     layer = MoALinear(*shape, bias=bias, dtype=dtype)
     x = torch.randn(tokens, shape[0]).to(dtype)
     expected = F.linear(x, layer.weight, layer.bias)
-    assert torch.equal(layer(x), expected)
+    assert_same(layer(x), expected)
     with torch.no_grad():
-        assert torch.equal(layer(x), expected)
+        assert_same(layer(x), expected)
     routing = Routing.from_indices([0] * tokens, num_experts=8)
-    assert torch.equal(layer(x, routing=routing), expected)
+    assert_same(layer(x, routing=routing), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,7 +49,7 @@ def test_forward(isa: str, dtype: torch.dtype, score_func: str, norm: bool) -> N
         assert y.dtype == dtype
         assert_close(y, expected_output(layer, x))
         with torch.no_grad():
-            assert torch.equal(layer(x), y)
+            assert_same(layer(x), y)
     vector = torch.randn(48).to(dtype)
     assert torch.equal(layer(vector), layer(vector[None])[0])
 
@@ -126,16 +126,16 @@ def test_layouts_of_x_and_of_its_gradient() -> None:
     layer = make_layer()
     x = torch.randn(30, 48)
     y = layer(x)
-    assert torch.equal(layer(x.t().contiguous().t()), y)
-    assert torch.equal(layer(x.view(5, 6, 48).transpose(0, 1)), y.view(5, 6, 40).transpose(0, 1))
+    assert_same(layer(x.t().contiguous().t()), y)
+    assert_same(layer(x.view(5, 6, 48).transpose(0, 1)), y.view(5, 6, 40).transpose(0, 1))
     assert_close(layer(x[:1].expand(30, 48)), expected_output(layer, x[:1].expand(30, 48)))
     x = x.requires_grad_()
     y = layer(x)
     (expected,) = torch.autograd.grad(y, x, torch.ones(30, 40), retain_graph=True)
     (summed,) = torch.autograd.grad(y.sum(), x, retain_graph=True)  # its gradient is one number, expanded
-    assert torch.equal(summed, expected)
+    assert_same(summed, expected)
     (transposed,) = torch.autograd.grad(y, x, torch.ones(40, 30).t())
-    assert torch.equal(transposed, expected)
+    assert_same(transposed, expected)
 
 
 def test_float32_adapters_under_a_low_precision_base() -> None:

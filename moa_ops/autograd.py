@@ -182,13 +182,14 @@ class LinearRouting(Function):
 def _base_grads(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, grad_x: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Adds the base's part to ``grad_x`` in place; returns the gradients of weight, bias and base where
+    """``grad_x`` with the base's part added in its place, and the gradients of weight, bias and base where
     needed.
     """
     if grad_x is not None and weight is not None:
-        add_linear_backward(grad_x, grad_y, weight)
+        grad_x = add_linear_backward(grad_x, grad_y, weight)
     need_weight, need_bias, need_base = needs
     return [
+        grad_x,
         grad_y.t() @ x if need_weight else None,
         grad_y.sum(0) if need_bias else None,
         grad_y if need_base else None,
@@ -235,7 +236,7 @@ class MoALinear(Function):
                 grad_y, x, *segments_and_h, expert_scaling, ctx.scaling, ranks, *router, *needs
             )
         grad_x, *grad_lora, _ = _needed(grads, needs)
-        return [grad_x, *_base_grads(grad_y, x, weight, grad_x, need_base), *grad_lora, *[None] * 6]
+        return [*_base_grads(grad_y, x, weight, grad_x, need_base), *grad_lora, *[None] * 6]
 
 
 class RoutedMoALinear(Function):
@@ -256,8 +257,7 @@ class RoutedMoALinear(Function):
             y, h = mixture(x, weight, bias, None, lora_A, lora_B, weights, *segments, None, scaling, None)
             return y, logits, *routing, h
         y, *routing_and_h = routed_lora(x, lora_A, lora_B, *router, scaling, bias)
-        add_linear(y, x, weight, bias)
-        return y, *routing_and_h
+        return add_linear(y, x, weight, bias), *routing_and_h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -288,5 +288,6 @@ class RoutedMoALinear(Function):
                 grad_y, x, *segments_and_h, None, ctx.scaling, None, *router, *needs
             )
         grad_x, grad_A, grad_B, _, grad_router = _needed(grads, needs)
-        grad_weight, grad_bias, _ = _base_grads(grad_y, x, weight, grad_x, (need_weight, need_bias, False))
-        return [grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_router, *[None] * 4]
+        needs_of_base = need_weight, need_bias, False
+        *grads_of_base, _ = _base_grads(grad_y, x, weight, grad_x, needs_of_base)
+        return [*grads_of_base, grad_A, grad_B, grad_router, *[None] * 4]

@@ -53,20 +53,27 @@ def linear_first(x: Tensor, weight: Tensor) -> bool:
     return not (_own_kernels(x) and torch.ops.moa_ops.few_tokens.default(x, weight))
 
 
-def add_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """``y += x Wᵀ`` in place, y holding ``bias`` and the mixture; without one, y is ``F.linear``."""
-    if _own_kernels(x):
-        torch.ops.moa_ops.add_linear_.default(y, x, weight, bias)
-    else:
-        y.addmm_(x, weight.t())
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``y + a b``, in place but where it is traced: a ``Function`` whose forward changes what it made has
+    gradients of zero under torch 2.11's ``torch.compile``, which says nothing of it.
+    """
+    return torch.addmm(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
 
 
-def add_linear_backward(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> None:
-    """``grad_x += grad_y W`` in place."""
-    if _own_kernels(grad_y):
-        torch.ops.moa_ops.add_linear_backward_.default(grad_x, grad_y, weight)
-    else:
-        grad_x.addmm_(grad_y, weight)
+def add_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``y + x Wᵀ`` in y's place, y holding ``bias`` and the mixture; without one, it is ``F.linear``."""
+    if not _own_kernels(x):
+        return _add_product(y, x, weight.t())
+    torch.ops.moa_ops.add_linear_.default(y, x, weight, bias)
+    return y
+
+
+def add_linear_backward(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> Tensor:
+    """``grad_x + grad_y W`` in grad_x's place."""
+    if not _own_kernels(grad_y):
+        return _add_product(grad_x, grad_y, weight)
+    torch.ops.moa_ops.add_linear_backward_.default(grad_x, grad_y, weight)
+    return grad_x
 
 
 def mixture(
@@ -80,10 +87,8 @@ def mixture(
     if weight is not None and base is None and linear_first(x, weight):
         return segment_lora(x, *lora, F.linear(x, weight, bias), None)
     y, h = segment_lora(x, *lora, base, bias)
-    if weight is not None and base is None:
-        add_linear(y, x, weight, bias)
-    elif weight is not None:
-        y.addmm_(x, weight.t())
+    if weight is not None:
+        y = add_linear(y, x, weight, bias) if base is None else _add_product(y, x, weight.t())
     return y, h
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import moa_ops
-from helpers import Mixture, assert_close, error, make_mixture, moa
+from helpers import Mixture, assert_close, error, make_layer, make_mixture, moa
 from moa_ops import MoALinear, Routing, functional
 from moa_ops.reference import SIGMOID, SOFTMAX
 
@@ -175,6 +175,19 @@ def test_compile(fresh_compiler: None, kind: str, backend: str) -> None:
         assert error(have, want) < (1e-6 if x.dtype == F32 else 1e-2)
     with torch.no_grad():
         assert error(compiled(x), layer(x)) < 1e-6
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_is_traced_changes_nothing_in_place(fresh_compiler: None, given: bool) -> None:
+    """Where a Function's forward did so, torch 2.11 compiled gradients of zero."""
+    traced: list[fx.GraphModule] = []
+    layer, x = make_layer(), torch.randn(5, 48, requires_grad=True)
+    options = {"routing": Routing.from_indices([0, 3, 1, 1, 2], num_experts=8)} if given else {}
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: traced.append(graph) or graph)
+    compiled(x, **options).sum().backward()
+    nodes = [n for g in traced for m in g.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
+    assert any("moa_ops" in str(node.target) for node in nodes)
+    assert [n for n in nodes if n.op == "call_method" and n.target.endswith("_")] == []
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

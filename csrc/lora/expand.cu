@@ -8,8 +8,8 @@
 // be base. It takes experts in ascending order, so the order of every sum is fixed: results are bitwise reproducible. A
 // token that names an expert twice takes the sum of both coefficients.
 //
-// 16-bit types: tensor cores (expand_tile.cuh), after one or two small launches that turn the sorted order around
-// (expand_order.cuh). float32 and float64: multiply-adds, here; the same for what does not fit the shared memory of the
+// 16-bit types: tensor cores, many tokens in expand_wide.cu, few here (expand_tile.cuh), after a small launch that turns
+// the sorted order around (expand_order.cuh). float32 and float64: multiply-adds, here; the same for what does not fit the shared memory of the
 // tile (plan_cuda.h), and for their router's dx. There a block sums in shared memory; positions of an expert ascend with
 // their slots, so those of the tile's tokens are one run, which bisection finds; a block looks for as many experts at
 // once as it has threads.
@@ -43,72 +43,32 @@ __global__ void __launch_bounds__(kExpandThreads, 2) expand_mma(const ExpandPara
 
 struct OrderParams {
   Coefficients c;
-  int64_t tokens;
   Place* places;
-  int32_t* rows;
+  int64_t blocks;            // of slots; those behind them are for the router
+  const float* router;       // [experts, width]
+  __nv_bfloat16* terms;      // [blocks of 8 experts][8 upper, 8 lower][width], or null
+  int64_t width;
 };
 
 __global__ void __launch_bounds__(plan_cuda::kPlaceThreads) expand_places(const OrderParams p) {
+  if (blockIdx.x >= p.blocks) {  // a column of eight experts a thread
+    const int64_t i = (blockIdx.x - p.blocks) * plan_cuda::kPlaceThreads + threadIdx.x;
+    const int64_t eight = i / p.width, o = i % p.width;
+    if (eight * 8 >= p.c.experts) return;
+    __nv_bfloat16* const to = p.terms + eight * 16 * p.width + o;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float w = eight * 8 + e < p.c.experts ? p.router[(eight * 8 + e) * p.width + o] : 0.0f;
+      const __nv_bfloat16 upper = from_acc<__nv_bfloat16>(w);
+      to[e * p.width] = upper;
+      to[(e + 8) * p.width] = from_acc<__nv_bfloat16>(w - to_acc(upper));
+    }
+    return;
+  }
   const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kPlaceThreads) + threadIdx.x;
   if (position >= p.c.slots) return;
   const int64_t slot = p.c.order[position];
   if (slot >= 0 && slot < p.c.slots) p.places[slot] = place_of(p.c, position, slot);
-}
-
-// A tile of 128 tokens reads B of every expert that one of them chose: with 64 experts, all 64 of them. Tokens are
-// therefore grouped by the pair of experts they chose: pairs (low, high) by stripes of 8 low experts, along high, and in
-// it along low. At T = 8192, k = 2, E = 64 there are 4 tokens a pair; 128 rows are then 32 pairs, which 13 experts make
-// (drawn at random; 8 and 4, and where a stripe ends more), and 8 rows take 4 experts instead of 14.
-//
-// Rows of one pair come in any order (atomics place them), which shows nowhere: a token's sum does not depend on its
-// neighbours.
-//
-// A block orders the tokens of a window; a thread has every 1024th.
-__global__ void __launch_bounds__(plan_cuda::kClusterThreads) expand_rows(const OrderParams p) {
-  constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = plan_cuda::kClusterThreads;
-  constexpr int kEach = kBins / kThreads;
-  static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
-  static_assert(kSide % 8 == 0 && (kSide & (kSide - 1)) == 0, "whole stripes; masks");
-  MOA_SHARED(int, bins, kBins);
-  MOA_SHARED(int, sums, kWarp);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t first = blockIdx.x * plan_cuda::kClusterWindow;
-  const int count = static_cast<int>(clamp(p.tokens - first, 0, plan_cuda::kClusterWindow));
-  int shift = 0;
-  while ((p.c.experts - 1) >> shift >= kSide) ++shift;
-  const auto bin = [&](int t) {
-    const Place* const at = p.places + (first + t) * p.c.top_k;
-    int a = at[0].expert, b = p.c.top_k > 1 ? at[1].expert : a;
-    if (a < 0) a = b;
-    if (b < 0) b = a;
-    const int low = (a < b ? a : b) >> shift & (kSide - 1), high = (a < b ? b : a) >> shift & (kSide - 1);
-    return (low / 8 * kSide + high) * 8 + low % 8;
-  };
-  for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
-  __syncthreads();
-  for (int t = threadIdx.x; t < count; t += kThreads) atomicAdd(&bins[bin(t)], 1);
-  __syncthreads();
-
-  int own[kEach], total = 0;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    own[i] = bins[threadIdx.x * kEach + i];
-    total += own[i];
-  }
-  const int upto = sum_to_lane(total);
-  if (lane == kWarp - 1) sums[warp] = upto;
-  __syncthreads();
-  if (warp == 0) sums[lane] = sum_to_lane(sums[lane]);
-  __syncthreads();
-  int start = upto - total + (warp == 0 ? 0 : sums[warp - 1]);
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    bins[threadIdx.x * kEach + i] = start;
-    start += own[i];
-  }
-  __syncthreads();
-  for (int t = threadIdx.x; t < count; t += kThreads)
-    p.rows[first + atomicAdd(&bins[bin(t)], 1)] = static_cast<int32_t>(first + t);
 }
 
 // ---- launchers ----
@@ -137,41 +97,50 @@ cudaError_t launch_mma(const ExpandParams& p, const plan_cuda::Expand& plan, cud
   return MOA_LAUNCH((expand_mma<T, false>), grid, kExpandThreads, plan.shared, stream, p);
 }
 
-// places, rows
-size_t work_of(const LoraParams& l, int64_t width, bool router) {
-  const plan_cuda::Expand plan = expand_plan(l, width, router);
-  if (!on_tensor_cores(l, plan) || plan.inside) return 0;
-  const size_t tokens = static_cast<size_t>(l.seg.tokens);
-  return tokens * l.seg.top_k * sizeof(Place) + (plan.cluster ? tokens * sizeof(int32_t) : 0);
+size_t work_of(const LoraParams& l, const ExpandParams& p) {
+  if (!is_half(l.x_type) || p.tokens == 0 || p.width == 0) return 0;
+  const plan_cuda::ExpandWide wide = expand_wide_plan(p);
+  if (wide.fits) return expand_wide_work(p, wide);
+  const plan_cuda::Expand plan = expand_plan(l, p.width, p.dz != nullptr);
+  return plan.fits && !plan.inside ? static_cast<size_t>(p.c.slots) * sizeof(Place) : 0;
 }
 
 cudaError_t launch(ExpandParams p, const LoraParams& l, void* work, cudaStream_t stream) {
   if (p.tokens == 0 || p.width == 0) return cudaSuccess;
+  const plan_cuda::ExpandWide wide = expand_wide_plan(p);
+  if (is_half(l.x_type) && wide.fits) return expand_wide_cuda(p, wide, work, stream);
   const plan_cuda::Expand plan = expand_plan(l, p.width, p.dz != nullptr);
   if (!on_tensor_cores(l, plan)) return launch_simt(p, stream);
-  cudaError_t error = cudaSuccess;
   if (!plan.inside) {
     p.places = static_cast<Place*>(work);
-    const OrderParams o{p.c, p.tokens, static_cast<Place*>(work),
-                        reinterpret_cast<int32_t*>(static_cast<Place*>(work) + p.c.slots)};
-    const auto places = static_cast<unsigned>(plan_cuda::ceil_div(p.c.slots, plan_cuda::kPlaceThreads));
-    error = MOA_LAUNCH(expand_places, places, plan_cuda::kPlaceThreads, 0, stream, o);
-    if (error == cudaSuccess && plan.cluster) {
-      p.rows = o.rows;
-      const auto windows = static_cast<unsigned>(plan_cuda::ceil_div(p.tokens, plan_cuda::kClusterWindow));
-      error = MOA_LAUNCH(expand_rows, windows, plan_cuda::kClusterThreads, 0, stream, o);
-    }
+    const cudaError_t error = expand_places_cuda(p, nullptr, stream);
+    if (error != cudaSuccess) return error;
   }
-  if (error != cudaSuccess) return error;
   prepare(&p, plan);
   return p.type == DType::bf16 ? launch_mma<__nv_bfloat16>(p, plan, stream) : launch_mma<__half>(p, plan, stream);
 }
 
+ExpandParams params_of(const ForwardParams& f) { return expand_params(f, f.h); }
+ExpandParams params_of(const BackwardParams& b) {
+  ExpandParams p = expand_params(b, b.u, b.lora_A, b.in, false, b.dx);
+  p.dz = b.dz;
+  p.router = b.router_weight;
+  return p;
+}
+
 }  // namespace
 
-size_t expand_work(const ForwardParams& f) { return work_of(f, f.out, false); }
+cudaError_t expand_places_cuda(const ExpandParams& p, __nv_bfloat16* terms, cudaStream_t stream) {
+  OrderParams o{p.c, const_cast<Place*>(p.places), 0, static_cast<const float*>(p.router), terms, p.width};
+  o.blocks = plan_cuda::ceil_div(p.c.slots, plan_cuda::kPlaceThreads);
+  const int64_t columns = terms == nullptr ? 0 : plan_cuda::ceil_div(p.c.experts, 8) * p.width;
+  const int64_t blocks = o.blocks + plan_cuda::ceil_div(columns, plan_cuda::kPlaceThreads);
+  return MOA_LAUNCH(expand_places, static_cast<unsigned>(blocks), plan_cuda::kPlaceThreads, 0, stream, o);
+}
+
+size_t expand_work(const ForwardParams& f) { return work_of(f, params_of(f)); }
 cudaError_t expand_cuda(const ForwardParams& f, void* work, cudaStream_t stream) {
-  return launch(expand_params(f, f.h), f, work, stream);
+  return launch(params_of(f), f, work, stream);
 }
 
 // Work memory: h or its planes (h itself where somebody wants it), and behind them what shrink and then expand work with.
@@ -199,13 +168,9 @@ cudaError_t mixture_cuda(const ForwardParams& params, void* work, cudaStream_t s
   return error != cudaSuccess ? error : launch(p, f, rest, stream);
 }
 
-size_t backward_expand_work(const BackwardParams& b) { return work_of(b, b.in, b.dz != nullptr); }
+size_t backward_expand_work(const BackwardParams& b) { return b.dx == nullptr ? 0 : work_of(b, params_of(b)); }
 cudaError_t backward_expand_cuda(const BackwardParams& b, void* work, cudaStream_t stream) {
-  if (b.dx == nullptr) return cudaSuccess;
-  ExpandParams p = expand_params(b, b.u, b.lora_A, b.in, false, b.dx);
-  p.dz = b.dz;
-  p.router = b.router_weight;
-  return launch(p, b, work, stream);
+  return b.dx == nullptr ? cudaSuccess : launch(params_of(b), b, work, stream);
 }
 
 // float32 and float64; that of 16-bit types is in router_backward.cu.

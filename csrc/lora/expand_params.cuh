@@ -40,6 +40,9 @@ __device__ __forceinline__ void add_planes(const ExpandParams& p, int64_t block,
 inline plan_cuda::Expand expand_plan(const LoraParams& l, int64_t width, bool router) {
   return plan_cuda::expand(l.seg.tokens, l.seg.top_k, l.seg.experts, l.rank, width, router);
 }
+inline plan_cuda::ExpandWide expand_wide_plan(const ExpandParams& p) {
+  return plan_cuda::expand_wide(p.tokens, p.c.top_k, p.c.experts, p.c.rank, p.width, p.dz != nullptr);
+}
 inline bool on_tensor_cores(const LoraParams& l, const plan_cuda::Expand& plan) {
   return is_half(l.x_type) && plan.fits;
 }
@@ -66,6 +69,12 @@ inline ExpandParams expand_params(const ForwardParams& f, const void* values) {
   p.bias = f.bias;
   return p;
 }
+
+// expand.cu: p.places, and the router's weight in two terms where `terms` is not null.
+cudaError_t expand_places_cuda(const ExpandParams& p, __nv_bfloat16* terms, cudaStream_t stream);
+// expand_wide.cu
+size_t expand_wide_work(const ExpandParams& p, const plan_cuda::ExpandWide& plan);
+cudaError_t expand_wide_cuda(const ExpandParams& p, const plan_cuda::ExpandWide& plan, void* work, cudaStream_t stream);
 
 // What the tensor cores' tile takes from its plan.
 inline void prepare(ExpandParams* p, const plan_cuda::Expand& plan) {

@@ -185,29 +185,9 @@ constexpr int kPlaceThreads = 256;
 // Up to so many slots each block looks through all of them, 16 a thread, 8 KB from L2 and about 1 us, instead of a
 // launch in front, which is about twice that. With few tokens always, because two launches are all there may be.
 constexpr int64_t kPlaceInside = 2048;
-// Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
-constexpr int kClusterSide = 64, kClusterThreads = 1024;
-constexpr int64_t kClusterWindow = 8192;
 
-// At T = 8192, k = 2, r = 16, width 4096 in 16 bits, y takes 16 us to write (31 us with base to read), beside which:
-//   tokens as they come: panels from L2 T / 128 times, 67 MB or 12 us at E = 8, 134 MB or 24 us at 16, 529 MB or 96 us at
-//     64; products, 610 TFLOP/s being mma.sync's share of the peak, 13 us at E = 8, 19 us at 16, 25 us at 64.
-//   grouped: at E = 64 a tile has 13 experts instead of 63 and a fragment 4 instead of 14 (counted for experts drawn at
-//     random): 107 MB, 20 us, and 7 us of products; at 16, 6 us and 4. The launch more is about 5 us.
-// So above E r = 192. Below 2048 tokens the launch is what panels cost, 12 us at 1024.
-//
-// k = 3 and more: the experts of a pair say too little about the others (58 of 64 are left; at k = 8 and E = 128 all, for
-// the six others of 128 tokens are 768 draws), and no other order does better. At E = 128, k = 8 that is dear: 64 tiles
-// read all of B, 1.07 GB or 195 us from L2 (r = 32: twice that); 826 fragments a tile (8 tokens take an expert with
-// probability 0.40), 55 GFLOP or 91 us; and these are four chunks of the 256 that fit, so that a block makes coefficients
-// 16 times, each time k rounds of three dependent reads, about 0.1 ms that the other block on the multiprocessor has to
-// fill. Beside it the shrink reads x eight times, 537 MB or 125 us, and the base takes 390. A tile of 256 tokens would
-// halve B's bytes to 97 us, its products remaining at 91: 0.1 of 0.8 ms. But its sums are 256 registers a thread, or,
-// with strips of 16 columns, half the products for each fragment read from shared memory (2 cycles for 256 bytes, 2 for
-// the product: none to spare), its masks 32 bits, and its fragments eight chunks. Not worth a second form of the tile
-// before a card has shown which of the three holds it up.
 struct Expand {
-  bool fits, inside, cluster;
+  bool fits, inside;
   int64_t tiles, parts, units;  // a block has a tile of tokens and `units` of 128 columns
   int64_t fragments;
   size_t shared;
@@ -215,8 +195,7 @@ struct Expand {
 inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width, bool router) {
   Expand p{};
   const int64_t depth = ceil_div(rank, 16), tile = kExpandRows / 8;
-  p.cluster = top_k <= 2 && tokens >= 2048 && experts * depth * 16 > 192;
-  p.inside = !p.cluster && (tokens * top_k <= kPlaceInside || tokens <= kDecodeTokens);
+  p.inside = tokens * top_k <= kPlaceInside || tokens <= kDecodeTokens;
   p.tiles = ceil_div(tokens, kExpandRows);
   // Two rounds of two blocks a multiprocessor: the first's coefficients are made beside the other's products. More would
   // make coefficients more often.
@@ -232,6 +211,54 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
   p.fragments = most(tile * depth, least(least(wanted, kExpandFragments), room));
   p.shared = static_cast<size_t>(rest + p.fragments * each);
   p.fits = p.shared <= static_cast<size_t>(most_shared) && experts <= 32767;
+  return p;
+}
+
+// ---- Expand, many tokens ----
+// A block has 256 rows, a warp 32 of them by 64 columns: 64 sums a thread, two blocks a multiprocessor. A step is then 16
+// products for 4 + 2 accesses of 512 bytes, 24 cycles of L1 for 26 of the tensor cores.
+constexpr int kWideThreads = 256, kWideGroups = 8, kWideRows = 32 * kWideGroups, kWideColumns = 64;
+// Eight steps a stage, 16 KB: all of E r = 128, one barrier for 64 columns. Three stages of two blocks are 96 KB; L1 has
+// about 128 KB beside them for the coefficients of both (64 KB each at E r = 128).
+constexpr int kWideSteps = 8, kWideStages = 3, kWideEntry = 16;
+constexpr int kFragmentThreads = 256;
+// Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
+constexpr int kClusterSide = 64, kClusterThreads = 1024;
+constexpr int kClusterWindow = 8192;
+
+struct ExpandWide {
+  bool fits, cluster;
+  int64_t tiles, parts, units;  // a block has a tile of rows and `units` of 64 columns
+  int64_t groups;               // of 32 rows
+  int depth, lora_steps, steps, words, fragments, entries;
+  size_t shared, fragments_shared;
+};
+inline ExpandWide expand_wide(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width,
+                              bool router) {
+  ExpandWide p{};
+  const int64_t depth = ceil_div(rank, 16), eights = router ? ceil_div(experts, 8) : 0;
+  const int64_t steps = experts * depth + 2 * eights, words = ceil_div(steps, 32);
+  const auto most_of = [&](int64_t slots) { return least(experts, slots) * depth + 2 * least(eights, slots); };
+  const int64_t fragments = most_of(32 * top_k), entries = ceil_div(most_of(kWideRows * top_k), 8) * 8;
+  p.fits = tokens > kDecodeTokens && tokens * top_k > kPlaceInside && top_k <= 64 && experts <= 32767 &&
+           words <= 1024 && least(experts, 32 * top_k) * depth <= 512 && entries <= 2304 && rank > 0;
+  if (!p.fits) return p;
+  p.cluster = top_k <= 2 && tokens >= 2048 && experts * depth * 16 > 192;
+  p.depth = static_cast<int>(depth);
+  p.lora_steps = static_cast<int>(experts * depth);
+  p.steps = static_cast<int>(steps);
+  p.words = static_cast<int>(words);
+  p.fragments = static_cast<int>(fragments);
+  p.entries = static_cast<int>(entries);
+  p.groups = ceil_div(tokens, 32);
+  p.tiles = ceil_div(tokens, kWideRows);
+  // All blocks at once; where there are many tiles, rounds that a last one does not spoil.
+  const int64_t units = ceil_div(width, kWideColumns), rounds = p.tiles > kProcessors / 2 ? 4 : 1;
+  p.units = ceil_div(units, most(1, least(units, 2 * kProcessors * rounds / p.tiles)));
+  p.parts = ceil_div(units, most(1, p.units));
+  p.shared = static_cast<size_t>(kWideStages * kWideSteps * 16 * kWideColumns * 2 + entries * kWideEntry + entries +
+                                 kWideGroups * 4);
+  p.fragments_shared = static_cast<size_t>(32 * top_k * 8 + words * 8 + 4);
   return p;
 }
 

@@ -205,49 +205,6 @@ def test_rank_beyond_shared_memory(emulator: ModuleType, rng, dtype: np.dtype) -
     check(emulator, rng, route(rng, 20, 2, 2), 400, 40, dtype, experts=2)
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("experts", [20, 100])
-def test_tokens_by_pairs_of_experts(emulator: ModuleType, rng, experts: int, k: int) -> None:
-    """Tiles take tokens in another order, which no token's result shows, to the bit."""
-    tokens, parts, rank, width = 2100, (300, 1500), 16, 40
-    if isinstance(emulator, ModuleType):
-        assert emulator.expand_plan(tokens, k, experts, rank, width, False)["cluster"]
-        plans = [emulator.expand_plan(part, k, experts, rank, width, False) for part in parts]
-        assert [(p["inside"], p["cluster"]) for p in plans] == [(True, False), (k == 1, False)]
-    ids = route(rng, tokens, k, experts, 0.1)
-    values, weights = normal(rng, ids.size, rank), normal(rng, tokens, k)
-    panels = normal(rng, experts, rank, width, dtype=BF16)
-    by_rows = np.ascontiguousarray(panels.transpose(0, 2, 1))
-    dz, router, base = (
-        normal(rng, ids.size),
-        normal(rng, experts, width),
-        normal(rng, tokens, width, dtype=BF16),
-    )
-
-    def run(count: int) -> tuple[np.ndarray, np.ndarray]:
-        offsets, order = sort(ids[:count], experts)
-        at = np.argsort(sort(ids, experts)[1])[order]  # where a slot's values are
-        y, dx = unwritten(count, width, dtype=BF16), unwritten(count, width, dtype=BF16)
-        given = (offsets, order, weights[:count], None, 0.5, None)
-        emulator.expand(values[at], by_rows, *given, base[:count], None, y)
-        emulator.backward_expand(values[at], panels, *given, dz[at], router, dx)
-        return y, dx
-
-    y, dx = run(tokens)
-    want = expected(values, panels, ids, 0.5 * exact(weights) * (ids >= 0), None)
-    assert_close(y, exact(base) + want)
-    shares = np.zeros_like(want)
-    order = sort(ids, experts)[1]
-    chosen = np.where(ids.ravel() >= 0)[0]
-    at = np.argsort(order)[chosen]
-    np.add.at(shares, chosen // k, exact(dz)[at, None] * exact(router)[ids.ravel()[chosen]])
-    assert_close(dx, want + shares)
-    for part in parts:
-        few = run(part)
-        assert y[:part].tobytes() == few[0].tobytes()
-        assert dx[:part].tobytes() == few[1].tobytes()
-
-
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "f16", "f32"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_with_its_tokens(
@@ -277,14 +234,10 @@ def test_plan(emulator: ModuleType) -> None:
     if not isinstance(emulator, ModuleType):
         pytest.skip("the plan is no operator")
     plan = emulator.expand_plan
-    few, many = plan(8192, 2, 8, 16, 4096, False), plan(8192, 2, 64, 16, 4096, False)
-    assert (few["cluster"], few["tiles"], few["parts"], few["units"]) == (False, 64, 8, 4)
+    few = plan(8192, 2, 8, 16, 4096, False)
+    assert (few["tiles"], few["parts"], few["units"]) == (64, 8, 4)
     assert few["fragments"] == 128 and 2 * few["shared"] < 110 * 1024
-    assert many["cluster"] and many["fragments"] == 256 and 2 * many["shared"] < 227 * 1024
-    assert not plan(8192, 2, 12, 16, 4096, False)["cluster"] and plan(8192, 2, 13, 16, 4096, False)["cluster"]
-    assert not plan(2047, 2, 64, 16, 4096, False)["cluster"]  # few tokens
     assert plan(1024, 2, 64, 16, 4096, False)["inside"] and not plan(1025, 2, 64, 16, 4096, False)["inside"]
-    assert not plan(8192, 3, 64, 16, 4096, False)["cluster"]  # more than a pair
     for tokens in (1, 127, 128, 129, 8192, 10**6):
         for width in (1, 127, 128, 129, 4096, 28672):
             for rank in (1, 16, 64, 256):

@@ -1,0 +1,409 @@
+// The wide tensor-core tile of expand_wide.cu: 256 rows (tokens) by 64 columns of y at a time, for 16-bit types.
+//
+//   y[row][o] = base + bias + sum over steps of sum_i c[row][step][i] panel[step][i][o],  i in 0 .. 15
+//
+// A step is 16 ranks of an expert, or the router's rows of eight experts in two terms. A warp owns 32 rows: a group. Its
+// coefficients lie in global memory as the product's registers (expand_fragments), one fragment of 1 KB for each step
+// that one of its rows takes part in, in ascending order; L1 keeps them from column to column. The panel's strips of 64
+// columns come to shared memory by asynchronous copies for the whole block, eight steps a stage: those that one of the
+// eight groups takes part in. A warp skips what is not its own.
+//
+// 0 times what is not finite is not 0: a warp whose sums are not finite makes them again, of what each row chose alone.
+#pragma once
+#include "lora/expand_params.cuh"
+
+namespace moa {
+
+struct WideParams {
+  ExpandParams e;
+  int words, steps, lora_steps, depth, fragments_each, entries;  // plan_cuda::ExpandWide
+  uint32_t* masks;                                               // [groups][words] steps a group takes part in
+  uint4* fragments;                                              // [groups][fragments_each][2][32]
+  __nv_bfloat16* terms;  // [blocks of 8 experts][8 upper, 8 lower][width] of the router's weight, or null
+  bool terms_direct;     // rows of terms are whole 16-byte chunks
+  bool eights;           // y, base and bias can be taken by eight elements
+};
+
+template <class T, bool kByRows>  // panel_o = rank, panel_j = 1; else panel_j = width, panel_o = 1
+struct WideTile {
+  static constexpr int kThreads = plan_cuda::kWideThreads, kGroups = plan_cuda::kWideGroups;
+  static constexpr int kColumns = plan_cuda::kWideColumns, kSteps = plan_cuda::kWideSteps;
+  static constexpr int kStages = plan_cuda::kWideStages, kStage = kSteps * 16 * kColumns, kFrags = kColumns / 8;
+  static_assert(kThreads == 256 && kGroups == 8 && kColumns == 64 && kSteps == 8, "numbering below");
+
+  struct Step {
+    const void* from;  // its first rank and column
+    int ranks;         // there are; 0 .. 16
+    int router;
+  };
+  static_assert(sizeof(Step) == plan_cuda::kWideEntry, "as the plan counts");
+
+  const WideParams& p;
+  T* const ring;         // [kStages][kStage]
+  Step* const step;      // [entries]
+  uint32_t* const part;  // [entries / 4] four steps of each group: bit 4 group + step % 4
+  int* const counts;     // [kGroups]
+  const int lane, warp, g, q;
+  int steps, lora;  // of the tile, and those before the router's
+  int token[4];     // of rows g, g + 8, g + 16, g + 24; or -1
+  const uint4* own;
+  uint4 ahead[2];          // the next fragment
+  float sum[2][kFrags][4];  // [m][f][2 h + b]: row 16 m + 8 h + g, column column(f, b)
+
+  __device__ __forceinline__ WideTile(const WideParams& p, unsigned char* shared)
+      : p(p),
+        ring(reinterpret_cast<T*>(shared)),
+        step(reinterpret_cast<Step*>(ring + kStages * kStage)),
+        part(reinterpret_cast<uint32_t*>(step + p.entries)),
+        counts(reinterpret_cast<int*>(part + p.entries / 4)),
+        lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        g(lane / 4),
+        q(lane % 4) {}
+
+  // By rows a thread's columns are eight neighbours of every 32: B's rows are taken in that order. By columns they are
+  // pairs, as the product has them.
+  __device__ __forceinline__ int column(int f, int b) const {
+    return kByRows ? f / 4 * 32 + 8 * q + f % 4 * 2 + b : 8 * f + 2 * q + b;
+  }
+
+  // ---- the tile's steps ----
+
+  __device__ __forceinline__ Step step_of(int id) const {
+    const ExpandParams& e = p.e;
+    if (id >= p.lora_steps) {
+      const int64_t rows = (id - p.lora_steps) / 2 * 16;
+      return {p.terms + rows * e.width, 16, 1};
+    }
+    const int expert = id / p.depth, rank = id % p.depth * 16;
+    const int64_t at = int64_t{expert} * e.c.rank * e.width + rank * e.panel_j;
+    const void* const from = e.panel_f32 ? static_cast<const void*>(static_cast<const float*>(e.panel) + at)
+                                         : static_cast<const void*>(static_cast<const T*>(e.panel) + at);
+    const int ranks = static_cast<int>(e.c.used(expert)) - rank;
+    return {from, ranks < 16 ? ranks : 16, 0};
+  }
+
+  __device__ __forceinline__ void list_steps(int64_t tile) {
+    const int64_t group = tile * kGroups, groups = (p.e.tokens + 31) / 32;
+    for (int i = threadIdx.x; i < p.entries / 4; i += kThreads) part[i] = 0;
+    steps = lora = 0;
+    for (int first = 0; first < p.steps; first += kThreads) {
+      const int id = first + threadIdx.x;
+      uint32_t takes = 0;  // bit 4 i: group i
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i)
+        if (id < p.steps && group + i < groups)
+          takes |= (p.masks[(group + i) * p.words + id / 32] >> id % 32 & 1u) << 4 * i;
+      const unsigned some = __ballot_sync(kFullMask, takes != 0);
+      const unsigned before_router = __ballot_sync(kFullMask, takes != 0 && id < p.lora_steps);
+      if (lane == 0) counts[warp] = __popc(some) | __popc(before_router) << 16;
+      __syncthreads();
+      int at = steps + __popc(some & ((1u << lane) - 1u));
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        const int n = counts[i];
+        at += i < warp ? n & 0xffff : 0;
+        steps += n & 0xffff;
+        lora += n >> 16;
+      }
+      if (takes != 0 && at < p.entries) {
+        step[at] = step_of(id);
+        atomicOr(&part[at / 4], takes << at % 4);
+      }
+      __syncthreads();
+    }
+  }
+
+  // ---- the panel ----
+
+  // A stage is two halves of four steps: by rows [64 columns][64 ranks], else [64 ranks][64 columns], chunks of 16 bytes
+  // exchanged so that neither copies nor ldmatrix meet a bank twice.
+  static __device__ __forceinline__ int key(int row) { return kByRows ? row / 8 % 4 * 2 + row % 2 : row % 8; }
+  static __device__ __forceinline__ int at(int row, int chunk) { return row * 64 + ((chunk ^ key(row)) * 8); }
+
+  template <class S>
+  __device__ __forceinline__ void chunk(T* to, const S* from, int64_t offset, int n, bool direct) const {
+    stage_chunk(to, n > 0 ? from + offset : from, n, direct);
+  }
+
+  // Steps 8 stage .. 8 stage + 7, columns from o0 on; four chunks a thread.
+  __device__ __forceinline__ void copy(T* to, int stage, int64_t o0) const {
+    const int columns = static_cast<int>(clamp(p.e.width - o0, 0, kColumns));
+    const int i = threadIdx.x % 128, second = threadIdx.x / 128;
+    // by rows: column and half of the ranks; else rank and eight columns
+    const int row = kByRows ? i / 64 * 32 + i / 2 % 4 * 8 + i / 8 % 8 : i / 8, place = kByRows ? i % 2 : i % 8;
+    const int64_t offset =
+        kByRows ? (o0 + row) * p.e.panel_o + 8 * place : row * p.e.panel_j + o0 + 8 * place;
+#pragma unroll
+    for (int s2 = 0; s2 < kSteps; s2 += 2) {
+      const int s = s2 + second;
+      if (kSteps * stage + s >= steps) continue;
+      const Step from = step[kSteps * stage + s];
+      const int n = kByRows ? (row < columns ? from.ranks - 8 * place : 0)
+                            : (row < from.ranks ? columns - 8 * place : 0);
+      T* const here =
+          to + s / 4 * (kStage / 2) + (kByRows ? at(row, s % 4 * 2 + place) : at(s % 4 * 16 + row, place));
+      if (from.router != 0) {
+        using Bf = __nv_bfloat16;
+        const Bf* const terms = static_cast<const Bf*>(from.from);
+        stage_chunk(reinterpret_cast<Bf*>(here), n > 0 ? terms + offset : terms, n, p.terms_direct);
+      } else if (p.e.panel_f32) {
+        chunk(here, static_cast<const float*>(from.from), offset, n, false);
+      } else {
+        chunk(here, static_cast<const T*>(from.from), offset, n, p.e.panel_direct);
+      }
+    }
+  }
+
+  // ---- sums ----
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[m][f][i] = 0.0f;
+  }
+  __device__ __forceinline__ unsigned takes_part(int stage) const {  // a bit a step
+    const uint32_t lo = part[2 * stage], hi = part[2 * stage + 1];
+    return (lo >> 4 * warp & 15u) | (hi >> 4 * warp & 15u) << 4;
+  }
+
+  template <class M>
+  __device__ __forceinline__ void multiply(const uint32_t (&c)[2][4], const T* from) {
+    uint32_t b[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // columns of fragments 2 i and 2 i + 1, ranks 0 .. 7 and 8 .. 15
+      if constexpr (kByRows) {
+        ldmatrix_x4(b[i], from + i / 2 * 32 * 64 + i % 2 * 4 * 64);
+      } else {
+        ldmatrix_x4_trans(b[i], from + ((2 * i + lane / 16) ^ (lane % 8)) * 8);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        mma_m16n8k16<M>(sum[m][2 * i], c[m], {b[i][0], b[i][1]});
+        mma_m16n8k16<M>(sum[m][2 * i + 1], c[m], {b[i][2], b[i][3]});
+      }
+  }
+
+  __device__ __forceinline__ void first_fragment(const uint4*& next) {
+    next = own;
+    ahead[0] = __ldg(next);
+    ahead[1] = __ldg(next + kWarp);
+  }
+  __device__ __forceinline__ void multiply_stage(int stage, const T* from, const uint4*& next) {
+    unsigned left = takes_part(stage);
+    const int n = lane % 8, half = lane / 8 % 2, odd = lane / 16;  // ldmatrix: row, ranks from 8 on, second fragment
+    const T* const row = from + (kByRows ? (8 * (n / 2) + 2 * odd + n % 2) * 64 : (8 * half + n) * 64);
+    while (left != 0) {
+      const int s = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      const uint32_t c[2][4] = {{ahead[0].x, ahead[0].y, ahead[0].z, ahead[0].w},
+                                {ahead[1].x, ahead[1].y, ahead[1].z, ahead[1].w}};
+      next += 2 * kWarp;
+      ahead[0] = __ldg(next);  // behind the last one there is one more
+      ahead[1] = __ldg(next + kWarp);
+      const T* const at = kByRows ? row + s / 4 * (kStage / 2) + ((s % 4 * 2 + half) ^ n) * 8 : row + s * 16 * 64;
+      if (!kByRows && !std::is_same<T, __nv_bfloat16>::value && kSteps * stage + s >= lora) {
+        multiply<__nv_bfloat16>(c, at);
+      } else {
+        multiply<T>(c, at);
+      }
+    }
+  }
+
+  // The sums again, one by one.
+  __device__ __forceinline__ void sum_exactly(int64_t o0) {
+    clear();
+    const uint4* fragment = own - lane;
+    for (int u = 0; u < steps; ++u) {
+      if ((part[u / 4] >> (4 * warp + u % 4) & 1u) == 0) continue;
+      const Step s = step[u];
+      const auto coefficient = [&](int row, int k) {  // row g + 8 `row`
+        const int pair = 2 * (row / 2 * kWarp * 4 + (g * 4 + k / 2 % 4) * 4 + row % 2 + k / 8 * 2) + k % 2;
+        return s.router != 0 ? to_acc(reinterpret_cast<const __nv_bfloat16*>(fragment)[pair])
+                             : to_acc(reinterpret_cast<const T*>(fragment)[pair]);
+      };
+      bool chose[4] = {};
+      for (int k = 0; k < 16; ++k)
+#pragma unroll
+        for (int row = 0; row < 4; ++row) chose[row] = chose[row] || coefficient(row, k) != 0.0f;
+      for (int k = 0; k < s.ranks; ++k) {
+        float c[4];
+#pragma unroll
+        for (int row = 0; row < 4; ++row) c[row] = coefficient(row, k);
+#pragma unroll
+        for (int i = 0; i < 2 * kFrags; ++i) {
+          const int64_t o = o0 + column(i / 2, i % 2);
+          if (o >= p.e.width) continue;
+          const int64_t at = s.router != 0 ? k * p.e.width + o : k * p.e.panel_j + o * p.e.panel_o;
+          const float w = s.router != 0   ? to_acc(static_cast<const __nv_bfloat16*>(s.from)[at])
+                          : p.e.panel_f32 ? to_acc(from_acc<T>(static_cast<const float*>(s.from)[at]))
+                                          : to_acc(static_cast<const T*>(s.from)[at]);
+#pragma unroll
+          for (int row = 0; row < 4; ++row)  // a router's step has eight experts
+            if (s.router != 0 ? c[row] != 0.0f : chose[row]) sum[row / 2][i / 2][row % 2 * 2 + i % 2] += c[row] * w;
+        }
+      }
+      fragment += 2 * kWarp;
+    }
+  }
+
+  __device__ __forceinline__ bool finite() const {
+    float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int f = 0; f < kFrags; ++f)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        none[i] = fmaf(sum[0][f][i], 0.0f, none[i]);
+        none[i] = fmaf(sum[1][f][i], 0.0f, none[i]);
+      }
+    return none[0] + none[1] + none[2] + none[3] == 0.0f;
+  }
+
+  // ---- y ----
+
+  // Of four lanes' four registers: lane q has register q of each.
+  __device__ __forceinline__ void turn(uint32_t (&v)[4]) const {
+#pragma unroll
+    for (int by = 1; by < 4; by *= 2)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int lo = by == 1 ? 2 * i : i, hi = lo + by;
+        const bool upper = (q & by) != 0;
+        const uint32_t other = __shfl_xor_sync(kFullMask, upper ? v[lo] : v[hi], by);
+        v[lo] = upper ? other : v[lo];
+        v[hi] = upper ? v[hi] : other;
+      }
+  }
+  static __device__ __forceinline__ void store(T* to, const uint32_t (&v)[4], int n, bool whole) {
+    if (whole) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+      return;
+    }
+    alignas(16) T one[8];
+    memcpy(one, v, 16);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < n) to[i] = one[i];
+  }
+  static __device__ __forceinline__ uint4 eight(const T* from, int n, bool whole) {
+    if (whole) return *reinterpret_cast<const uint4*>(from);
+    alignas(16) T one[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) one[i] = i < n ? from[i] : from_acc<T>(0.0f);
+    return *reinterpret_cast<const uint4*>(one);
+  }
+
+  __device__ __forceinline__ void finish(int64_t o0) const {
+    [[maybe_unused]] const T* const bias = static_cast<const T*>(p.e.bias);
+    [[maybe_unused]] const T* const base = static_cast<const T*>(p.e.base);
+    T* const y = static_cast<T*>(p.e.y);
+    int n[2];
+    bool whole[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      n[i] = static_cast<int>(clamp(p.e.width - o0 - 32 * i - 8 * q, 0, 8));
+      whole[i] = p.eights && n[i] == 8;
+    }
+    const int64_t o = o0 + 8 * q;
+    if constexpr (kByRows) {
+      uint4 b[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (bias != nullptr) b[i] = eight(bias + o + 32 * i, n[i], whole[i]);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        uint4 more[2][2];  // loads of two rows are under way together
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            more[h][i] = make_uint4(0, 0, 0, 0);
+            if (base != nullptr && token[2 * m + h] >= 0)
+              more[h][i] = eight(base + token[2 * m + h] * p.e.ldbase + o + 32 * i, n[i], whole[i]);
+          }
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t x[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
+            const uint32_t z[4] = {more[h][i].x, more[h][i].y, more[h][i].z, more[h][i].w};
+            uint32_t v[4];
+#pragma unroll
+            for (int f = 0; f < 4; ++f) {
+              const float(&s)[4] = sum[m][4 * i + f];
+              const float2 d = unpack2<T>(x[f]), u = unpack2<T>(z[f]);
+              v[f] = pack2<T>(s[2 * h] + d.x + u.x, s[2 * h + 1] + d.y + u.y);
+            }
+            if (token[2 * m + h] >= 0) store(y + token[2 * m + h] * p.e.width + o + 32 * i, v, n[i], whole[i]);
+          }
+      }
+    } else {  // backward has neither base nor bias
+#pragma unroll
+      for (int row = 0; row < 4; ++row)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t v[4];
+#pragma unroll
+          for (int f = 0; f < 4; ++f)
+            v[f] = pack2<T>(sum[row / 2][4 * i + f][row % 2 * 2], sum[row / 2][4 * i + f][row % 2 * 2 + 1]);
+          turn(v);
+          if (token[row] >= 0) store(y + token[row] * p.e.width + o + 32 * i, v, n[i], whole[i]);
+        }
+    }
+  }
+
+  // Tile `tile` of rows, `units` times 64 columns from unit `unit` on.
+  __device__ __forceinline__ void run(int64_t tile, int64_t unit, int units) {
+    list_steps(tile);
+    const int64_t group = tile * kGroups + warp;
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+      const int64_t at = group * 32 + 8 * row + g;
+      token[row] = at >= p.e.tokens ? -1 : p.e.rows == nullptr ? static_cast<int>(at) : p.e.rows[at];
+    }
+    const int64_t groups = (p.e.tokens + 31) / 32;  // warps behind the last one take part in nothing
+    own = p.fragments + (group < groups ? group : 0) * p.fragments_each * 2 * kWarp + lane;
+
+    const int stages = (steps + kSteps - 1) / kSteps, all = stages * units;
+    int64_t o0 = unit * kColumns, copied_o = o0;
+    int copies = 0, copied_stage = 0, copied_slot = 0;
+    const auto copy_next = [&] {
+      if (copies < all) {
+        copy(ring + copied_slot * kStage, copied_stage, copied_o);
+        if (++copied_stage == stages) {
+          copied_stage = 0;
+          copied_o += kColumns;
+        }
+      }
+      ++copies;
+      copied_slot = copied_slot + 1 == kStages ? 0 : copied_slot + 1;
+      cp_async_commit();
+    };
+    for (int i = 0; i < kStages - 1; ++i) copy_next();
+    int slot = 0;
+    const uint4* next;
+    first_fragment(next);
+    for (int i = 0; i < units; ++i, o0 += kColumns) {
+      clear();
+      for (int stage = 0; stage < stages; ++stage) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // the stage is there for all, and all have left the one before, which is filled again
+        copy_next();
+        multiply_stage(stage, ring + slot * kStage, next);
+        slot = slot + 1 == kStages ? 0 : slot + 1;
+      }
+      first_fragment(next);
+      if (__any_sync(kFullMask, !finite())) sum_exactly(o0);
+      finish(o0);
+    }
+    cp_async_wait<0>();
+  }
+};
+
+}  // namespace moa

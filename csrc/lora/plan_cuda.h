@@ -262,28 +262,23 @@ inline ExpandWide expand_wide(int64_t tokens, int64_t top_k, int64_t experts, in
   return p;
 }
 
-// ---- Gram ----
-constexpr int kGramColumns = 64, kGramThreads = 128;
-// Two stages of rows and coefficients under way while one is multiplied: with three blocks on a multiprocessor 48 KB of
-// x, against the 23 KB that 4.3 TB/s at 700 ns need.
-constexpr int kGramStages = 3;
-// Multiply-adds: 16 positions of 64 columns and of 16 ranks, 5 KB in float32; a thread has 8 ranks of a column.
-constexpr int kGramSimtStage = 16, kGramSimtRanks = 16;
-// Tensor cores: 64 positions, 64 columns (8 KB), 64 ranks (16 KB as they come, 8 KB as they are multiplied): 38 KB a block
-// at rank 16, 74 KB at 64, so that five and three fit on a multiprocessor. A thread's sums of 64 ranks are 64 registers,
-// of the group and of the piece. x is read once for ranks up to 64.
-constexpr int kGramStage = 64;
-// Coefficients in three terms (the router's dW): 32, whose sums are as few and whose terms 24 KB.
-template <int kTerms>
-constexpr int kGramRanks = kTerms == 3 ? 32 : 64;
+// ---- Gram, multiply-adds ----
+// 16 positions of 64 columns and of 16 ranks, 5 KB in float32; a thread has 8 ranks of a column. Two stages of rows and
+// coefficients under way while one is multiplied.
+constexpr int kGramSimtColumns = 64, kGramSimtThreads = 128, kGramSimtStages = 3, kGramSimtStage = 16,
+              kGramSimtRanks = 16;
+// Groups of stages, as many as there are stages in a group. A chain of n additions of terms that are about equal in size
+// ends at about 0.4 x 6e-8 x sqrt(n / 2) of the norm in float32: 4096 stages of a million slots in one chain made 1e-6 of
+// it; two chains of 64 make 1.9e-7, and 2^29 slots 9e-7.
+inline int gram_group(int64_t stages) {
+  int group = 1;
+  while (int64_t{group} * group < stages) ++group;
+  return group;
+}
 // Pieces of an expert's positions are cut at multiples of the chunk: 16 chunks keep the planes to 32 (8.4 MB at r = 16,
 // width 4096, against 134 MB of gathered x at T = 8192, k = 2) and give all tokens to one expert 16 times 64 blocks.
 // Below 1024 positions a piece is not worth a plane: 16 ranks of it are then written and read for 64 times its bytes.
 // Tiles as in shrink: expert e's start at floor(offsets[e] / chunk) + e.
-//
-// A piece is summed in groups of stages, as many as there are stages in a group. A chain of n additions of terms that
-// are about equal in size ends at about 0.4 x 6e-8 x sqrt(n / 2) of the norm in float32: 4096 stages of a million slots
-// in one chain made 1e-6 of it; two chains of 64 make 1.9e-7, and 2^29 slots 9e-7.
 struct Gram {
   int64_t chunk, chunks, pieces;
   int group;  // stages
@@ -293,8 +288,36 @@ inline Gram gram(int64_t slots, int64_t experts, int64_t stage) {
   p.chunk = most(1024, ceil_div(slots, 16));
   p.chunks = ceil_div(slots, p.chunk);
   p.pieces = slots / p.chunk + experts;
-  p.group = 1;
-  while (int64_t{p.group} * p.group < ceil_div(p.chunk, stage)) ++p.group;
+  p.group = gram_group(ceil_div(p.chunk, stage));
+  return p;
+}
+
+// ---- Gram, tensor cores ----
+// 64 positions of 128 columns, 16 KB, and of 16 ranks, 2 KB (3 KB with dz): 57 KB in three stages, so that three blocks of
+// 8 warps fit on a multiprocessor and 96 KB of x are under way on it, where 5.5 TB/s of L2 at 1 us need 42 KB. Rows of 256
+// bytes keep the coefficients, that every tile of columns reads again, to an eighth of x at rank 16.
+constexpr int kGramStage = 64, kGramColumns = 128, kGramThreads = 256, kGramStages = 3;
+constexpr int kGramRowsThreads = 256;
+// Fragments of 8 ranks: 2 have room for rank 16, 8 read x once for ranks up to 64: a thread's sums are 64 registers then.
+// In three terms (the router's dW): 4, whose sums are as few and whose terms 12 KB a stage.
+constexpr int gram_fragments(bool exact, int64_t rank) { return exact ? 4 : rank <= 16 ? 2 : 8; }
+// Pieces: about 2048 blocks where all tokens are one expert's, eight rounds and more of what runs at once, so that the last
+// one costs little. But no piece is below 512 positions, where the plane of 16 ranks is an eighth of the bytes of x, and
+// there are 32 at most, so planes stay below the 65 of that.
+//
+// Groups as above, of 16 stages at least.
+struct GramTiles {
+  int64_t chunk, stages, pieces, planes;  // upper bounds, the last three
+  int group;                              // stages
+};
+inline GramTiles gram_tiles(int64_t slots, int64_t experts, int64_t rank, int64_t width, bool exact) {
+  GramTiles p{};
+  const int64_t tiles = ceil_div(width, kGramColumns) * ceil_div(rank, 8 * gram_fragments(exact, rank));
+  p.chunk = most(512, ceil_div(slots, least(32, ceil_div(2048, most(tiles, 1)))));
+  p.stages = slots / kGramStage + experts;
+  p.pieces = slots / p.chunk + experts;
+  p.planes = slots > p.chunk ? 2 * slots / p.chunk + 1 : 0;
+  p.group = static_cast<int>(most(16, gram_group(ceil_div(p.chunk, kGramStage))));
   return p;
 }
 

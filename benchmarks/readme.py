@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks import grid, machine, record
+from benchmarks import gpu_record, grid, machine, record
 from benchmarks.alternatives import COMPILED, PlainLora
 from benchmarks.options import Options
 from benchmarks.record import OURS, Case
@@ -28,7 +28,8 @@ def main(words: list[str]) -> None:
         inside = path.is_relative_to(machine.ROOT)
         source = path.relative_to(machine.ROOT) if inside else Path(path.name)
         document, cases = record.load(path)
-        found += [build(document, cases, source.as_posix()) for build in (layers, whole_grid)]
+        builders = (cards,) if "steps" in document else (layers, whole_grid)
+        found += [build(document, cases, source.as_posix()) for build in builders]
         for suffix, title in PICTURES.items():
             picture = f"{path.stem}{suffix}.png"
             if path.with_name(picture).exists():  # of two alike the later: the grid has more points
@@ -73,6 +74,35 @@ def layers(record: dict[str, Any], cases: list[Case], source: str) -> str:
         f"{machine['cpu']}{zen}, {machine['threads']} threads, {machine['isa']}; torch "
         f"{record['versions']['torch']}; commit {record['commit']}, {record['date']}. From `{source}` by "
         f"`python -m benchmarks readme`."
+    )
+    return f"{table}\n\n{caption}" if rows else ""
+
+
+def cards(record: dict[str, Any], cases: list[Case], source: str) -> str:
+    """The table of a GPU check's record."""
+    kinds = {"forward": "forward", "training": "training step", "decode": "forward, CUDA graph"}
+    rows = []
+    for case in cases:
+        ours, best = case.timed().get(OURS), case.best_alternative()
+        if ours is None:
+            continue
+        time = gpu_record.micro(ours["seconds"]["median"])
+        if case.section in kinds:
+            plain = case.ratio(PlainLora.name)
+            ratios = [f"**{case.ratio(OURS):.2f}**", f"{case.facts['floor']:.2f}"]
+            ratios.append(f"{plain:.2f}" if plain else "–")
+            ratios.append(f"{best[1]:.2f} ({case.called(best[0])})" if best else "–")
+            rows.append([f"{kinds[case.section]}, {case.label}", case.dtype, time, *ratios])
+        elif case.section == "routing":
+            other = gpu_record.micro(case.variants["plain PyTorch"]["seconds"]["median"])
+            rows.append([f"routing, {case.label}", case.dtype, time, "", "", "", f"{other} (softmax, topk, sort)"])
+    columns = ["r=16, top-2", "dtype", "time", "÷ nn.Linear", "floor", PlainLora.name, "best in plain PyTorch"]
+    table = Table("", columns, rows).markdown(heading="").strip()
+    machine, versions = record["machine"], record["versions"]
+    caption = (
+        f"Own router included; medians of CUDA events over rotated inputs, L2 flushed; the floor counts bytes "
+        f"alone. {machine['name']}, driver {machine['driver']}; torch {versions['torch']}; commit "
+        f"{record['commit']}, {record['date']}. From `{source}` by `python -m benchmarks readme`."
     )
     return f"{table}\n\n{caption}" if rows else ""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, gpu_record, gpu_timer, record
+from benchmarks import gpu, gpu_check, gpu_record, gpu_timer, readme, record
 from benchmarks.gpu_check import Step, run_step
 from benchmarks.inputs import Problem, Shape, check
 from benchmarks.record import OURS
@@ -139,6 +139,17 @@ def test_it_is_expected_to_fit_in_eight_minutes() -> None:
     assert gpu_check.BUILD + sum(step.expected for step in steps) <= gpu_check.BUILD + gpu_check.LIMIT == 480
     checks = [step.name for step in steps if step.group == "sanitizer"]
     assert checks == ["memcheck", "racecheck", "initcheck"]
+
+
+def test_the_readme_takes_a_record(tmp_path: Path, measured: tuple, capsys: pytest.CaptureFixture) -> None:
+    facts, cases = measured
+    path, _ = gpu_record.write(tmp_path, gpu_record.document(CPU, [], facts), cases)
+    readme.main([str(path)])
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(",")[0] for row in rows[2:]] == ["| forward", "| training step", "| routing"]
+    assert f"{cases[0].ratio(OURS):.2f}" in rows[2]
+    assert "no GPU, driver None" in text
 
 
 def test_record_is_written_and_read(tmp_path: Path, measured: tuple) -> None:

@@ -25,6 +25,7 @@ class CudaCall {
  public:
   explicit CudaCall(const Place& place);
   cudaStream_t stream() const { return stream_; }
+  int32_t device() const { return place_.index; }
   // Uninitialised memory for the kernels of this call, null for none. The allocator may hand it out again as soon as
   // this is gone, but only to what comes later on the same stream; under graph capture it belongs to the graph.
   void* work(size_t bytes);
@@ -34,6 +35,19 @@ class CudaCall {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
   OptionalTensor work_;
+};
+
+// While a call's stream is captured into a graph, a second one beside it: what is launched on it up to join() is a branch
+// of the graph, and runs beside what the call's stream gets meanwhile. Else it is the call's stream: launching takes
+// longer than the kernels of few tokens do then, and more calls would take longer still.
+class Fork {
+ public:
+  explicit Fork(const CudaCall& call);
+  cudaStream_t stream() const { return side_; }
+  void join();  // what the call's stream gets from here on waits for the branch
+
+ private:
+  cudaStream_t main_, side_;
 };
 
 }  // namespace moa

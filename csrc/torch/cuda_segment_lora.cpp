@@ -143,13 +143,17 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
   p.scaling = scaling;
   p.score_func = score_func_of(score_func);
   p.norm_topk_prob = norm_topk_prob;
-  if (decode_fits(p)) {  // few tokens: two launches on top of the base
+  if (decode_fits(p)) {  // few tokens: two launches, the first beside the base
     const Tensor router_rows = dense(router_weight);
     p.router_weight = data<void>(router_rows);
     const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
     p.y = data<void>(y);
+    void* const work = call.work(decode_work(p));
+    Fork fork(call);
+    MOA_CUDA_CHECK(decode_first_cuda(p, work, fork.stream()));
     base_gemm(y, a.x, weight, bias, false);
-    MOA_CUDA_CHECK(decode_cuda(p, call.work(decode_work(p)), call.stream()));
+    fork.join();
+    MOA_CUDA_CHECK(decode_second_cuda(p, work, call.stream()));
     return with_leading(y, x_);
   }
   if (!routed_shrink_fits(p)) {

@@ -157,7 +157,13 @@ across(
 across("expand-wide-other-groups", "takes << at % 4", "takes << (at + 1) % 4", "plain:0", WRONG)
 across("expand-wide-step-count", "at += i < warp ?", "at += i <= warp ?", "plain:0", f"{WRONG}|{OUT}")
 across("expand-wide-next-fragment", "next += 2 * kWarp;", "next += kWarp;", "plain:0", WRONG)
-across("expand-wide-turn", "v[lo] = upper ? other : v[lo];", "v[lo] = upper ? v[lo] : other;", "plain:0", WRONG)
+across(
+    "expand-wide-turn",
+    "v[lo] = upper ? other : v[lo];",
+    "v[lo] = upper ? v[lo] : other;",
+    "plain:0",
+    WRONG,
+)
 columns = plant(TILE, "test_expand_wide.py -k 'test_widths or column_after'", unit=WIDE)
 columns("expand-wide-columns-ahead", "          copied_o += kColumns;\n", "", "plain:0", WRONG)
 columns("expand-wide-output-tail", "      if (i < n) to[i] = one[i];", "      to[i] = one[i];", "asan:0", OUT)

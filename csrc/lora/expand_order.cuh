@@ -1,9 +1,7 @@
-// What expand.cu's tensor-core tiles know of the routing: where each slot is in the sorted order, and in which order the
-// tiles take the tokens. Two small kernels in front of them make it (expand.cu); with few slots each tile does so for
-// itself.
+// What the tensor-core tiles of expand.cu and expand_wide.cu know of the routing: where each slot is in the sorted order.
+// A small kernel in front of them makes it (expand.cu); with few slots each tile does so for itself.
 //
 //   places [slots]   expert, position and number of twins of a slot
-//   rows   [tokens]  token of each row of the tiles
 #pragma once
 #include "lora/combine.cuh"
 

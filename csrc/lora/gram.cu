@@ -1,19 +1,19 @@
-// Gram: dA_e = sum over e's positions p of (s w u[p])^T x[t], dB_e = sum dy[t]^T (s w h[p]), d_router_e = sum dz[p] x[t],
-// and the router's dense dW = dz^T x. One product:
+// Gram: dA_e = sum over e's positions p of (s w u[p])^T x[t], dB_e = sum dy[t]^T (s w h[p]), d_router_e = sum dz[p]
+// x[t], and the router's dense dW = dz^T x. One product:
 //
-//   G[e][j][c] = sum over p of c[p][j] x[t][c]     c: combine.cuh, [slots, rank]; x [tokens, width], gathered as it is read
+//   G[e][j][c] = sum over p of c[p][j] x[t][c]     c: combine.cuh, [slots, rank]; x [tokens, width], gathered
 //
 // written by rows of c (dA) or of j (dB). dz is one more row, summed in float32 also under 16-bit x.
 //
-//   16-bit x            gram_rows.cuh makes what the tiles read, gram_tile.cuh multiplies on tensor cores: two launches for
-//                       dA, dB and d_router together
+//   16-bit x            gram_rows.cuh makes what the tiles read, gram_tile.cuh multiplies on tensor cores: two launches
+//                       for dA, dB and d_router together
 //   float32, float64    here: gram_simt by multiply-adds, and gram_finish where experts are in several pieces
 //
-// A block owns a piece of an expert's positions, some columns and some ranks, walks the positions in order and keeps its
-// sums in registers, while the rows of later stages are under way by cp.async. An expert in one piece is written at once;
-// the pieces of the others go to planes in the accumulator's type, which are added in order. So every sum has four levels,
-// stage, group, piece and expert, each short: float32 keeps 1e-6 of the norm up to hundreds of millions of positions. No
-// atomics on sums, bitwise reproducible.
+// A block owns a piece of an expert's positions, some columns and some ranks, walks the positions in order and keeps
+// its sums in registers, while the rows of later stages are under way by cp.async. An expert in one piece is written at
+// once; the pieces of the others go to planes in the accumulator's type, which are added in order. So every sum has
+// four levels, stage, group, piece and expert, each short: float32 keeps 1e-6 of the norm up to hundreds of millions of
+// positions. No atomics on sums, bitwise reproducible.
 //
 // Experts without positions, and ranks not in use, come out as zeros. Limits: slots < 2^31; any rank, any width.
 #include "lora/gram_stream.cuh"
@@ -24,8 +24,8 @@ namespace {
 
 // ---- multiply-adds ----
 
-// A thread owns a column and 8 ranks; dz is one more rank. Pieces are cut where the position is a multiple of plan.chunk,
-// and numbered so that a block finds its own by bisection.
+// A thread owns a column and 8 ranks; dz is one more rank. Pieces are cut where the position is a multiple of
+// plan.chunk, and numbered so that a block finds its own by bisection.
 template <class T>
 __global__ void __launch_bounds__(kGramSimtThreads, 1) gram_simt(const GramParams p) {
   constexpr int kStage = plan_cuda::kGramSimtStage, kRanks = kGramSimtRanks;
@@ -167,8 +167,8 @@ cudaError_t launch_tiles(const GramLaunch& p, cudaStream_t stream) {
       MOA_LAUNCH((gram_rows<T, kExact>), static_cast<unsigned>(rows), kGramRowsThreads, 0, stream, all);
   if (error != cudaSuccess) return error;
   const size_t stages = kGramStages * (kGramStage * kGramColumns * sizeof(T) + static_cast<size_t>(p.shared));
-  static_assert((8 * kFrags + 1) * kGramPitch * 4 <= kGramStages * kGramStage * kGramColumns * 2, "sums lie on x");
-  return MOA_LAUNCH((gram_mma<T, kFrags, kExact>), static_cast<unsigned>(p.plan.pieces * tiles), kGramThreads, stages,
+  const size_t sums = (8 * kFrags + 1) * kGramPitch * sizeof(float), shared = stages > sums ? stages : sums;
+  return MOA_LAUNCH((gram_mma<T, kFrags, kExact>), static_cast<unsigned>(p.plan.pieces * tiles), kGramThreads, shared,
                     stream, all);
 }
 template <class T>
@@ -228,7 +228,7 @@ void arrange(GramLaunch* p, void* work) {
   };
   const int64_t tiles = p->side[0].tiles + int64_t{p->side[1].tiles};
   const int64_t rows = 8 * plan_cuda::gram_fragments(p->exact, p->c.rank) + 1;
-  p->tokens = static_cast<int*>(take(p->plan.stages * plan_cuda::kGramStage * 4));
+  p->tokens = static_cast<GramTokens*>(take(p->plan.stages * kGramStage * 4));
   p->records = static_cast<unsigned char*>(take(p->plan.stages * p->record));
   p->pieces = static_cast<GramPiece*>(take(p->plan.pieces * static_cast<int64_t>(sizeof(GramPiece))));
   p->counters = static_cast<uint32_t*>(take(p->plan.planes * tiles * 4));

@@ -1,18 +1,18 @@
-// Gram on tensor cores, in front of the product (gram_tile.cuh): what it takes of each stage of 64 positions of an expert,
-// made once and read by all tiles of columns.
+// Gram on tensor cores, in front of the product (gram_tile.cuh): what it takes of each stage of 64 positions of an
+// expert, made once and read by all tiles of columns.
 //
-//   tokens   [stages][64]: whose row of x, -1 for none. Row r of the stage is at r % 16 * 4 + r / 16: four neighbours are
-//            those of one thread.
+//   tokens   [stages][64]: whose row of x, -1 for none. Row r of the stage is at r % 16 * 4 + r / 16: four neighbours
+//            are those of one thread.
 //   records  [stages]: dz in three terms (where it is wanted), then the coefficients of dA, then those of dB
 //   pieces   what a block does; counters of pieces done, set to 0
 //
 // A fragment is [64 positions][8 columns] of T, 1 KB, as ldmatrix wants it. dz's has three columns: hi, mid and lo, of
-// which the sum is float32's. Coefficients are one fragment per 8 ranks, rounded to T; kExact (the router's dW): three, hi,
-// mid and lo. float16 lacks the range for terms: the 32 positions of a warp are scaled by a power of two, and 1 / power,
-// one float a column, stands behind the fragments.
+// which the sum is float32's. Coefficients are one fragment per 8 ranks, rounded to T; kExact (the router's dW): three,
+// hi, mid and lo. float16 lacks the range for terms: the 32 positions of a warp are scaled by a power of two, and 1 /
+// power, one float a column, stands behind the fragments.
 //
-// An expert's stages begin at offsets / 64 + e, its pieces at offsets / chunk + e, its planes at 2 offsets / chunk: upper
-// bounds of those before it, so that each is found by a search over the offsets and nobody scans.
+// An expert's stages begin at offsets / 64 + e, its pieces at offsets / chunk + e, its planes at 2 offsets / chunk:
+// upper bounds of those before it, so that each is found by a search over the offsets and nobody scans.
 #pragma once
 #include "lora/combine.cuh"
 
@@ -43,6 +43,12 @@ struct GramPiece {
   int there;
 };
 
+// Whose rows of x a thread copies, -1 for none: rows kGramStage / kGramEach apart.
+constexpr int kGramEach = kGramStage * kGramColumns / 8 / kGramThreads;
+struct alignas(4 * kGramEach) GramTokens {
+  int row[kGramEach];
+};
+
 struct GramTiles {
   Coefficients c;  // but for the values
   GramSide side[2];
@@ -52,7 +58,7 @@ struct GramTiles {
   plan_cuda::GramTiles plan;
   int record;     // bytes
   int shared;     // bytes of a record that a stage has room for
-  int* tokens;    // [plan.stages][kGramStage]
+  GramTokens* tokens;  // [plan.stages][kGramStage / kGramEach]
   unsigned char* records;
   GramPiece* pieces;   // [plan.pieces]
   uint32_t* counters;  // [plan.planes][tiles of both sides]
@@ -63,7 +69,8 @@ constexpr int kGramFragment = kGramStage * 16;  // bytes
 template <class T>
 constexpr int kGramDz = kGramFragment + (std::is_same<T, __half>::value ? 16 : 0);
 template <class T, bool kExact>
-constexpr int kGramUnit = (kExact ? 3 : 1) * kGramFragment + (kExact && std::is_same<T, __half>::value ? 64 : 0);
+constexpr int kGramUnit = (kExact ? 3 : 1) * kGramFragment +
+                          (kExact && std::is_same<T, __half>::value ? kGramStage / kWarp * 32 : 0);
 
 // The last expert that starts at or before `at`; starts ascend. A whole warp.
 template <class Start>
@@ -122,6 +129,7 @@ __device__ __forceinline__ void scale_half(float (&v)[8], float* undo) {
 template <class T, bool kExact>
 __global__ void __launch_bounds__(kGramRowsThreads) gram_rows(const GramTiles p) {
   constexpr bool kHalf = std::is_same<T, __half>::value;
+  constexpr int kApart = kGramStage / kGramEach;
   const int64_t stage = blockIdx.x;
   if (stage >= p.plan.stages) {
     const int64_t tile = (stage - p.plan.stages) * (kGramRowsThreads / kWarp) + threadIdx.x / kWarp;
@@ -133,21 +141,21 @@ __global__ void __launch_bounds__(kGramRowsThreads) gram_rows(const GramTiles p)
   const int64_t from = p.c.offset_at(e) + (stage - start(e)) * kGramStage;
   const int row = threadIdx.x % kGramStage, part = threadIdx.x / kGramStage;
   const int64_t position = from + row;
+  int& token = p.tokens[stage * kApart + row % kApart].row[row / kApart];
   const bool some = stage >= start(e) && from < stop, there = some && position < stop;
-  const int64_t slot = there ? p.c.slot_at(position) : 0;
-  if (part == 0)
-    p.tokens[stage * kGramStage + row % 16 * 4 + row / 16] = there ? static_cast<int>(p.c.token_of(slot)) : -1;
-  if (!some) return;
-  const float factor = there ? p.c.factor<float>(e, slot) : 0.0f;
+  if (!some) {
+    if (part == 0) token = -1;
+    return;
+  }
   const int64_t used = there ? p.c.used(e) : 0;
-  unsigned char* const record = p.records + stage * p.record;
-
-  for (int item = part; item < p.side[0].units + p.side[1].units; item += kGramRowsThreads / kGramStage) {
+  const int items = p.side[0].units + p.side[1].units;
+  alignas(16) float v[8];
+  float dz = 0.0f;
+  const auto load = [&](int item) {
     const int which = item < p.side[0].units ? 0 : 1, unit = which == 0 ? item : item - p.side[0].units;
     const GramSide& side = p.side[which];
     const float* const values = static_cast<const float*>(side.values) + position * p.c.rank + 8 * unit;
     const int64_t n = used - 8 * unit;
-    float v[8];
     if (n >= 8 && side.values_direct) {
       *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(values);
       *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(values + 4);
@@ -155,9 +163,22 @@ __global__ void __launch_bounds__(kGramRowsThreads) gram_rows(const GramTiles p)
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = i < n ? values[i] : 0.0f;
     }
+  };
+  // What does not wait for the order comes first.
+  if (part < items) load(part);
+  const bool has_dz = p.dz != nullptr && part == kGramRowsThreads / kGramStage - 1;
+  if (has_dz && there) dz = static_cast<const float*>(p.dz)[position];
+  const int64_t slot = there ? p.c.slot_at(position) : 0;
+  if (part == 0) token = there ? static_cast<int>(p.c.token_of(slot)) : -1;
+  const float factor = there ? p.c.factor<float>(e, slot) : 0.0f;
+
+  unsigned char* const record = p.records + stage * p.record;
+  for (int item = part; item < items; item += kGramRowsThreads / kGramStage) {
+    if (item != part) load(item);
+    const int which = item < p.side[0].units ? 0 : 1, unit = which == 0 ? item : item - p.side[0].units;
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= factor;
-    unsigned char* const to = record + side.first + unit * kGramUnit<T, kExact>;
+    unsigned char* const to = record + p.side[which].first + unit * kGramUnit<T, kExact>;
     if constexpr (kExact && kHalf) scale_half(v, reinterpret_cast<float*>(to + 3 * kGramFragment) + row / kWarp * 8);
 #pragma unroll
     for (int term = 0; term < (kExact ? 3 : 1); ++term) {
@@ -172,15 +193,14 @@ __global__ void __launch_bounds__(kGramRowsThreads) gram_rows(const GramTiles p)
       *reinterpret_cast<uint4*>(to + term * kGramFragment + row * 16) = make_uint4(bits[0], bits[1], bits[2], bits[3]);
     }
   }
-  if (p.dz == nullptr || part != kGramRowsThreads / kGramStage - 1) return;
-  float v = there ? static_cast<const float*>(p.dz)[position] : 0.0f;
+  if (!has_dz) return;
   if constexpr (kHalf) {
-    const float power = half_scale(warp_max(fabsf(v)));
-    v *= power;
+    const float power = half_scale(warp_max(fabsf(dz)));
+    dz *= power;
     if (row % kWarp == 0) reinterpret_cast<float*>(record + kGramFragment)[row / kWarp] = 1.0f / power;
   }
-  const float hi = to_acc(from_acc<T>(v)), mid = to_acc(from_acc<T>(v - hi));
-  *reinterpret_cast<uint4*>(record + row * 16) = make_uint4(pack2<T>(hi, mid), pack2<T>(v - hi - mid, 0.0f), 0, 0);
+  const float hi = to_acc(from_acc<T>(dz)), mid = to_acc(from_acc<T>(dz - hi));
+  *reinterpret_cast<uint4*>(record + row * 16) = make_uint4(pack2<T>(hi, mid), pack2<T>(dz - hi - mid, 0.0f), 0, 0);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What gram.cu's multiply-adds walk over: an expert's positions in pieces, and a piece in stages of cp.async. Equations and
-// who owns what: there.
+// What gram.cu's multiply-adds walk over: an expert's positions in pieces, and a piece in stages of cp.async. Equations
+// and who owns what: there.
 #pragma once
 #include "lora/combine.cuh"
 
@@ -80,8 +80,8 @@ __device__ __forceinline__ void store_sum(const GramParams& p, const Piece& piec
 // ---- a piece's positions, stage by stage ----
 
 // A stage is 16 rows of x (64 columns) and their coefficients, as they come (raw) and as they are multiplied. A thread
-// converts the raw chunks that it has copied itself, so one barrier a stage is enough: three buffers of x, of which two are
-// being filled, two of each kind of coefficients.
+// converts the raw chunks that it has copied itself, so one barrier a stage is enough: three buffers of x, of which two
+// are being filled, two of each kind of coefficients.
 template <class T>
 struct SimtStream {
   static constexpr int kStages = plan_cuda::kGramSimtStages, kThreads = kGramSimtThreads;

@@ -1,7 +1,7 @@
-// Gram on tensor cores: a block owns a piece of an expert's positions, 128 columns of x and up to 64 ranks, and a warp 16 of
-// the columns with all the ranks. 16 columns of x are the rows of a product, 8 ranks its columns, positions its depth; both
-// operands lie by positions and are turned by ldmatrix_trans. Coefficients come ready from gram_rows.cuh, so all that the
-// stages need is under way by cp.async, and tokens are loaded a stage before they are.
+// Gram on tensor cores: a block owns a piece of an expert's positions, 128 columns of x and up to 64 ranks, and a warp
+// 16 of the columns with all the ranks. 16 columns of x are the rows of a product, 8 ranks its columns, positions its
+// depth; both operands lie by positions and are turned by ldmatrix_trans. Coefficients come ready from gram_rows.cuh,
+// so all that the stages need is under way by cp.async, and tokens are loaded a stage before they are.
 //
 // A piece is summed in groups of stages. Within a group the tensor cores add, whose sums of 16-bit coefficients are far
 // better than these; what keeps float32 (dz, kExact) is added to the group every 32 positions. Of an expert in several
@@ -14,10 +14,12 @@ namespace moa {
 namespace {
 
 constexpr int kGramPitch = kGramColumns + 4;  // floats of a row of sums
-// Where a rank's sum is: fragments as they are written, rows of columns and of ranks as they are read meet no bank twice.
+// Where a rank's sum is: fragments as they are written, rows of columns and of ranks as they are read meet no bank
+// twice.
 __device__ __forceinline__ int gram_sum_at(int j, int column) { return j * kGramPitch + (column ^ (j & 8)); }
 
-// An element of x's tile: rows of 16 chunks, exchanged within halves so that neither copies nor ldmatrix meet a bank twice.
+// An element of x's tile: rows of 16 chunks, exchanged within halves so that neither copies nor ldmatrix meet a bank
+// twice.
 __device__ __forceinline__ int gram_x_at(int row, int chunk) {
   return row * kGramColumns + ((chunk ^ (row & 7)) * 8);
 }
@@ -85,7 +87,7 @@ __device__ __forceinline__ bool add_pieces(const GramTiles& p, const GramPiece& 
   for (int i = threadIdx.x; i < rows * kRow; i += kGramThreads)
     reinterpret_cast<float4*>(own)[i] =
         *reinterpret_cast<const float4*>(sums + i / kRow * kGramPitch + i % kRow * 4);
-  __syncthreads();
+  __syncthreads();  // the plane is written
   if (threadIdx.x == 0) *arrived = arrive(p.counters + piece.first * tiles + tile);
   __syncthreads();
   if (*arrived + 1 != static_cast<unsigned>(piece.pieces)) return false;
@@ -108,14 +110,15 @@ __device__ __forceinline__ bool add_pieces(const GramTiles& p, const GramPiece& 
 }
 
 template <class T, int kFrags, bool kExact>
-__global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : 3) gram_mma(const GramTiles p) {
+__global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : plan_cuda::kGramBlocks) gram_mma(const GramTiles p) {
   constexpr bool kHalf = std::is_same<T, __half>::value;
-  constexpr int kStages = plan_cuda::kGramStages, kUnit = kGramUnit<T, kExact>, kRows = kGramStage / 4;
-  constexpr int kX = kGramStage * kGramColumns;  // elements of x's tile
-  static_assert(kGramThreads == 256 && kGramColumns == 128 && kGramStage == 64 && kStages == 3, "numbering below");
+  constexpr int kStages = plan_cuda::kGramStages, kUnit = kGramUnit<T, kExact>;
+  constexpr int kX = kGramStage * kGramColumns;                              // elements of x's tile
+  constexpr int kChunks = kGramColumns / 8, kApart = kGramThreads / kChunks;  // rows from one of a thread's to the next
+  static_assert(kGramThreads == 2 * kGramColumns && kApart * kGramEach == kGramStage && kApart % 8 == 0, "all copied");
   MOA_DYNAMIC_SHARED(unsigned char, shared);
   MOA_SHARED(unsigned, arrived, 1);
-  T* const xs = reinterpret_cast<T*>(shared);                        // [kStages][64][128]
+  T* const xs = reinterpret_cast<T*>(shared);                        // [kStages][kGramStage][kGramColumns]
   unsigned char* const coefs = shared + kStages * kX * sizeof(T);  // [kStages][p.shared]
 
   // Pieces are the fastest index: blocks that run together read the same columns of x.
@@ -134,41 +137,42 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : 3) gram_mma(con
   if (frags < 0 || side.units == 0) frags = 0;
   const int steps = frags + head > 0 ? piece.stages : 0;
 
-  // What this thread copies: chunk threadIdx.x % 16 of four rows of x, and chunks of the record.
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, own_row = threadIdx.x / kRows;
-  const int own = gram_x_at(own_row, threadIdx.x % kRows);
-  const int64_t column = c0 + threadIdx.x % kRows * 8, columns = side.width - column;
+  // What this thread copies: a chunk of kGramEach rows of x, and chunks of the record.
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, own_row = threadIdx.x / kChunks;
+  const int own = gram_x_at(own_row, threadIdx.x % kChunks);
+  const int64_t column = c0 + threadIdx.x % kChunks * 8, columns = side.width - column;
   const bool whole = side.x_direct && c0 + kGramColumns <= side.width;
   const T* const x = static_cast<const T*>(side.x) + (columns > 0 ? column : 0);
   const int64_t ldx = side.ldx;
   const unsigned char* record = p.records + static_cast<int64_t>(piece.stage) * p.record + side.first +
                                 j0 / 8 * kUnit - head * kGramDz<T>;
   const int bytes = head * kGramDz<T> + frags * kUnit;
-  const int4* tokens = reinterpret_cast<const int4*>(p.tokens + static_cast<int64_t>(piece.stage) * kGramStage) + own_row;
-  const auto issue = [&](int buffer, const int4& ids) {
-    const int t[4] = {ids.x, ids.y, ids.z, ids.w};
+  const GramTokens* tokens = p.tokens + static_cast<int64_t>(piece.stage) * kApart + own_row;
+  const auto issue = [&](int buffer, const GramTokens& ids) {
+    const int(&t)[kGramEach] = ids.row;
     T* const to = xs + buffer * kX + own;
     if (whole) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q)
-        cp_async_16(to + q * 16 * kGramColumns, x + (t[q] < 0 ? 0 : t[q]) * ldx, t[q] >= 0);
+      for (int q = 0; q < kGramEach; ++q)
+        cp_async_16(to + q * kApart * kGramColumns, x + (t[q] < 0 ? 0 : t[q]) * ldx, t[q] >= 0);
     } else {
 #pragma unroll
-      for (int q = 0; q < 4; ++q)
-        stage_chunk(to + q * 16 * kGramColumns, x + (t[q] < 0 ? 0 : t[q]) * ldx, t[q] < 0 ? 0 : columns, side.x_direct);
+      for (int q = 0; q < kGramEach; ++q)
+        stage_chunk(to + q * kApart * kGramColumns, x + (t[q] < 0 ? 0 : t[q]) * ldx, t[q] < 0 ? 0 : columns,
+                    side.x_direct);
     }
     unsigned char* const coef = coefs + buffer * p.shared;
     for (int i = static_cast<int>(threadIdx.x) * 16; i < bytes; i += kGramThreads * 16)
       cp_async_16(coef + i, record + i, true);
     record += p.record;
   };
-  int4 ids = make_int4(-1, -1, -1, -1);
+  GramTokens ids{};
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) issue(s, tokens[s * (kGramStage / 4)]);
+    if (s < steps) issue(s, tokens[s * kApart]);
     cp_async_commit();
   }
-  tokens += (kStages - 1) * (kGramStage / 4);
+  tokens += (kStages - 1) * kApart;
   if (steps > kStages - 1) ids = *tokens;
 
   // This lane's rows of ldmatrix.
@@ -195,14 +199,14 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : 3) gram_mma(con
     __syncthreads();  // the stage is there; all have left the one before
     if (s + kStages - 1 < steps) {
       issue(buffer == 0 ? kStages - 1 : buffer - 1, ids);
-      tokens += kGramStage / 4;
+      tokens += kApart;
       if (s + kStages < steps) ids = *tokens;
     }
     cp_async_commit();
     const unsigned char* const dz = coefs + buffer * p.shared;
     const unsigned char* const coef = dz + head * kGramDz<T>;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kGramStage / 32; ++half) {
       uint32_t a[2][4];
 #pragma unroll
       for (int step = 0; step < 2; ++step)
@@ -212,7 +216,7 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : 3) gram_mma(con
         for (int f = 0; f < kFrags; ++f) {
           if (f >= frags) continue;
           const float* const undo = reinterpret_cast<const float*>(coef + f * kUnit + 3 * kGramFragment) + 8 * half;
-          add_exact(group[f], a, coef + f * kUnit + half * (kGramFragment / 2), 3, undo + 2 * (lane % 4), 1);
+          add_exact(group[f], a, coef + f * kUnit + half * 512, 3, undo + 2 * (lane % 4), 1);
         }
       } else {
 #pragma unroll
@@ -227,7 +231,7 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : 3) gram_mma(con
           }
         }
         if (head != 0)
-          add_exact(group_share, a, dz + half * (kGramFragment / 2), 1,
+          add_exact(group_share, a, dz + half * 512, 1,
                     reinterpret_cast<const float*>(dz + kGramFragment) + half, 0);
       }
     }

@@ -273,9 +273,9 @@ inline ExpandWide expand_wide(int64_t tokens, int64_t top_k, int64_t experts, in
 // coefficients under way while one is multiplied.
 constexpr int kGramSimtColumns = 64, kGramSimtThreads = 128, kGramSimtStages = 3, kGramSimtStage = 16,
               kGramSimtRanks = 16;
-// Groups of stages, as many as there are stages in a group. A chain of n additions of terms that are about equal in size
-// ends at about 0.4 x 6e-8 x sqrt(n / 2) of the norm in float32: 4096 stages of a million slots in one chain made 1e-6 of
-// it; two chains of 64 make 1.9e-7, and 2^29 slots 9e-7.
+// Groups of stages, as many as there are stages in a group. A chain of n additions of terms that are about equal in
+// size ends at about 0.4 x 6e-8 x sqrt(n / 2) of the norm in float32: 4096 stages of a million slots in one chain made
+// 1e-6 of it; two chains of 64 make 1.9e-7, and 2^29 slots 9e-7.
 inline int gram_group(int64_t stages) {
   int group = 1;
   while (int64_t{group} * group < stages) ++group;
@@ -299,19 +299,26 @@ inline Gram gram(int64_t slots, int64_t experts, int64_t stage) {
 }
 
 // ---- Gram, tensor cores ----
-// 64 positions of 128 columns, 16 KB, and of 16 ranks, 2 KB (3 KB with dz): 57 KB in three stages, so that three blocks of
-// 8 warps fit on a multiprocessor and 96 KB of x are under way on it, where 5.5 TB/s of L2 at 1 us need 42 KB. Rows of 256
-// bytes keep the coefficients, that every tile of columns reads again, to an eighth of x at rank 16.
-constexpr int kGramStage = 64, kGramColumns = 128, kGramThreads = 256, kGramStages = 3;
-constexpr int kGramRowsThreads = 256;
-// Fragments of 8 ranks: 2 have room for rank 16, 8 read x once for ranks up to 64: a thread's sums are 64 registers then.
-// In three terms (the router's dW): 4, whose sums are as few and whose terms 12 KB a stage.
-constexpr int gram_fragments(bool exact, int64_t rank) { return exact ? 4 : rank <= 16 ? 2 : 8; }
-// Pieces: about 2048 blocks where all tokens are one expert's, eight rounds and more of what runs at once, so that the last
-// one costs little. But no piece is below 512 positions, where the plane of 16 ranks is an eighth of the bytes of x, and
-// there are 32 at most, so planes stay below the 65 of that.
+// 64 positions of 128 columns, 16 KB, and of 16 ranks, 2 KB (3 KB with dz): 57 KB in three stages, so that three blocks
+// of 8 warps fit on a multiprocessor and 96 KB of x are under way on it, where 5.5 TB/s of L2 at 1 us need 42 KB. Rows
+// of 256 bytes keep the coefficients, that every tile of columns reads again, to an eighth of x at rank 16.
 //
-// Groups as above, of 16 stages at least.
+// Measured on an H200, dA, dB and d_router at T = 8192, k = 2, r = 16, 4096 columns: 4 us of gram_rows, and 88 us at E
+// = 8, 86 at E = 64, L2 at 73 % of what it can. 256 columns by 512 threads and 32 positions took 96 and 90, 32
+// positions and four blocks a multiprocessor 92 and 88; 8 or 16 neighbouring tiles before the next piece 87 to 91 and
+// 89 to 91.
+constexpr int kGramStage = 64, kGramColumns = 128, kGramThreads = 256, kGramStages = 3, kGramBlocks = 3;
+// A block has a stage, 4 threads a position: rank 16 of dA and dB at once.
+constexpr int kGramRowsThreads = 256;
+// Fragments of 8 ranks: 2 have room for rank 16, 8 read x once for ranks up to 64: a thread's sums are 64 registers
+// then. In three terms (the router's dW): 4, whose sums are as few and whose terms 12 KB a stage.
+constexpr int gram_fragments(bool exact, int64_t rank) { return exact ? 4 : rank <= 16 ? 2 : 8; }
+// Pieces: about 2048 blocks where all tokens are one expert's, five rounds of what runs at once, so that the last one
+// costs little. But no piece is below 1024 positions, where the plane of 16 ranks is a sixteenth of the bytes of x, and
+// there are 32 at most, which make 65 planes.
+//
+// Groups as above, of 16 stages at least: what tensor cores lose in a chain of 64 products is far below the rounding of
+// 16-bit coefficients.
 struct GramTiles {
   int64_t chunk, stages, pieces, planes;  // upper bounds, the last three
   int group;                              // stages
@@ -319,7 +326,7 @@ struct GramTiles {
 inline GramTiles gram_tiles(int64_t slots, int64_t experts, int64_t rank, int64_t width, bool exact) {
   GramTiles p{};
   const int64_t tiles = ceil_div(width, kGramColumns) * ceil_div(rank, 8 * gram_fragments(exact, rank));
-  p.chunk = most(512, ceil_div(slots, least(32, ceil_div(2048, most(tiles, 1)))));
+  p.chunk = most(1024, ceil_div(slots, least(32, ceil_div(2048, most(tiles, 1)))));
   p.stages = slots / kGramStage + experts;
   p.pieces = slots / p.chunk + experts;
   p.planes = slots > p.chunk ? 2 * slots / p.chunk + 1 : 0;

@@ -22,7 +22,8 @@ using plan_cuda::Launches;
 struct TopkLaunch {
   int64_t tokens_per_block;
   int32_t* counts;  // [gridDim.x][experts + 1] slots per bin, or null
-  SortParams sort;  // order null: no sort here
+  bool sorts;       // this block, the only one
+  SortParams sort;
 };
 
 template <class A, int L, int V>
@@ -40,9 +41,9 @@ __global__ void __launch_bounds__(kSortThreads, 1) topk_kernel(const TopkParams 
     const int64_t token = begin + threadIdx.x / L;
     route_token<A, L, V>(p, token < last ? token : last - 1, token < last, bin_counts);
   }
-  if (l.counts == nullptr && l.sort.order == nullptr) return;
+  if (l.counts == nullptr && !l.sorts) return;
   __syncthreads();
-  if (l.sort.order != nullptr) {
+  if (l.sorts) {
     sort_block(l.sort, 0, shared);
   } else {
     int32_t* const row = l.counts + static_cast<int64_t>(blockIdx.x) * bins;
@@ -95,7 +96,8 @@ cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, voi
   TopkLaunch l{};
   l.tokens_per_block = route.tokens_per_block;
   l.counts = fused ? static_cast<int32_t*>(work) : nullptr;
-  if (one) l.sort = sort;
+  l.sorts = one;
+  l.sort = sort;
   const size_t shared = one     ? plan_cuda::sort_shared(p.experts, sort.warps)
                         : fused ? static_cast<size_t>(p.experts + 1) * sizeof(int32_t)
                                 : 0;

@@ -73,8 +73,8 @@ select(
 )
 topk(
     "topk-missing-barrier-before-sort",
-    "  __syncthreads();\n  if (l.sort.order != nullptr) {",
-    "  if (l.sort.order != nullptr) {",
+    "  __syncthreads();\n  if (l.sorts) {",
+    "  if (l.sorts) {",
     "tsan:0",
     RACE,
 )

@@ -58,6 +58,7 @@ def topk_routing(
     key = z
     if selection_bias is not None:
         key = (z.softmax(-1) if score_func == SOFTMAX else z.sigmoid()) + selection_bias.to(z.dtype)
+    key = torch.where(key.isnan(), math.nan, key)  # a sort on CUDA tells the bits of two NaN apart
     indices = key.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
     if score_func == SIGMOID:

@@ -5,6 +5,7 @@
 //   launching        MOA_LAUNCH(kernel, grid, block, dynamic_bytes, stream, args...) -> cudaError_t
 //                    write MOA_LAUNCH((kernel<A, B>), ...) for a template; an empty grid launches nothing
 //   copies           cp_async_16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
+//                    prefetch_l2(global): the line is on its way to L2
 //   fragments        ldmatrix_x2, ldmatrix_x4, and _trans
 //   products         mma_m16n8k16<T>(c, a, b), T = __nv_bfloat16, __half;  mma_m16n8k8_tf32(c, a, b)
 //   between blocks   arrive(counter), await(counter, value)
@@ -71,6 +72,10 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(global)));
 }
 
 // 8x8 matrices of 16-bit elements, one per register. Lane l names row l % 8 of matrix l / 8: 16 bytes in shared memory,

@@ -2,8 +2,10 @@
 // launches; and the choice between this, where every expert's A is read, and routed.cu.
 //
 //   1  dense.cu: planes [splits][tokens][E r + E], partial A_e x[t] of every expert and partial logits
-//   2  a block owns 8 tokens and 128 outputs, a thread one output. It adds the planes of its tokens' logits, selects (a
-//      warp a token), adds the planes of the selected h, and then expands: y's element is read early and written once.
+//   2  a block owns 4 tokens and 64 outputs, a thread one output of one. It adds the planes of its tokens' logits,
+//      selects, asks for the chosen rows of B, adds the planes of the selected h while they come, and then expands: y's
+//      element is read early and written once. What takes time here is latency, so the loads of a sum, or of a dot, are
+//      all under way together.
 //
 // Each block of the second launch repeats the selection of its tokens: that costs less than a third launch, and needs
 // neither counters, which two streams could not share, nor a wait between blocks. Planes are added in order, so the
@@ -19,123 +21,172 @@
 namespace moa {
 namespace {
 
+using plan_cuda::kDecodeColumns;
 using plan_cuda::kDecodeRows;
 using plan_cuda::kDecodeThreads;
+static_assert(kDecodeThreads == kDecodeRows * kDecodeColumns && kDecodeColumns % kWarp == 0, "a warp has one token");
 
 struct DecodeLaunch : DecodeParams {
   const void* planes;
   int64_t splits;
   int round;    // slots of a token at once
   bool direct;  // rows of B are whole 16-byte chunks
+  bool fetch;   // all of B into L2, whoever is chosen
 };
 
 // One row of planes' sum.
 template <class A>
 __device__ __forceinline__ A plane_sum(const DecodeLaunch& p, int64_t token, int64_t column) {
+  constexpr int kAtOnce = 16;
   const int64_t columns = p.seg.experts * (p.rank + 1), size = p.seg.tokens * columns;
   const A* const at = static_cast<const A*>(p.planes) + token * columns + column;
+  const int splits = static_cast<int>(p.splits);
   A sum = 0;
-#pragma unroll 8
-  for (int64_t s = 0; s < p.splits; ++s) sum += at[s * size];
-  return sum;
-}
-
-// Ids and weights (times scale) of token t of the block, from its logits; a whole warp, of which lane j % 32 writes slot j.
-template <class A>
-__device__ __forceinline__ void select(const DecodeLaunch& p, int t, const A* logits, int64_t* ids, A* weights) {
-  TopkParams token{};
-  token.logits_type = std::is_same<A, double>::value ? DType::f64 : DType::f32;
-  token.experts = token.ldz = p.seg.experts;
-  token.top_k = p.seg.top_k;
-  token.logits = logits;
-  token.score_func = p.score_func;
-  token.norm_topk_prob = p.norm_topk_prob;
-  token.selection_bias = p.selection_bias;
-  token.weights = weights;
-  token.indices = ids;
-  route_token<A, kWarp, 0>(token, t, true, nullptr);
-  for (int64_t j = t * p.seg.top_k + threadIdx.x % kWarp; j < (t + 1) * p.seg.top_k; j += kWarp)
-    weights[j] *= static_cast<A>(p.scaling * (p.scale == nullptr ? 1.0 : p.scale[ids[j]]));
-}
-
-// sum over slots and ranks of coef [slots][rank] times rows of B at output o. Loads of several slots are under way
-// together: at one token their latency is what there is to wait for.
-template <class A, class TA>
-__device__ __forceinline__ A dot_rows(const DecodeLaunch& p, const A* coef, const int64_t* ids, int slots, int64_t o) {
-  constexpr int kChunk = 16 / sizeof(TA);
-  const int rank = static_cast<int>(p.rank), step = p.direct ? kChunk : 1, each = rank / step;
-  // Unused ranks of B may hold anything: they are not taken.
-  const auto used = [&](int64_t e) { return p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank)); };
-  const auto row = [&](int64_t e) { return static_cast<const TA*>(p.lora_B) + (e * p.out + o) * rank; };
-  A sum = 0;
-  if (p.direct) {
-#pragma unroll 4
-    for (int q = 0; q < slots * each; ++q) {
-      const int64_t e = ids[q / each];
-      const int i = q % each * kChunk, count = used(e) - i;
-      alignas(16) TA b[kChunk];
-      *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(row(e) + i);
-#pragma unroll
-      for (int v = 0; v < kChunk; ++v) sum += v < count ? coef[q * kChunk + v] * static_cast<A>(to_acc(b[v])) : A(0);
-    }
-  } else {
 #pragma unroll 1
-    for (int q = 0; q < slots * each; ++q) {
-      const int64_t e = ids[q / each];
-      const int i = q % each;
-      if (i < used(e)) sum += coef[q] * static_cast<A>(to_acc(row(e)[i]));
-    }
+  for (int first = 0; first < splits; first += kAtOnce) {
+    A plane[kAtOnce];
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) plane[s] = first + s < splits ? at[(first + s) * size] : A(0);
+#pragma unroll
+    for (int s = 0; s < kAtOnce; ++s) sum += plane[s];
   }
   return sum;
 }
 
+// Ids and weights of the block's tokens, from their logits; L threads a token, whole warps.
+template <class A, int L, int V>
+__device__ __forceinline__ void select(const TopkParams& p) {
+  const int t = threadIdx.x / L, tokens = static_cast<int>(p.tokens);
+  if (t / (kWarp / L) * (kWarp / L) >= tokens) return;
+  route_token<A, L, V>(p, t < tokens ? t : tokens - 1, t < tokens, nullptr);
+}
+template <class A>
+__device__ __forceinline__ void select(const TopkParams& p) {
+  if constexpr (std::is_same<A, double>::value) {
+    for (int t = threadIdx.x / kWarp; t < p.tokens; t += kDecodeThreads / kWarp)
+      route_token<A, kWarp, 0>(p, t, true, nullptr);
+  } else if (p.experts <= 32) {
+    select<A, 8, 4>(p);
+  } else if (p.experts <= 128) {
+    select<A, kWarp, 4>(p);
+  } else {
+    select<A, kWarp, 16>(p);
+  }
+}
+static_assert(kDecodeRows * kWarp <= kDecodeThreads && plan_cuda::kDecodeExperts <= 16 * kWarp, "selected at once");
+
+// A thread's output of one token: the products of its slots' rows of B with coef [slots][each * kSize], by chunks of 16
+// bytes; chunk q is chunk q % each of slot q / each.
+template <class A, class TA>
+struct Dot {
+  static constexpr int kSize = 16 / sizeof(TA), kAtOnce = 4;
+  const DecodeLaunch& p;
+  const int64_t o;
+  const int64_t* ids;  // of the slots
+  int slots, each;
+  alignas(16) TA b[kAtOnce][kSize];
+  int count[kAtOnce];  // ranks of each: unused ones of B may hold anything, and are not taken
+
+  __device__ __forceinline__ void load(int first) {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int slot = (first + u) / each, rank = (first + u) % each * kSize;
+      count[u] = 0;
+      if (slot >= slots) continue;
+      const int64_t e = ids[slot];
+      const int used = static_cast<int>(p.ranks == nullptr ? p.rank : clamp(p.ranks[e], 0, p.rank));
+      const TA* const from = static_cast<const TA*>(p.lora_B) + (e * p.out + o) * p.rank + rank;
+      count[u] = used - rank;
+      if (p.direct) {
+        *reinterpret_cast<uint4*>(b[u]) = *reinterpret_cast<const uint4*>(from);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kSize; ++v)
+          if (v < count[u]) b[u][v] = from[v];
+      }
+    }
+  }
+  __device__ __forceinline__ A product(int first, const A* coef) const {
+    A sum = 0;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (count[u] <= 0) continue;
+#pragma unroll
+      for (int v = 0; v < kSize; ++v)
+        sum += v < count[u] ? coef[(first + u) * kSize + v] * static_cast<A>(to_acc(b[u][v])) : A(0);
+    }
+    return sum;
+  }
+};
+
 template <class T, class TA>
-__global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeLaunch p) {
+__global__ void __launch_bounds__(kDecodeThreads, 4) decode_expand(const DecodeLaunch p) {
   using A = Acc<T>;
-  MOA_DYNAMIC_SHARED(int64_t, ids);  // [kDecodeRows][k]
+  MOA_DYNAMIC_SHARED(A, coef);  // [kDecodeRows][round][each * kSize]
   const int experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);
   const int rank = static_cast<int>(p.rank);
-  A* const sums = reinterpret_cast<A*>(ids + kDecodeRows * k);  // [kDecodeRows][kDecodeThreads], each thread its own
-  A* const coef = sums + kDecodeRows * kDecodeThreads;          // [kDecodeRows][round][rank]
-  A* const logits = coef + kDecodeRows * p.round * rank;
+  constexpr int kSize = Dot<A, TA>::kSize;
+  const int each = (rank + kSize - 1) / kSize;
+  int64_t* const ids = reinterpret_cast<int64_t*>(coef + kDecodeRows * p.round * each * kSize);  // [kDecodeRows][k]
+  A* const logits = reinterpret_cast<A*>(ids + kDecodeRows * k);
   A* const weights = logits + kDecodeRows * experts;
 
   const int64_t token = blockIdx.y * static_cast<int64_t>(kDecodeRows);
   const int tokens = static_cast<int>(clamp(p.seg.tokens - token, 0, kDecodeRows));
-  const int64_t o = blockIdx.x * static_cast<int64_t>(kDecodeThreads) + threadIdx.x;
-  const bool there = o < p.out;
-  T* const y = static_cast<T*>(p.y) + token * p.out + o;
-  A base[kDecodeRows];
-#pragma unroll
-  for (int t = 0; t < kDecodeRows; ++t) base[t] = there && t < tokens ? to_acc(y[t * p.out]) : A(0);
+  const int64_t o0 = blockIdx.x * static_cast<int64_t>(kDecodeColumns), o = o0 + threadIdx.x % kDecodeColumns;
+  const int t = threadIdx.x / kDecodeColumns;
+  const bool there = t < tokens && o < p.out;
+  T* const y = static_cast<T*>(p.y) + (token + t) * p.out + o;
+  const A base = there ? to_acc(*y) : A(0);
+  if (p.fetch) {
+    constexpr int kLine = 128;
+    const int bytes = static_cast<int>(clamp(p.out - o0, 0, kDecodeColumns) * rank * sizeof(TA));
+    const int lines = (bytes + kLine - 1) / kLine;
+    for (int i = threadIdx.x; i < experts * lines; i += kDecodeThreads)
+      prefetch_l2(reinterpret_cast<const char*>(static_cast<const TA*>(p.lora_B) + (i / lines * p.out + o0) * rank) +
+                  i % lines * kLine);
+  }
 
   for (int i = threadIdx.x; i < tokens * experts; i += kDecodeThreads)
     logits[i] = plane_sum<A>(p, token + i / experts, p.seg.experts * p.rank + i % experts);
   __syncthreads();
-  for (int t = threadIdx.x / kWarp; t < tokens; t += kDecodeThreads / kWarp) select<A>(p, t, logits, ids, weights);
+  TopkParams routing{};
+  routing.logits_type = std::is_same<A, double>::value ? DType::f64 : DType::f32;
+  routing.tokens = tokens;
+  routing.experts = routing.ldz = experts;
+  routing.top_k = k;
+  routing.logits = logits;
+  routing.score_func = p.score_func;
+  routing.norm_topk_prob = p.norm_topk_prob;
+  routing.selection_bias = p.selection_bias;
+  routing.weights = weights;
+  routing.indices = ids;
+  select<A>(routing);
   __syncthreads();
 
+  A sum = 0;
   for (int first = 0; first < k; first += p.round) {
-    const int slots = k - first < p.round ? k - first : p.round, each = slots * rank;
-    for (int i = threadIdx.x; i < tokens * each; i += kDecodeThreads) {
-      const int t = i / each, j = first + i % each / rank;
-      const int64_t e = ids[t * k + j];
+    const int slots = k - first < p.round ? k - first : p.round, width = each * kSize;
+    Dot<A, TA> dot{p, o, ids + t * k + first, slots, each, {}, {}};
+    if (there) dot.load(0);
+    for (int i = threadIdx.x; i < tokens * slots * width; i += kDecodeThreads) {
+      const int row = i % width, j = i / width % slots, of = i / width / slots * k + first + j;
+      const int64_t e = ids[of];
       const int used = p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank));
-      const int row = i % rank;
-      coef[i] = row < used ? weights[t * k + j] * plane_sum<A>(p, token + t, e * rank + row) : A(0);
+      A c = 0;
+      if (row < used)
+        c = weights[of] * static_cast<A>(p.scaling * (p.scale == nullptr ? 1.0 : p.scale[e])) *
+            plane_sum<A>(p, token + i / width / slots, e * rank + row);
+      coef[i] = c;
     }
     __syncthreads();
-#pragma unroll 1
-    for (int t = 0; t < tokens && there; ++t) {
-      A* const sum = sums + t * kDecodeThreads + threadIdx.x;
-      const A more = dot_rows<A, TA>(p, coef + t * each, ids + t * k + first, slots, o);
-      *sum = first == 0 ? more : *sum + more;
+    for (int q = 0; there && q < slots * each; q += Dot<A, TA>::kAtOnce) {
+      if (q > 0) dot.load(q);
+      sum += dot.product(q, coef + t * slots * width);
     }
-    __syncthreads();
+    if (first + slots < k) __syncthreads();  // all have left the coefficients
   }
-#pragma unroll
-  for (int t = 0; t < kDecodeRows; ++t)
-    if (there && t < tokens) y[t * p.out] = from_acc<T>(base[t] + sums[t * kDecodeThreads + threadIdx.x]);
+  if (there) *y = from_acc<T>(base + sum);
 }
 
 int64_t element_size(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
@@ -158,11 +209,11 @@ DenseParams dense_of(const DecodeParams& p, void* planes) {
 
 template <class T>
 cudaError_t launch(const DecodeLaunch& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.out, kDecodeThreads)),
+  const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.out, kDecodeColumns)),
                   static_cast<unsigned>(plan_cuda::ceil_div(p.seg.tokens, kDecodeRows)));
-  const size_t shared =
-      kDecodeRows * ((kDecodeThreads + p.round * p.rank + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) +
-                     p.seg.top_k * sizeof(int64_t));
+  const int64_t size = 16 / element_size(p.adapter_type), ranks = plan_cuda::ceil_div(p.rank, size) * size;
+  const size_t shared = kDecodeRows * ((p.round * ranks + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) +
+                                       p.seg.top_k * sizeof(int64_t));
   if constexpr (sizeof(T) == 2) {
     if (p.adapter_type == DType::f32)
       return MOA_LAUNCH((decode_expand<T, float>), grid, kDecodeThreads, shared, stream, p);
@@ -194,6 +245,7 @@ cudaError_t decode_cuda(const DecodeParams& params, void* work, cudaStream_t str
   p.planes = work;
   p.splits = plan_of(dense).splits;
   p.round = static_cast<int>(plan_cuda::least(plan_cuda::decode_round(static_cast<int>(p.rank)), p.seg.top_k));
+  p.fetch = plan_cuda::decode_fetch(p.seg.experts * p.out * p.rank * element_size(p.adapter_type));
   p.direct = chunks(p.lora_B, p.rank, element_size(p.adapter_type));
   switch (p.x_type) {
     case DType::bf16: return launch<__nv_bfloat16>(p, stream);

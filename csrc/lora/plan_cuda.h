@@ -152,9 +152,12 @@ inline bool decode_dense(int64_t tokens, int64_t top_k, int64_t experts, int64_t
 // 2 us. Its 32 blocks (out = 4096) then read up to 16 planes of all slots each, 131 KB at 64 tokens, k = 2, r = 16: 1 us.
 // Where a backward wants h, all of its blocks add the planes once more between them: that many bytes in all.
 inline bool expand_adds_planes(int64_t tokens) { return tokens <= kDecodeTokens; }
-// A block of dense's second launch: 8 tokens and 128 outputs. At 64 tokens, out = 4096 that is 256 blocks, and the planes
-// that each adds again (8 tokens, 16 splits, k r + E columns: 20 KB at k = 2, r = 16, E = 8) take it 0.3 us from L2.
-constexpr int kDecodeRows = 8, kDecodeThreads = 128;
+// A block of dense's second launch: 4 tokens and 64 outputs, a thread each. At 16 tokens, out = 4096 that is 256 blocks;
+// the planes that each adds again (4 tokens, 16 splits, k r + E columns: 10 KB at k = 2, r = 16, E = 8) are 2.6 MB from L2
+// then, and 10 MB, 2 us, at 64 tokens.
+constexpr int kDecodeRows = 4, kDecodeColumns = 64, kDecodeThreads = 256;
+// B is fetched into L2 before anybody is chosen, while that is 1 us of bytes at most.
+inline bool decode_fetch(int64_t bytes) { return bytes <= int64_t{4} << 20; }
 // Slots of a token whose coefficients are in shared memory together.
 constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
 

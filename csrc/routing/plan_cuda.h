@@ -27,20 +27,32 @@ inline int sort_warps(int64_t slots, int64_t experts, int threads) {
   return warps;
 }
 
-// Blocks of the sort. One block walks 8192 slots in eight steps of its 32 warps, in about the time that a second launch
-// costs. Above, 1024 slots a block (one step). Every block sums the histograms of all (blocks^2 * bins integers read
-// from L2), which replaces a launch for the scan between them: bounded to 32 MB, some 6 us at most, 1.5 us at 128
-// blocks and 128 experts. At most two blocks a multiprocessor.
-inline int64_t sort_blocks(int64_t slots, int64_t experts) {
-  if (slots <= 8192) return 1;
-  int64_t blocks = (slots + 1023) / 1024;
-  if (blocks > 264) blocks = 264;
+// Threads of a block that sorts: a step of its slots, or eight warps for every 32 bins whose counts it has to add.
+inline int sort_threads(int64_t slots_per_block, int64_t experts) {
+  int threads = 128;
+  while (threads < kSortThreads && (threads < slots_per_block || threads < 8 * (experts + 1))) threads *= 2;
+  return threads;
+}
+
+// Most blocks of a sort. Every block adds up the histograms of all (blocks^2 * bins integers read from L2), which
+// replaces a launch for the scan between them: bounded to 32 MB, some 6 us at most; 8 MB at 128 blocks and 128 experts.
+// 128 blocks are about one a multiprocessor and four loads a lane and bin; from half a million slots on, two.
+inline int64_t most_sort_blocks(int64_t slots, int64_t experts) {
+  int64_t blocks = slots <= (int64_t{1} << 19) ? 128 : 256;
   while (blocks > 1 && blocks * blocks * (experts + 1) * 4 > (int64_t{32} << 20)) blocks -= (blocks + 15) / 16;
   return blocks;
 }
+// Blocks of the sort alone. One block walks 8192 slots in eight steps of its 32 warps, in about the time that a second
+// launch costs. Above, 128 slots a block at least.
+inline int64_t sort_blocks(int64_t slots, int64_t experts) {
+  if (slots <= 8192) return 1;
+  const int64_t blocks = (slots + 127) / 128, most = most_sort_blocks(slots, experts);
+  return blocks < most ? blocks : most;
+}
 
-// Lanes per token. Each holds up to 16 logits in registers: enough that few shuffles are spent on a round of the
-// selection, few enough that none spill at 64 registers. Above 512 experts rows stay in memory (L1 holds them).
+// Lanes per token, and logits that each has in registers: few lanes, so that few shuffles are spent on a round of the
+// selection, and no more than 16 logits, which leave 64 registers without spills. Above 512 experts rows stay in memory
+// (L1 holds them).
 struct Topk {
   int lanes, values;  // values 0: rows stay in memory
 };
@@ -48,6 +60,7 @@ inline Topk topk(int64_t experts, bool f64) {
   if (f64 || experts > 512) return {32, 0};
   if (experts <= 8) return {2, 4};
   if (experts <= 32) return {8, 4};
+  if (experts <= 64) return {8, 8};
   if (experts <= 128) return {8, 16};
   return {32, 16};
 }
@@ -55,8 +68,9 @@ inline Topk topk(int64_t experts, bool f64) {
 // Launches of routing and sort together:
 //   one    a single block selects and sorts, while it needs at most four passes over the tokens (each a few hundred
 //          nanoseconds: less than a second launch) and has 4096 slots, four steps of its warps;
-//   fused  blocks of selection count their own slots, a second launch sorts: while that is as many blocks as the tokens
-//          fill, or 96, three quarters of the multiprocessors: the last quarter is worth less than the launch it costs;
+//   fused  blocks of selection count their own slots, a second launch sorts them, as many blocks: while that is as many
+//          blocks as the tokens fill, or 96, three quarters of the multiprocessors: the last quarter is worth less than
+//          the launch it costs. A block has 128 threads at least, so that few tokens are on many multiprocessors;
 //   apart  selection over as many blocks as it likes, up to eight rounds of one a multiprocessor (their starting costs
 //          nothing beside their tokens then), then histograms, then the scatter.
 enum class Launches { one, fused, apart };
@@ -73,11 +87,14 @@ inline Route route(int64_t tokens, int64_t top_k, int64_t experts, bool f64) {
     while (threads < kSortThreads && (threads < tokens * lanes || threads < tokens * top_k)) threads *= 2;
     return {Launches::one, threads, 1, tokens};
   }
-  const int64_t wanted = (tokens + at_once - 1) / at_once, sorting = sort_blocks(tokens * top_k, experts);
+  const int64_t wanted = (tokens + at_once - 1) / at_once, sorting = most_sort_blocks(tokens * top_k, experts);
   const int64_t full = wanted < 96 ? wanted : 96;
   if (sorting >= full) {
-    const int64_t most = wanted < sorting ? wanted : sorting, each = (tokens + most - 1) / most;
-    return {Launches::fused, kSortThreads, (tokens + each - 1) / each, each};
+    const int64_t least = 128 / lanes, most = (tokens + least - 1) / least, blocks = most < sorting ? most : sorting;
+    const int64_t each = (tokens + blocks - 1) / blocks;
+    int threads = 128;
+    while (threads < kSortThreads && threads < each * lanes) threads *= 2;
+    return {Launches::fused, threads, (tokens + each - 1) / each, each};
   }
   const int64_t blocks = wanted < 1056 ? wanted : 1056, each = (tokens + blocks - 1) / blocks;
   return {Launches::apart, kSortThreads, (tokens + each - 1) / each, each};

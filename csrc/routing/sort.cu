@@ -9,7 +9,7 @@ namespace {
 
 using plan_cuda::kSortThreads;
 
-// counts[block][bin] = slots of the block in the bin.
+// counts[bin][block] = slots of the block in the bin.
 __global__ void __launch_bounds__(kSortThreads) histogram_kernel(const SortParams p, int32_t* counts) {
   MOA_DYNAMIC_SHARED(int32_t, bin_counts);
   const int bins = static_cast<int>(p.experts) + 1, lane = threadIdx.x % kWarp;
@@ -17,13 +17,13 @@ __global__ void __launch_bounds__(kSortThreads) histogram_kernel(const SortParam
   __syncthreads();
   const int64_t first = blockIdx.x * p.slots_per_block;
   const int64_t last = first + p.slots_per_block < p.slots ? first + p.slots_per_block : p.slots;
-  for (int64_t begin = first + (threadIdx.x - lane); begin < last; begin += blockDim.x)
-    walk(p, begin, begin + kWarp < last ? begin + kWarp : last, [&](int64_t, int bin, unsigned same) {
-      if (bin >= 0 && lane == __ffs(same) - 1) atomicAdd(&bin_counts[bin], __popc(same));
-    });
+  for (int64_t begin = first + (threadIdx.x - lane); begin < last; begin += blockDim.x) {
+    Step step = step_at(p, begin, last);
+    step.match();
+    if (step.leads()) atomicAdd(&bin_counts[step.bin], __popc(step.same));
+  }
   __syncthreads();
-  int32_t* const row = counts + static_cast<int64_t>(blockIdx.x) * bins;
-  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) row[bin] = bin_counts[bin];
+  put_counts(bin_counts, bins, counts);
 }
 
 __global__ void __launch_bounds__(kSortThreads) scatter_kernel(const SortParams p) {
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kSortThreads) scatter_kernel(const SortParams 
 
 }  // namespace
 
-cudaError_t launch_scatter(const SortParams& p, cudaStream_t stream) {
-  return MOA_LAUNCH(scatter_kernel, p.blocks, kSortThreads, plan_cuda::sort_shared(p.experts, p.warps), stream, p);
+cudaError_t launch_scatter(const SortParams& p, int threads, cudaStream_t stream) {
+  return MOA_LAUNCH(scatter_kernel, p.blocks, threads, plan_cuda::sort_shared(p.experts, p.warps), stream, p);
 }
 
 cudaError_t launch_sort(const int64_t* indices, int64_t slots, int64_t experts, int32_t* offsets, int32_t* order,
@@ -47,16 +47,17 @@ cudaError_t launch_sort(const int64_t* indices, int64_t slots, int64_t experts, 
   p.experts = experts;
   p.slots_per_block = (slots + most - 1) / most;
   p.blocks = most == 1 ? 1 : static_cast<int>((slots + p.slots_per_block - 1) / p.slots_per_block);
-  p.warps = plan_cuda::sort_warps(p.slots_per_block, experts, kSortThreads);
+  const int threads = plan_cuda::sort_threads(p.slots_per_block, experts);
+  p.warps = plan_cuda::sort_warps(p.slots_per_block, experts, threads);
   p.counts = counts;
   p.offsets = offsets;
   p.order = order;
   if (p.blocks > 1) {
-    const cudaError_t counted = MOA_LAUNCH(histogram_kernel, p.blocks, kSortThreads,
+    const cudaError_t counted = MOA_LAUNCH(histogram_kernel, p.blocks, threads,
                                            static_cast<size_t>(experts + 1) * sizeof(int32_t), stream, p, counts);
     if (counted != cudaSuccess) return counted;
   }
-  return launch_scatter(p, stream);
+  return launch_scatter(p, threads, stream);
 }
 
 size_t sort_work(int64_t slots, int64_t experts) {

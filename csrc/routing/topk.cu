@@ -21,8 +21,9 @@ using plan_cuda::Launches;
 
 struct TopkLaunch {
   int64_t tokens_per_block;
-  int32_t* counts;  // [gridDim.x][experts + 1] slots per bin, or null
-  SortParams sort;  // order null: no sort here
+  int32_t* counts;  // [experts + 1][gridDim.x] slots per bin, or null
+  bool sorts;       // this block, the only one
+  SortParams sort;
 };
 
 template <class A, int L, int V>
@@ -40,13 +41,12 @@ __global__ void __launch_bounds__(kSortThreads, 1) topk_kernel(const TopkParams 
     const int64_t token = begin + threadIdx.x / L;
     route_token<A, L, V>(p, token < last ? token : last - 1, token < last, bin_counts);
   }
-  if (l.counts == nullptr && l.sort.order == nullptr) return;
+  if (l.counts == nullptr && !l.sorts) return;
   __syncthreads();
-  if (l.sort.order != nullptr) {
+  if (l.sorts) {
     sort_block(l.sort, 0, shared);
   } else {
-    int32_t* const row = l.counts + static_cast<int64_t>(blockIdx.x) * bins;
-    for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) row[bin] = bin_counts[bin];
+    put_counts(bin_counts, bins, l.counts);
   }
 }
 
@@ -59,6 +59,7 @@ cudaError_t launch_topk(const TopkParams& p, const TopkLaunch& l, int64_t blocks
   if (plan.values == 0) return MOA_LAUNCH((topk_kernel<float, 32, 0>), grid, threads, shared, stream, p, l);
   if (plan.lanes == 2) return MOA_LAUNCH((topk_kernel<float, 2, 4>), grid, threads, shared, stream, p, l);
   if (plan.values == 4) return MOA_LAUNCH((topk_kernel<float, 8, 4>), grid, threads, shared, stream, p, l);
+  if (plan.values == 8) return MOA_LAUNCH((topk_kernel<float, 8, 8>), grid, threads, shared, stream, p, l);
   if (plan.lanes == 8) return MOA_LAUNCH((topk_kernel<float, 8, 16>), grid, threads, shared, stream, p, l);
   return MOA_LAUNCH((topk_kernel<float, 32, 16>), grid, threads, shared, stream, p, l);
 }
@@ -87,7 +88,8 @@ cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, voi
   sort.experts = p.experts;
   sort.slots_per_block = route.tokens_per_block * p.top_k;
   sort.blocks = static_cast<int>(route.blocks);
-  sort.warps = plan_cuda::sort_warps(sort.slots_per_block, p.experts, route.threads);
+  const int threads = one ? route.threads : plan_cuda::sort_threads(sort.slots_per_block, p.experts);
+  sort.warps = plan_cuda::sort_warps(sort.slots_per_block, p.experts, threads);
   sort.counts = static_cast<int32_t*>(work);
   sort.offsets = offsets;
   sort.order = order;
@@ -95,13 +97,14 @@ cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, voi
   TopkLaunch l{};
   l.tokens_per_block = route.tokens_per_block;
   l.counts = fused ? static_cast<int32_t*>(work) : nullptr;
-  if (one) l.sort = sort;
+  l.sorts = one;
+  l.sort = sort;
   const size_t shared = one     ? plan_cuda::sort_shared(p.experts, sort.warps)
                         : fused ? static_cast<size_t>(p.experts + 1) * sizeof(int32_t)
                                 : 0;
   const cudaError_t selected = launch_topk(p, l, route.blocks, route.threads, shared, stream);
   if (selected != cudaSuccess || one) return selected;
-  if (fused) return launch_scatter(sort, stream);
+  if (fused) return launch_scatter(sort, threads, stream);
   return launch_sort(p.indices, slots, p.experts, offsets, order, static_cast<int32_t*>(work), stream);
 }
 

@@ -29,6 +29,7 @@ COMMON = [
     *(
         "-fno-strict-aliasing",
         "-fno-optimize-sibling-calls",
+        "-fno-thread-jumps",  # no second copy of a barrier, which would be another place
         "-ffp-contract=off",
         "-ftrivial-auto-var-init=pattern",
     ),

@@ -78,6 +78,7 @@ MOA_INLINE void cp_async_16(void* shared, const void* global, bool valid) {
   emu::copy_async(shared, global, 16, valid);
 }
 MOA_INLINE void cp_async_commit() { emu::copy_commit(); }
+MOA_INLINE void prefetch_l2(const void*) {}
 template <int N>
 MOA_INLINE void cp_async_wait() {
   emu::copy_wait(N);

@@ -43,11 +43,12 @@ void* Device::place(const py::object& object, const char* dtype, bool writable) 
   }
   if (writable && !array.writeable()) throw py::value_error("an output array that is read-only");
   const Span span = span_of(array);
+  if (span.bytes == 0) return nullptr;  // as a tensor without elements has it
   // So much that the test has it as pages which are not there until they are touched: no copy, no canaries.
   if (!writable && span.bytes >= size_t{1} << 30) return device_adopt(span.data, span.bytes), span.data;
   // NumPy aligns to 16 bytes at least; beyond that nothing a kernel could see depends on the address.
   void* copy = device_alloc(span.bytes, reinterpret_cast<uintptr_t>(span.data) % 16);
-  if (span.bytes > 0) memcpy(copy, span.data, span.bytes);
+  memcpy(copy, span.data, span.bytes);
   if (writable) outputs_.push_back({array, span, copy});
   return copy;
 }
@@ -55,7 +56,7 @@ void* Device::place(const py::object& object, const char* dtype, bool writable) 
 void Device::finish(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("the launch failed: ") + cudaGetErrorString(status));
   for (const Output& o : outputs_) {
-    if (o.span.bytes > 0) memcpy(o.span.data, o.copy, o.span.bytes);
+    memcpy(o.span.data, o.copy, o.span.bytes);
   }
 }
 

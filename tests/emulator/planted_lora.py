@@ -122,19 +122,19 @@ decode(
     RACE,
 )
 plant("csrc/routing/select.cuh", "test_decode.py -k selection_is_that_of_topk", unit="csrc/lora/decode.cu")(
-    "decode-tie-break", "id < o.id", "id > o.id", "plain:0", WRONG
+    "decode-tie-break", "b > a ? __byte_perm", "b >= a ? __byte_perm", "plain:0", WRONG
 )
-decode("decode-scale-of-a-slot", "p.scale[ids[j]]", "p.scale[j]", "plain:0", f"{WRONG}|{OUT}")
+decode("decode-scale-of-a-slot", "p.scale[e]", "p.scale[j]", "plain:0", f"{WRONG}|{OUT}")
 decode(
     "decode-missing-barrier-of-selection",
-    "ids, weights);\n  __syncthreads();",
-    "ids, weights);",
+    "  select<A>(routing);\n  __syncthreads();",
+    "  select<A>(routing);",
     "tsan:0",
     RACE,
 )
-decode("decode-token-tail", "if (there && t < tokens) y", "if (there) y", "plain:0", f"{OUT}|{RACE}|{WRONG}")
-decode("decode-output-tail", "there = o < p.out", "there = o <= p.out", "asan:0", OUT)
-decode("decode-unused-planes", "s < p.splits; ++s", "s < p.splits - 1; ++s", "plain:0", WRONG)
+decode("decode-token-tail", "t < tokens && o < p.out;", "o < p.out;", "plain:0", f"{OUT}|{RACE}|{WRONG}")
+decode("decode-output-tail", "t < tokens && o < p.out;", "t < tokens && o <= p.out;", "asan:0", OUT)
+decode("decode-unused-planes", "first + s < splits ?", "first + s < splits - 1 ?", "plain:0", WRONG)
 
 plant(SHRINK_TILE[0], "test_offsets.py -k 'rows and bf16'", unit=SHRINK_TILE[1])(
     "shrink-offset-of-32-bits",

@@ -11,19 +11,19 @@ sort = plant("csrc/routing/sort.cuh", SORT, unit="csrc/routing/sort.cu")
 sort("sort-rank-mask", "(1u << lane) - 1u", "(2u << lane) - 1u", "plain:0", WRONG)
 sort(
     "sort-missing-syncwarp",
-    "static_cast<int32_t>(slot);\n      __syncwarp();",
-    "static_cast<int32_t>(slot);",
+    "static_cast<int32_t>(slot + lane);\n      __syncwarp();",
+    "static_cast<int32_t>(slot + lane);",
     "tsan:0",
     RACE,
 )
 sort("sort-minus-one", "id >= 0 && id < experts", "id < experts", "plain:0", WRONG)
 sort("sort-tail", "slot < end ? bin_of", "slot <= end ? bin_of", "plain:0", WRONG)
-sort("sort-earlier-blocks", "start[bin] + before[bin]", "start[bin]", "plain:0", WRONG)
-sort("sort-carry", "      carry += sum;\n", "", "plain:0", WRONG)
+sort("sort-earlier-blocks", "p.blocks > 1 ? before[bin] : 0", "0", "plain:0", WRONG)
+sort("sort-carry", "    carry += warp_sum(sum);\n", "", "plain:0", WRONG)
 sort(
     "sort-missing-barrier-in-scan",
-    "data[i] = before + upto - own;\n    __syncthreads();",
-    "data[i] = before + upto - own;",
+    "before[bin] : 0);\n    }\n    __syncthreads();",
+    "before[bin] : 0);\n    }",
     "tsan:0",
     RACE,
 )
@@ -39,8 +39,8 @@ plant("csrc/routing/plan_cuda.h", SORT, unit="csrc/routing/sort.cu")(
 histogram = plant("csrc/routing/sort.cu", SORT)
 histogram(
     "histogram-plain-add",
-    "atomicAdd(&bin_counts[bin], __popc(same))",
-    "bin_counts[bin] += __popc(same)",
+    "atomicAdd(&bin_counts[step.bin], __popc(step.same))",
+    "bin_counts[step.bin] += __popc(step.same)",
     "tsan:0",
     RACE,
 )
@@ -55,7 +55,15 @@ histogram(
 select = plant("csrc/routing/select.cuh", TOPK, unit="csrc/routing/topk.cu")
 topk = plant("csrc/routing/topk.cu", TOPK)
 select("topk-tie-break", "key > best.key) best", "key >= best.key) best", "plain:0", WRONG)
-select("topk-slot-order", "    ids[j] = taken.id;", "    ids[k - 1 - j] = taken.id;", "plain:0", WRONG)
+select("topk-list-order", "b > a ? __byte_perm", "b >= a ? __byte_perm", "plain:0", WRONG)
+select(
+    "topk-highest-lane",
+    "__ffs(static_cast<int>(__ballot_sync(kFullMask, head == best) & kLanes << group)) - 1",
+    "31 - __clz(static_cast<int>(__ballot_sync(kFullMask, head == best) & kLanes << group))",
+    "plain:0",
+    WRONG,
+)
+select("topk-slot-order", "ids[j] = routed", "ids[k - 1 - j] = routed", "plain:0", WRONG)
 topk("topk-dead-groups-count", "token < last, bin_counts", "true, bin_counts", "plain:0", WRONG)
 topk(
     "topk-early-exit",
@@ -66,15 +74,15 @@ topk(
 )
 select(
     "topk-plain-count",
-    "atomicAdd(&bin_counts[routed ? taken.id : experts.count], 1)",
-    "bin_counts[routed ? taken.id : experts.count] += 1",
+    "atomicAdd(&bin_counts[routed ? static_cast<int>(id) : experts.count], 1)",
+    "bin_counts[routed ? static_cast<int>(id) : experts.count] += 1",
     "tsan:0",
     RACE,
 )
 topk(
     "topk-missing-barrier-before-sort",
-    "  __syncthreads();\n  if (l.sort.order != nullptr) {",
-    "  if (l.sort.order != nullptr) {",
+    "  __syncthreads();\n  if (l.sorts) {",
+    "  if (l.sorts) {",
     "tsan:0",
     RACE,
 )
@@ -82,7 +90,7 @@ topk("topk-not-zeroed", "bin_counts[bin] = 0;", "static_cast<void>(0);", "plain:
 
 masked = plant("csrc/routing/select.cuh", MASKED, unit="csrc/routing/topk.cu")
 masked("topk-mask-ignored", "p.mask == nullptr || p.mask[token]", "true", "plain:0", WRONG)
-masked("topk-minus-one-not-written", "    if (!routed) ids[j] = -1;\n", "", "plain:0", WRONG)
+masked("topk-minus-one-not-written", "ids[j] = routed ? id : -1;", "ids[j] = id;", "plain:0", WRONG)
 plant("csrc/routing/scores.cuh", "test_routing.py -k numbers_that_are_none", unit="csrc/routing/topk.cu")(
     "topk-nan-last", "a != a ? 0x7fffffff :", "a != a ? -0x7fffffff :", "plain:0", WRONG
 )

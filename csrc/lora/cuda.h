@@ -26,13 +26,14 @@ size_t mixture_work(const ForwardParams& p);
 cudaError_t mixture_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
 
 // Shrink for a layer that routes its own x, where x is read once for both: every expert's product of every token, and
-// the router's logits; once they are routed, pick_cuda takes h from `all`. seg says sizes alone here.
+// the router's logits; once they are routed, pick_cuda takes h from `all`, of the same sizes. seg says sizes alone here.
 struct RoutedShrinkParams : ForwardParams {
   const void* router_weight;  // [experts, in] accumulator type
-  void* all;                  // [tokens, experts * rank] accumulator type
+  void* all;                  // memory of routed_shrink_all's size
   void* logits;               // [tokens, experts] accumulator type
 };
 bool routed_shrink_fits(const ForwardParams& p);
+size_t routed_shrink_all(const RoutedShrinkParams& p);
 size_t routed_shrink_work(const RoutedShrinkParams& p);
 cudaError_t routed_shrink_cuda(const RoutedShrinkParams& p, void* work, cudaStream_t stream);
 cudaError_t pick_cuda(const ForwardParams& p, const void* all, cudaStream_t stream);

@@ -1,7 +1,7 @@
 // Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two
 // launches; and the choice between this, where every expert's A is read, and routed.cu.
 //
-//   1  dense.cu: planes [splits][tokens][E r + E], partial A_e x[t] of every expert and partial logits
+//   1  dense.cu: planes of A_e x[t] of every expert and of the logits, one for each split of the depth
 //   2  a block owns 8 tokens and 128 outputs, a thread one output. It adds the planes of its tokens' logits, selects (a
 //      warp a token), adds the planes of the selected h, and then expands: y's element is read early and written once.
 //
@@ -23,17 +23,18 @@ using plan_cuda::kDecodeRows;
 using plan_cuda::kDecodeThreads;
 
 struct DecodeLaunch : DecodeParams {
-  const void* planes;
+  const void *planes, *logit_planes;  // [splits][tokens][E r], [splits][tokens][E]
   int64_t splits;
   int round;    // slots of a token at once
   bool direct;  // rows of B are whole 16-byte chunks
 };
 
-// One row of planes' sum.
+// The sum of planes of `columns` columns.
 template <class A>
-__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, int64_t token, int64_t column) {
-  const int64_t columns = p.seg.experts * (p.rank + 1), size = p.seg.tokens * columns;
-  const A* const at = static_cast<const A*>(p.planes) + token * columns + column;
+__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, const void* planes, int64_t columns, int64_t token,
+                                       int64_t column) {
+  const int64_t size = p.seg.tokens * columns;
+  const A* const at = static_cast<const A*>(planes) + token * columns + column;
   A sum = 0;
 #pragma unroll 8
   for (int64_t s = 0; s < p.splits; ++s) sum += at[s * size];
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeL
   for (int t = 0; t < kDecodeRows; ++t) base[t] = there && t < tokens ? to_acc(y[t * p.out]) : A(0);
 
   for (int i = threadIdx.x; i < tokens * experts; i += kDecodeThreads)
-    logits[i] = plane_sum<A>(p, token + i / experts, p.seg.experts * p.rank + i % experts);
+    logits[i] = plane_sum<A>(p, p.logit_planes, p.seg.experts, token + i / experts, i % experts);
   __syncthreads();
   for (int t = threadIdx.x / kWarp; t < tokens; t += kDecodeThreads / kWarp) select<A>(p, t, logits, ids, weights);
   __syncthreads();
@@ -122,7 +123,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 3) decode_expand(const DecodeL
       const int64_t e = ids[t * k + j];
       const int used = p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank));
       const int row = i % rank;
-      coef[i] = row < used ? weights[t * k + j] * plane_sum<A>(p, token + t, e * rank + row) : A(0);
+      const A h = row < used ? plane_sum<A>(p, p.planes, p.seg.experts * rank, token + t, e * rank + row) : A(0);
+      coef[i] = row < used ? weights[t * k + j] * h : A(0);
     }
     __syncthreads();
 #pragma unroll 1
@@ -152,7 +154,8 @@ DenseParams dense_of(const DecodeParams& p, void* planes) {
   d.lora_rows = p.seg.experts * p.rank;
   d.router_weight = p.router_weight;
   d.experts = p.seg.experts;
-  d.planes = planes;
+  d.h = planes;
+  d.logits = static_cast<char*>(planes) + planes_size(d, d.lora_rows);
   return d;
 }
 
@@ -180,7 +183,7 @@ static bool is_dense(const DecodeParams& p) {
 bool decode_fits(const DecodeParams& p) {
   return p.seg.tokens <= plan_cuda::kDecodeTokens && p.seg.experts <= kMaxExpertsCuda;
 }
-size_t decode_work(const DecodeParams& p) { return is_dense(p) ? planes_size(dense_of(p, nullptr)) : routed_work(p); }
+size_t decode_work(const DecodeParams& p) { return is_dense(p) ? planes_size(dense_of(p, nullptr), p.seg.experts * (p.rank + 1)) : routed_work(p); }
 
 cudaError_t decode_cuda(const DecodeParams& params, void* work, cudaStream_t stream) {
   if (!decode_fits(params)) return cudaErrorInvalidValue;
@@ -191,7 +194,8 @@ cudaError_t decode_cuda(const DecodeParams& params, void* work, cudaStream_t str
   if (error != cudaSuccess) return error;
   DecodeLaunch p{};
   static_cast<DecodeParams&>(p) = params;
-  p.planes = work;
+  p.planes = dense.h;
+  p.logit_planes = dense.logits;
   p.splits = plan_of(dense).splits;
   p.round = static_cast<int>(plan_cuda::least(plan_cuda::decode_round(static_cast<int>(p.rank)), p.seg.top_k));
   p.direct = chunks(p.lora_B, p.rank, element_size(p.adapter_type));

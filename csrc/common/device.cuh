@@ -62,7 +62,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 // address must be aligned all the same. They are there after a cp_async_wait of this thread, and for the others after a
 // barrier behind it.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
                : "memory");
 }

@@ -26,13 +26,14 @@ size_t mixture_work(const ForwardParams& p);
 cudaError_t mixture_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
 
 // Shrink for a layer that routes its own x, where x is read once for both: every expert's product of every token, and
-// the router's logits; once they are routed, pick_cuda takes h from `all`. seg says sizes alone here.
+// the router's logits; once they are routed, pick_cuda takes h from `all`, of the same sizes. seg says sizes alone here.
 struct RoutedShrinkParams : ForwardParams {
   const void* router_weight;  // [experts, in] accumulator type
-  void* all;                  // [tokens, experts * rank] accumulator type
+  void* all;                  // memory of routed_shrink_all's size
   void* logits;               // [tokens, experts] accumulator type
 };
 bool routed_shrink_fits(const ForwardParams& p);
+size_t routed_shrink_all(const RoutedShrinkParams& p);
 size_t routed_shrink_work(const RoutedShrinkParams& p);
 cudaError_t routed_shrink_cuda(const RoutedShrinkParams& p, void* work, cudaStream_t stream);
 cudaError_t pick_cuda(const ForwardParams& p, const void* all, cudaStream_t stream);
@@ -63,9 +64,13 @@ struct DecodeParams : ForwardParams {
 bool decode_fits(const DecodeParams& p);
 size_t decode_work(const DecodeParams& p);
 cudaError_t decode_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
+// Its launches one by one: the first does not touch y, and may run beside what makes the base.
+cudaError_t decode_first_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
+cudaError_t decode_second_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
 // Its way where something is given out, or where reading all of A is too much.
 size_t routed_work(const DecodeParams& p);
-cudaError_t routed_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
+cudaError_t routed_first_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
+cudaError_t routed_second_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
 
 // logits
 size_t router_work(const RouterParams& p);

@@ -1,7 +1,7 @@
 // Decode: y[t] += sum_j w[t,j] s_e B_e (A_e x[t]) for few tokens, with w and e from the logits W_r x[t], in two
 // launches; and the choice between this, where every expert's A is read, and routed.cu.
 //
-//   1  dense.cu: planes [splits][tokens][E r + E], partial A_e x[t] of every expert and partial logits
+//   1  dense.cu: planes of A_e x[t] of every expert and of the logits, one for each split of the depth
 //   2  a block owns 4 tokens and 64 outputs, a thread one output of one. It adds the planes of its tokens' logits,
 //      selects, asks for the chosen rows of B, adds the planes of the selected h while they come, and then expands: y's
 //      element is read early and written once. What takes time here is latency, so the loads of a sum, or of a dot, are
@@ -27,19 +27,20 @@ using plan_cuda::kDecodeThreads;
 static_assert(kDecodeThreads == kDecodeRows * kDecodeColumns && kDecodeColumns % kWarp == 0, "a warp has one token");
 
 struct DecodeLaunch : DecodeParams {
-  const void* planes;
+  const void *planes, *logit_planes;  // [splits][tokens][E r], [splits][tokens][E]
   int64_t splits;
   int round;    // slots of a token at once
   bool direct;  // rows of B are whole 16-byte chunks
   bool fetch;   // all of B into L2, whoever is chosen
 };
 
-// One row of planes' sum.
+// The sum of planes of `columns` columns.
 template <class A>
-__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, int64_t token, int64_t column) {
+__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, const void* planes, int64_t columns, int64_t token,
+                                       int64_t column) {
   constexpr int kAtOnce = 16;
-  const int64_t columns = p.seg.experts * (p.rank + 1), size = p.seg.tokens * columns;
-  const A* const at = static_cast<const A*>(p.planes) + token * columns + column;
+  const int64_t size = p.seg.tokens * columns;
+  const A* const at = static_cast<const A*>(planes) + token * columns + column;
   const int splits = static_cast<int>(p.splits);
   A sum = 0;
 #pragma unroll 1
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_expand(const DecodeL
   }
 
   for (int i = threadIdx.x; i < tokens * experts; i += kDecodeThreads)
-    logits[i] = plane_sum<A>(p, token + i / experts, p.seg.experts * p.rank + i % experts);
+    logits[i] = plane_sum<A>(p, p.logit_planes, p.seg.experts, token + i / experts, i % experts);
   __syncthreads();
   TopkParams routing{};
   routing.logits_type = std::is_same<A, double>::value ? DType::f64 : DType::f32;
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) decode_expand(const DecodeL
       A c = 0;
       if (row < used)
         c = weights[of] * static_cast<A>(p.scaling * (p.scale == nullptr ? 1.0 : p.scale[e])) *
-            plane_sum<A>(p, token + i / width / slots, e * rank + row);
+            plane_sum<A>(p, p.planes, p.seg.experts * rank, token + i / width / slots, e * rank + row);
       coef[i] = c;
     }
     __syncthreads();
@@ -203,7 +204,8 @@ DenseParams dense_of(const DecodeParams& p, void* planes) {
   d.lora_rows = p.seg.experts * p.rank;
   d.router_weight = p.router_weight;
   d.experts = p.seg.experts;
-  d.planes = planes;
+  d.h = planes;
+  d.logits = static_cast<char*>(planes) + planes_size(d, d.lora_rows);
   return d;
 }
 
@@ -231,18 +233,24 @@ static bool is_dense(const DecodeParams& p) {
 bool decode_fits(const DecodeParams& p) {
   return p.seg.tokens <= plan_cuda::kDecodeTokens && p.seg.experts <= kMaxExpertsCuda;
 }
-size_t decode_work(const DecodeParams& p) { return is_dense(p) ? planes_size(dense_of(p, nullptr)) : routed_work(p); }
+size_t decode_work(const DecodeParams& p) { return is_dense(p) ? planes_size(dense_of(p, nullptr), p.seg.experts * (p.rank + 1)) : routed_work(p); }
 
-cudaError_t decode_cuda(const DecodeParams& params, void* work, cudaStream_t stream) {
-  if (!decode_fits(params)) return cudaErrorInvalidValue;
-  if (params.seg.tokens == 0 || (params.out == 0 && params.logits == nullptr)) return cudaSuccess;
-  if (!is_dense(params)) return routed_cuda(params, work, stream);
+static bool is_empty(const DecodeParams& p) { return p.seg.tokens == 0 || (p.out == 0 && p.logits == nullptr); }
+
+cudaError_t decode_first_cuda(const DecodeParams& p, void* work, cudaStream_t stream) {
+  if (!decode_fits(p)) return cudaErrorInvalidValue;
+  if (is_empty(p)) return cudaSuccess;
+  return is_dense(p) ? dense_cuda(dense_of(p, work), stream) : routed_first_cuda(p, work, stream);
+}
+
+cudaError_t decode_second_cuda(const DecodeParams& params, void* work, cudaStream_t stream) {
+  if (is_empty(params)) return cudaSuccess;
+  if (!is_dense(params)) return routed_second_cuda(params, work, stream);
   const DenseParams dense = dense_of(params, work);
-  const cudaError_t error = dense_cuda(dense, stream);
-  if (error != cudaSuccess) return error;
   DecodeLaunch p{};
   static_cast<DecodeParams&>(p) = params;
-  p.planes = work;
+  p.planes = dense.h;
+  p.logit_planes = dense.logits;
   p.splits = plan_of(dense).splits;
   p.round = static_cast<int>(plan_cuda::least(plan_cuda::decode_round(static_cast<int>(p.rank)), p.seg.top_k));
   p.fetch = plan_cuda::decode_fetch(p.seg.experts * p.out * p.rank * element_size(p.adapter_type));
@@ -253,6 +261,11 @@ cudaError_t decode_cuda(const DecodeParams& params, void* work, cudaStream_t str
     case DType::f64: return launch<double>(p, stream);
     default: return launch<float>(p, stream);
   }
+}
+
+cudaError_t decode_cuda(const DecodeParams& p, void* work, cudaStream_t stream) {
+  const cudaError_t error = decode_first_cuda(p, work, stream);
+  return error != cudaSuccess ? error : decode_second_cuda(p, work, stream);
 }
 
 }  // namespace moa

@@ -24,20 +24,45 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Tiles of shrink and dense ----
+// Tensor cores (mma_tile.cuh): warps of 16 row_frags rows, all of whose columns they have; a panel of 8 frags rows or
+// columns, and 8 router rows of float32; stages of `depth` k.
+template <int frags, int router, bool columns, int warps, int row_frags, int depth, int stages>
+struct Form {
+  static constexpr int kFrags = frags, kRouter = router, kRowFrags = row_frags, kDepth = depth, kStages = stages;
+  static constexpr bool kColumns = columns;
+  static constexpr int kThreads = 32 * warps, kRows = 16 * row_frags * warps;
+  // Stages with the router's floats, two of its terms with their scales.
+  static constexpr size_t kShared = size_t{stages} * ((kRows + 8 * frags) * depth * 2 + 8 * router * depth * 4) +
+                                    2 * (24 * router * depth * 2 + 8 * router * 4);
+  static_assert(kShared <= kSharedMost, "sm_86, sm_89 and sm_120 have 99 KB");
+};
 // 64 rows of x: segments of E = 64 experts have 256 rows at T = 8192, k = 2, and rows that a tile lacks cost no bytes.
-// 64 deep: a row of a tile is 128 bytes, one line. A block has 4 warps, each 16 rows.
 constexpr int kTileRows = 64, kTileDepth = 64, kTileThreads = 128;
-// Fragments of 8 columns: 2 keep rank 16 in 40 KB and 128 registers: four blocks a multiprocessor, and about 120 KB are
-// under way on it (4.3 TB/s at 700 ns need 23 KB); 16 read x once for ranks up to 128. What is between pays idle
+// Fragments of 8 columns: 2 keep rank 16 in 40 KB; 16 read x once for ranks up to 128. What is between pays idle
 // registers only: 64 ranks take 8.6 GFLOP at T = 8192, k = 2, in = 4096, a third of the time of its bytes.
 constexpr int kNarrow = 2, kWide = 16;
-// Stages of the narrow and the wide tile: 4 of 11 KB at most; 3 of 32 KB at most, 97 KB, which sm_86 has.
-constexpr int stages(int frags) { return frags == kNarrow ? 4 : 3; }
-constexpr size_t tile_shared(int frags, int used_units) {
-  return static_cast<size_t>(stages(frags)) * ((kTileRows * 2 * kTileDepth) + used_units * 1024 + 8 * 8 * 4);
-}
-static_assert(tile_shared(kNarrow, kNarrow) <= 48 * 1024, "rank 16 needs no more than every kernel has");
-static_assert(tile_shared(kWide, 24) <= kSharedMost, "sm_86, sm_89 and sm_120 have 99 KB");
+template <int frags, bool columns>
+using GroupedForm = Form<frags, 0, columns, 4, 1, 64, frags == kNarrow ? 4 : 3>;
+static_assert(GroupedForm<kNarrow, false>::kShared <= 48 * 1024, "rank 16 needs no more than every kernel has");
+// Dense, many tokens.
+#ifndef MOA_WARPS
+#define MOA_WARPS 8
+#endif
+#if MOA_WARPS == 8
+using MixedForm = Form<16, 1, false, 8, 2, 32, 3>;
+using LoraForm = Form<16, 0, false, 8, 2, 32, 4>;
+using ColumnsForm = Form<16, 0, true, 8, 2, 32, 4>;
+using RouterForm = Form<0, 8, false, 8, 2, 32, 3>;
+#else
+using MixedForm = Form<16, 1, false, 4, 2, 32, 5>;
+using LoraForm = Form<16, 0, false, 4, 2, 32, 5>;
+using ColumnsForm = Form<16, 0, true, 4, 2, 32, 5>;
+using RouterForm = Form<0, 8, false, 4, 2, 32, 5>;
+#endif
+constexpr int kDenseRows = MixedForm::kRows;
+// Few tokens.
+using FewLoraForm = Form<2, 0, false, 4, 1, 64, 4>;
+using FewRouterForm = Form<0, 1, false, 4, 1, 64, 4>;
 
 // Splits of the depth, so that about two blocks per multiprocessor are there: with fewer, the memory idles. A split has
 // at least 256 elements (its stages), and planes are summed by whoever reads them: 16 at most.
@@ -87,40 +112,58 @@ constexpr int finish_lanes(int64_t rank) { return rank > 16 ? 32 : 16; }
 // The tile of columns is the fastest index of the grid, so blocks that read the same x run together and L2 serves all
 // but the first: x comes from memory once. Both kinds of tiles are in the grid's x: its y and z end at 65535, which is
 // 4 million tokens.
+enum class DenseKind { few, apart, mixed, simt_narrow, simt_wide };
 struct Dense {
-  int64_t frags;                     // kNarrow or kWide
-  int64_t router_frags, lora_frags;  // per column tile
-  bool mixed;                        // a tile holds both kinds; else the router's tiles come first
-  int64_t router_tiles, column_tiles, row_tiles, splits, depth;
+  DenseKind kind;
+  int64_t rows;                       // of a block
+  int64_t router_frags, lora_frags;   // per column tile, of 8 columns
+  int64_t router_tiles, column_tiles; // the router's come first; mixed: a tile holds both kinds
+  int64_t row_tiles, splits, depth;
 };
+// A wave is one block a multiprocessor; a plane costs its writing and reading, about a twentieth of a tile's time.
+inline int64_t dense_splits(int64_t blocks, int64_t depth) {
+  const int64_t limit = most(1, least(16, depth / 256));
+  int64_t best = 1, cost = INT64_MAX;
+  for (int64_t s = 1; s <= limit; ++s) {
+    const int64_t now = ceil_div(blocks * s, kProcessors) * 10000 / s + 500 * s * blocks / kProcessors;
+    if (now < cost) {
+      cost = now;
+      best = s;
+    }
+  }
+  return best;
+}
 inline Dense dense(int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width, DType type) {
   Dense p{};
   const bool half = type == DType::bf16 || type == DType::f16;
   const int64_t router = ceil_div(experts, 8), lora = ceil_div(lora_rows, 8);
-  p.row_tiles = ceil_div(tokens, kTileRows);
   // One tile of rows: narrow, so that many blocks fetch A. But each of them reads x again, `tokens` / 16 times A's bytes
   // in all: with 64 tokens, in = 4096 and 512 columns 17 MB from L2, 3 us; with 2048 columns 67 MB, 12 us, where A's own
   // 17 MB take 4 us and 22 wide tiles read 11 MB of x.
-  const bool few = p.row_tiles <= 1 && (tokens <= 16 || router + lora <= 64);
-  p.frags = few || type == DType::f64 || router + lora <= kNarrow ? kNarrow : kWide;
+  const bool few = tokens <= kTileRows && (tokens <= 16 || router + lora <= 64);
+  p.rows = kTileRows;
   if (!half) {  // multiply-adds: 16 or 64 columns
-    p.router_frags = p.lora_frags = p.frags == kNarrow ? 2 : 8;
-  } else if (p.frags == kNarrow) {
-    p.router_frags = lora > 0 ? 1 : 2;
+    p.kind = few || type == DType::f64 || router + lora <= kNarrow ? DenseKind::simt_narrow : DenseKind::simt_wide;
+    p.router_frags = p.lora_frags = p.kind == DenseKind::simt_narrow ? 2 : 8;
+  } else if (few) {
+    p.kind = DenseKind::few;
+    p.router_frags = 1;
     p.lora_frags = kNarrow;
-  } else if (lora == 0) {  // 64 experts in one tile
-    p.router_frags = 8;
   } else {
-    p.mixed = true;
-    p.router_frags = least(router, 4);
-    p.lora_frags = router == 0 ? 16 : 12;
+    p.rows = kDenseRows;
+    p.lora_frags = kWide;
+    // The router's columns spread over A's tiles, where there are enough of those.
+    p.kind = lora > 0 && router > 0 && router <= ceil_div(lora, kWide) ? DenseKind::mixed : DenseKind::apart;
+    p.router_frags = p.kind == DenseKind::mixed ? 1 : RouterForm::kRouter;
   }
   if (router == 0) p.router_frags = 0;
   if (lora == 0) p.lora_frags = 0;
   p.router_tiles = p.router_frags == 0 ? 0 : ceil_div(router, p.router_frags);
   const int64_t lora_tiles = p.lora_frags == 0 ? 0 : ceil_div(lora, p.lora_frags);
-  p.column_tiles = p.mixed ? most(p.router_tiles, lora_tiles) : p.router_tiles + lora_tiles;
-  p.splits = splits(p.row_tiles * p.column_tiles, width);
+  p.column_tiles = p.kind == DenseKind::mixed ? most(p.router_tiles, lora_tiles) : p.router_tiles + lora_tiles;
+  p.row_tiles = ceil_div(tokens, p.rows);
+  const int64_t blocks = p.row_tiles * p.column_tiles;
+  p.splits = p.rows == kTileRows ? splits(blocks, width) : dense_splits(blocks, width);
   p.depth = split_depth(width, p.splits);
   p.splits = most(1, ceil_div(width, p.depth));
   return p;

@@ -99,7 +99,7 @@ __device__ __forceinline__ void shrink_item(const RoutedLaunch& p, int64_t item,
   const ShrinkPlace<Acc<T>> place(p.shrink, static_cast<unsigned>(item) % tiles, rest % column_tiles,
                                   rest / column_tiles);
   if constexpr (sizeof(T) == 2) {
-    shrink_mma_block<T, plan_cuda::kNarrow>(p.shrink, place, reinterpret_cast<T*>(shared));
+    shrink_mma_block<T, plan_cuda::GroupedForm<plan_cuda::kNarrow, false>>(p.shrink, place, reinterpret_cast<T*>(shared));
   } else {
     T* const tile = reinterpret_cast<T*>(shared);
     using Tile = SimtTile<T, plan_cuda::kNarrow>;
@@ -192,9 +192,9 @@ Planned arrange(const DecodeParams& p, void* work) {
   d.ldx = p.ldx;
   d.router_weight = p.router_weight;
   d.experts = experts;
-  d.planes = arrays.take(static_cast<int64_t>(planes_size(d)));
+  d.logits = arrays.take(static_cast<int64_t>(planes_size(d, experts)));
   d.counters = reinterpret_cast<uint32_t*>(l.counters);
-  l.planes = d.planes;
+  l.planes = d.logits;
   l.splits = plan_of(d).splits;
   l.logits = p.logits;
 
@@ -250,7 +250,7 @@ Planned arrange(const DecodeParams& p, void* work) {
   l.expands = static_cast<uint32_t>(keeps ? plan_cuda::most(parts, 1) : parts);
 
   const bool half = is_half(p.x_type);
-  const size_t tile = half                     ? plan_cuda::tile_shared(plan_cuda::kNarrow, plan_cuda::kNarrow)
+  const size_t tile = half                     ? plan_cuda::GroupedForm<plan_cuda::kNarrow, false>::kShared
                       : p.x_type == DType::f64 ? kSimtShared<double>
                                                : kSimtShared<float>;
   const size_t of_expand = l.mma                    ? expand.shared
@@ -268,10 +268,12 @@ Planned arrange(const DecodeParams& p, void* work) {
 
 size_t routed_work(const DecodeParams& p) { return arrange(p, nullptr).work; }
 
-cudaError_t routed_cuda(const DecodeParams& p, void* work, cudaStream_t stream) {
+cudaError_t routed_first_cuda(const DecodeParams& p, void* work, cudaStream_t stream) {
+  return dense_cuda(arrange(p, work).logits, stream);
+}
+
+cudaError_t routed_second_cuda(const DecodeParams& p, void* work, cudaStream_t stream) {
   const Planned all = arrange(p, work);
-  const cudaError_t error = dense_cuda(all.logits, stream);
-  if (error != cudaSuccess) return error;
   const int64_t items = p.seg.tokens + int64_t{all.launch.shrinks} + all.launch.expands;
   const unsigned blocks = static_cast<unsigned>(plan_cuda::least(items, plan_cuda::kRoutedBlocks));
   switch (p.x_type) {

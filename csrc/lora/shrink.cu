@@ -26,10 +26,10 @@ namespace {
 
 // ---- kernels ----
 
-template <class T, int kFrags>
+template <class T, int kFrags, bool kColumns>
 __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_mma(const ShrinkParams p) {
   MOA_DYNAMIC_SHARED(T, shared);
-  shrink_mma_block<T, kFrags>(p, {p, blockIdx.x, blockIdx.y, blockIdx.z}, shared);
+  shrink_mma_block<T, plan_cuda::GroupedForm<kFrags, kColumns>>(p, {p, blockIdx.x, blockIdx.y, blockIdx.z}, shared);
 }
 
 template <class A, int kCols>
@@ -81,12 +81,18 @@ size_t work_of(const ShrinkParams& p) {
   return p.plan.splits > 1 ? static_cast<size_t>(p.plan.splits * p.slots * p.rank) * (p.type == DType::f64 ? 8 : 4) : 0;
 }
 
-template <class T>
+template <class T, bool kColumns>
 cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {
   using namespace plan_cuda;
   if (p.plan.columns == 8 * kNarrow)
-    return MOA_LAUNCH((shrink_mma<T, kNarrow>), grid, kTileThreads, tile_shared(kNarrow, kNarrow), stream, p);
-  return MOA_LAUNCH((shrink_mma<T, kWide>), grid, kTileThreads, tile_shared(kWide, kWide), stream, p);
+    return MOA_LAUNCH((shrink_mma<T, kNarrow, kColumns>), grid, kTileThreads, (GroupedForm<kNarrow, kColumns>::kShared),
+                      stream, p);
+  return MOA_LAUNCH((shrink_mma<T, kWide, kColumns>), grid, kTileThreads, (GroupedForm<kWide, kColumns>::kShared),
+                    stream, p);
+}
+template <class T>
+cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {
+  return p.columns ? launch_mma<T, true>(p, grid, stream) : launch_mma<T, false>(p, grid, stream);
 }
 
 cudaError_t launch_finish(const ShrinkParams& p, cudaStream_t stream) {
@@ -138,7 +144,7 @@ DenseParams dense_of(const ShrinkParams& p, DType adapter_type, void* planes) {
   d.lora = p.panel;
   d.columns = p.columns ? p.rank : 0;
   d.lora_rows = p.seg.experts * p.each;
-  d.planes = planes;
+  d.h = planes;
   return d;
 }
 
@@ -151,7 +157,7 @@ cudaError_t pick(ShrinkParams p, const void* planes, int64_t splits, cudaStream_
 }
 
 size_t shrink_work(const ShrinkParams& p, DType adapter_type) {
-  return p.each > 0 ? planes_size(dense_of(p, adapter_type, nullptr)) : work_of(p);
+  return p.each > 0 ? planes_size(dense_of(p, adapter_type, nullptr), p.seg.experts * p.each) : work_of(p);
 }
 
 cudaError_t shrink_cuda(const ShrinkParams& p, DType adapter_type, void* work, cudaStream_t stream) {
@@ -181,7 +187,7 @@ cudaError_t shrink_planes_cuda(const ForwardParams& f, void* planes, cudaStream_
 cudaError_t pick_cuda(const ForwardParams& f, const void* all, cudaStream_t stream) {
   ShrinkParams p = params_of(f);
   p.each = p.rank;
-  return pick(p, all, 1, stream);
+  return pick(p, all, routed_shrink_splits(f), stream);
 }
 
 size_t backward_shrink_work(const BackwardParams& b) { return shrink_work(params_of(b), b.adapter_type); }

@@ -132,8 +132,8 @@ struct ShrinkPlace {
 
 // ---- blocks ----
 
-// `shared`: plan_cuda::tile_shared(kFrags, kFrags) bytes.
-template <class T, int kFrags>
+// `shared`: Form::kShared bytes.
+template <class T, class Form>
 __device__ __forceinline__ void shrink_mma_block(const ShrinkParams& p, const ShrinkPlace<float>& place, T* shared) {
   if (place.s.rows == 0) return;
   if (place.s.expert == p.seg.experts) return place.clear(p);
@@ -142,22 +142,21 @@ __device__ __forceinline__ void shrink_mma_block(const ShrinkParams& p, const Sh
     return static_cast<const T*>(p.panel) + i;
   };
   const T* const x = static_cast<const T*>(p.x);
-  MmaTile<T, kFrags> tile(panel_of<T>(p, place.s.expert, place.first, place.columns, element), place.k1, p.x_direct,
-                          shared, kFrags);
-  tile.run(place.k0, x, [&](int m) -> const T* {
-    return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;
-  });
-  tile.frags = kFrags;  // what the panel lacks is zero, and is written
+  MmaTile<T, Form> tile;
+  tile.run(panel_of<T>(p, place.s.expert, place.first, place.columns, element), place.k0, place.k1, p.x_direct, shared,
+           x, [&](int m) -> const T* {
+             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;
+           });
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = 0.0f;
-    tile.each_pair(half, [&](int m, int n, float a, float b) {
+    tile.each_pair(0, half, [&](int m, int n, float a, float b) {
       if (place.store(p, m, n, a, &sum)) place.store(p, m, n + 1, b, &sum);
     });
     if (!place.dot) continue;
     sum = warp_sum<4>(sum);
-    if (lane % 4 == 0) place.store_dot(p, threadIdx.x / kWarp * 16 + lane / 4 + 8 * half, sum);
+    if (lane % 4 == 0) place.store_dot(p, tile.row(0, half), sum);
   }
 }
 

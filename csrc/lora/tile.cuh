@@ -1,4 +1,4 @@
-// What the tiles of shrink.cu and dense.cu are made of: rows of x times a panel, 64 rows by a block of 128 threads.
+// What the tiles of shrink.cu and dense.cu are made of: rows of x times a panel, by one block.
 //
 //   c[m][n] = sum over k in [k0, k1) of row_m[k] panel_n[k]
 //
@@ -23,6 +23,7 @@ struct Panel {
   const void* router;   // further rows in the accumulator's type, behind the others; or null
   int64_t router_ld;
   int router_rows;
+  bool router_direct;  // as `direct`, of these
 };
 
 // A chunk of 16 bytes of shared memory from n elements (8 or more: all) at src; the rest zero. Where it can, the copy

@@ -111,7 +111,7 @@ Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& l
     return {y, logits, weights, indices, offsets, order, h};
   }
   const Tensor router_rows = dense(router_weight);
-  const Tensor all = empty(a.place, {tokens, experts * p.rank}, a.acc);
+  const Tensor all = empty(a.place, {static_cast<int64_t>(routed_shrink_all(p))}, ScalarType::Byte);
   const Tensor logits = empty(a.place, {tokens, experts}, a.acc);
   p.router_weight = data<void>(router_rows);
   p.all = data<void>(all);

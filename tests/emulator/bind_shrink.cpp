@@ -22,25 +22,22 @@ MOA_BIND(m) {
     p.h = device.out(h);
     device.finish(moa::shrink_cuda(p, device.work(moa::shrink_work(p)), nullptr));
   });
+  // With the routing that the logits are taken to have given.
   m.def("routed_shrink", [](const py::array& x, const py::array& lora_A, const py::array& router, int64_t top_k,
-                            const py::array& all, const py::array& logits) {
+                            const py::array& offsets, const py::array& order, const py::array& logits,
+                            const py::array& h) {
     emu::Device device;
     moa::RoutedShrinkParams p{};
     fill_layer(&device, &p, x, lora_A, router, top_k);
-    p.all = device.out(all);
+    p.all = device.work(moa::routed_shrink_all(p));
     p.logits = device.out(logits);
-    device.finish(moa::routed_shrink_cuda(p, device.work(moa::routed_shrink_work(p)), nullptr));
-    return moa::routed_shrink_fits(p);
-  });
-  m.def("pick", [](const py::array& all, const py::array& offsets, const py::array& order, const py::array& h) {
-    emu::Device device;
-    moa::ForwardParams p{};
-    p.x_type = p.adapter_type = moa::DType::bf16;
-    p.seg = {device.in<int32_t>(offsets), device.in<int32_t>(order), all.shape(0), order.size() / all.shape(0),
-             offsets.size() - 1};
-    p.rank = h.shape(1);
+    const cudaError_t error = moa::routed_shrink_cuda(p, device.work(moa::routed_shrink_work(p)), nullptr);
+    const bool fits = moa::routed_shrink_fits(p);
+    p.seg.offsets = device.in<int32_t>(offsets);
+    p.seg.order = device.in<int32_t>(order);
     p.h = device.out(h);
-    device.finish(moa::pick_cuda(p, device.in(all), nullptr));
+    device.finish(error != cudaSuccess ? error : moa::pick_cuda(p, p.all, nullptr));
+    return fits;
   });
   m.def("backward_shrink", [](const py::array& dy, const py::array& lora_B, const py::array& offsets,
                               const py::array& order, const py::object& scale, double scaling, const py::object& ranks,
@@ -112,7 +109,8 @@ MOA_BIND(m) {
   });
   m.def("dense_plan", [](int64_t tokens, int64_t lora_rows, int64_t experts, int64_t width, int type) {
     const auto p = moa::plan_cuda::dense(tokens, lora_rows, experts, width, static_cast<moa::DType>(type));
-    return py::make_tuple(p.frags, p.mixed, p.column_tiles, p.splits);
+    const char* const names[] = {"few", "apart", "mixed", "narrow", "wide"};
+    return py::make_tuple(names[static_cast<int>(p.kind)], p.rows, p.column_tiles, p.splits);
   });
   m.def("decode_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t in, int64_t size) {
     return moa::plan_cuda::decode_dense(tokens, top_k, experts, rank, in, size);

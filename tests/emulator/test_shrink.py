@@ -244,13 +244,11 @@ def test_a_layers_own_router_reads_x_with_the_shrink(
     k, experts, rank = 2, 6, 5
     x, router = normal(rng, tokens, width, dtype=BF16), normal(rng, experts, width)
     panels = rounded(exact(rounded(rng.standard_normal((experts, rank, width)), BF16)), adapter)
-    products, logits = unwritten(tokens, experts * rank), unwritten(tokens, experts)
-    fits = emulator.routed_shrink(x, panels, router, k, products, logits)
+    ids = route(rng, tokens, k, experts, 0.1)
+    logits, h = unwritten(tokens, experts), unwritten(tokens * k, rank)
+    fits = emulator.routed_shrink(x, panels, router, k, *sort(ids, experts), logits, h)
     assert fits == (tokens >= 2048)
     assert_close(logits, exact(x) @ exact(router).T, "logits")
-    ids = route(rng, tokens, k, experts, 0.1)
-    h = unwritten(tokens * k, rank)
-    emulator.pick(products, *sort(ids, experts), h)
     assert_close(h, expected(x, panels, ids, None), "h", 1e-2)
 
 

@@ -80,6 +80,7 @@ __device__ __forceinline__ void route(const RoutedLaunch& p, int64_t token, Head
   __syncthreads();
   if (threadIdx.x < kWarp) {
     TopkParams here = p.topk;
+    here.logits_type = std::is_same<A, double>::value ? DType::f64 : DType::f32;  // known to the compiler
     here.logits = row;
     here.ldz = 0;  // whatever the token
     route_token<A, kWarp, 0>(here, token, true, nullptr);
@@ -87,7 +88,7 @@ __device__ __forceinline__ void route(const RoutedLaunch& p, int64_t token, Head
   block_arrives(&p.counters->routed, head);
   __syncthreads();
   if (head->arrived + 1 != p.topk.tokens) return;
-  sort_block(p.sort, 0, reinterpret_cast<int32_t*>(shared));
+  sort_block<true>(p.sort, 0, reinterpret_cast<int32_t*>(shared));
   block_arrives(&p.counters->sorted, head);
 }
 

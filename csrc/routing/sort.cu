@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kSortThreads) histogram_kernel(const SortParam
 
 __global__ void __launch_bounds__(kSortThreads) scatter_kernel(const SortParams p) {
   MOA_DYNAMIC_SHARED(int32_t, rows);
-  sort_block(p, blockIdx.x, rows);
+  sort_block<false>(p, blockIdx.x, rows);
 }
 
 }  // namespace

@@ -96,7 +96,9 @@ __device__ __forceinline__ void add_counts(const SortParams& p, int block, int b
   }
 }
 
-// Sorts the slots of block `block`, by all threads of a thread block. `shared`: plan_cuda::sort_shared bytes.
+// Sorts the slots of block `block`, by all threads of a thread block; kAlone: there is one block, and no counts.
+// `shared`: plan_cuda::sort_shared bytes.
+template <bool kAlone>
 __device__ __forceinline__ void sort_block(const SortParams& p, int block, int32_t* shared) {
   MOA_SHARED(int32_t, sums, kWarp);
   const int bins = static_cast<int>(p.experts) + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -110,7 +112,8 @@ __device__ __forceinline__ void sort_block(const SortParams& p, int block, int32
   int32_t* const row = shared + warp * bins;
   const bool walks = warp < p.warps;
   Step first_step = walks ? step_at(p, begin, end) : Step{-1, 0};
-  if (p.blocks > 1) add_counts(p, block, bins, start, before);
+  if constexpr (!kAlone)
+    if (p.blocks > 1) add_counts(p, block, bins, start, before);
   first_step.match();
   if (walks) {
     for (int bin = lane; bin < bins; bin += kWarp) row[bin] = 0;
@@ -138,7 +141,7 @@ __device__ __forceinline__ void sort_block(const SortParams& p, int block, int32
           own += n[i];
         }
       }
-      if (p.blocks > 1) own = start[bin];
+      if (!kAlone && p.blocks > 1) own = start[bin];
     }
     int32_t upto = own;
 #pragma unroll
@@ -153,7 +156,7 @@ __device__ __forceinline__ void sort_block(const SortParams& p, int block, int32
     carry += warp_sum(sum);
     if (bin < bins) {
       if (block == 0) p.offsets[bin] = begins;
-      start[bin] = begins + (p.blocks > 1 ? before[bin] : 0);
+      start[bin] = begins + (!kAlone && p.blocks > 1 ? before[bin] : 0);
     }
     __syncthreads();
   }

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) topk_kernel(const TopkParams 
   if (l.counts == nullptr && !l.sorts) return;
   __syncthreads();
   if (l.sorts) {
-    sort_block(l.sort, 0, shared);
+    sort_block<true>(l.sort, 0, shared);
   } else {
     put_counts(bin_counts, bins, l.counts);
   }

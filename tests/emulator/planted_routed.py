@@ -4,7 +4,7 @@ from emulator.mutations import OUT, RACE, WRONG, plant
 
 TOKENS = "test_routed.py -k 'test_tokens and bf16'"
 SORT, SORTED = (
-    "sort_block(p.sort, 0, reinterpret_cast<int32_t*>(shared));",
+    "sort_block<true>(p.sort, 0, reinterpret_cast<int32_t*>(shared));",
     "block_arrives(&p.counters->sorted, head);",
 )
 DEADLOCK = "deadlock: every block on the machine waits"

@@ -18,7 +18,7 @@ sort(
 )
 sort("sort-minus-one", "id >= 0 && id < experts", "id < experts", "plain:0", WRONG)
 sort("sort-tail", "slot < end ? bin_of", "slot <= end ? bin_of", "plain:0", WRONG)
-sort("sort-earlier-blocks", "p.blocks > 1 ? before[bin] : 0", "0", "plain:0", WRONG)
+sort("sort-earlier-blocks", "!kAlone && p.blocks > 1 ? before[bin] : 0", "0", "plain:0", WRONG)
 sort("sort-carry", "    carry += warp_sum(sum);\n", "", "plain:0", WRONG)
 sort(
     "sort-missing-barrier-in-scan",

@@ -9,6 +9,7 @@
 //   fragments        ldmatrix_x2, ldmatrix_x4, and _trans
 //   products         mma_m16n8k16<T>(c, a, b), T = __nv_bfloat16, __half;  mma_m16n8k8_tf32(c, a, b)
 //   between blocks   arrive(counter), await(counter, value)
+//   registers        keep(v): v is in a register from here on, and not computed again where it is used
 //   warps            warp_sum<W>(v), warp_max<W>(v), warp_min<W>(v): over W neighbouring lanes, every lane gets the result
 //   elements         Acc<T>, to_acc(v), from_acc<T>(v), pack2<T>(lo, hi), unpack2<T>(bits)
 //
@@ -142,6 +143,16 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (
       "{%0, %1, %2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <class V>
+__device__ __forceinline__ void keep(V& v) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8, "a register or two");
+  if constexpr (sizeof(V) == 4) {
+    asm volatile("" : "+r"(v));
+  } else {
+    asm volatile("" : "+l"(v));
+  }
 }
 
 // Counts one more at a counter in global memory, and says how many had come before. Whoever awaits this arrival, or

@@ -52,7 +52,7 @@ struct DensePlace {
       panel.base = p.lora_f32 ? static_cast<const void*>(static_cast<const float*>(p.lora) + from)
                               : static_cast<const T*>(p.lora) + from;
     }
-    if (router > 0) panel.router = static_cast<const A*>(p.router_weight) + router0 * p.in;
+    panel.router = static_cast<const A*>(p.router_weight) + (router > 0 ? router0 * p.in : 0);
     panel.ld = panel.router_ld = p.in;
     if (p.columns > 0) {
       panel.columns = true;
@@ -70,6 +70,10 @@ struct DensePlace {
   template <class T>
   __device__ __forceinline__ const T* row(int m) const {
     return token + m < p.tokens ? static_cast<const T*>(p.x) + (token + m) * p.ldx : nullptr;
+  }
+  template <class T>
+  __device__ __forceinline__ const T* some_row(int m) const {
+    return static_cast<const T*>(p.x) + (token + m < p.tokens ? token + m : p.tokens - 1) * p.ldx;
   }
   // Column n: of A below `split`, of the router from there on.
   __device__ __forceinline__ A* at(int m, int n, int split) const {
@@ -93,8 +97,8 @@ __device__ __forceinline__ void clear_counters(const DenseLaunch& p) {
 template <class T, class Form>
 __device__ __forceinline__ void dense_block(const DenseLaunch& p, const DensePlace<float>& place, T* shared) {
   MmaTile<T, Form> tile;
-  tile.run(place.panel<T>(), place.k0, place.k1, p.x_direct, shared, static_cast<const T*>(p.x),
-           [&](int m) { return place.row<T>(m); });
+  tile.template run<true>(place.panel<T>(), place.k0, place.k1, p.x_direct, shared, static_cast<const T*>(p.x),
+                          [&](int m) { return place.some_row<T>(m); });
   constexpr int kSplit = 8 * Form::kFrags;
 #pragma unroll
   for (int frag = 0; frag < Form::kRowFrags; ++frag)
@@ -115,7 +119,7 @@ __device__ __forceinline__ void dense_block(const DenseLaunch& p, const DensePla
 
 // Form: of A's tiles; Router: of the router's alone.
 template <class T, class Form, class Router>
-__global__ void __launch_bounds__(Form::kThreads) dense_mma(const DenseLaunch p) {
+__global__ void __launch_bounds__(Form::kThreads, 2) dense_mma(const DenseLaunch p) {
   MOA_DYNAMIC_SHARED(T, shared);
   clear_counters(p);
   const DensePlace<float> place(p);
@@ -186,7 +190,8 @@ cudaError_t dense_cuda(const DenseParams& params, cudaStream_t stream) {
   const bool half = p.x_type == DType::bf16 || p.x_type == DType::f16;
   const int64_t element = p.x_type == DType::f64 ? 8 : half ? 2 : 4;
   p.lora_f32 = half && p.adapter_type == DType::f32;
-  p.x_direct = chunks(p.x, p.ldx, element);
+  p.x_direct = chunks(p.x, p.ldx, element) && (!half || p.ldx * p.plan.rows < int64_t{1} << 32);
+
   p.lora_direct = chunks(p.lora, p.columns > 0 ? p.columns : p.in, element) && !p.lora_f32;
   p.router_direct = chunks(p.router_weight, p.in, half ? 4 : element);
   const dim3 grid(static_cast<unsigned>(p.plan.column_tiles * p.plan.row_tiles), static_cast<unsigned>(p.plan.splits));

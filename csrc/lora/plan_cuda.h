@@ -9,6 +9,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/cuda_api.h"
 #include "lora/lora.h"
@@ -24,13 +25,15 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Tiles of shrink and dense ----
-// Tensor cores (mma_tile.cuh): warps of 16 row_frags rows, all of whose columns they have; a panel of 8 frags rows or
-// columns, and 8 router rows of float32; stages of `depth` k.
-template <int frags, int router, bool columns, int warps, int row_frags, int depth, int stages>
+// Tensor cores (mma_tile.cuh): a block has `warps`, `across` of which share the columns of 16 row_frags rows; a panel of
+// 8 frags rows or columns, and 8 router rows of float32; stages of `depth` k. chained: sums stay on the tensor cores
+// from stage to stage.
+template <int frags, int router, bool columns, bool chained, int warps, int across, int row_frags, int depth,
+          int stages>
 struct Form {
   static constexpr int kFrags = frags, kRouter = router, kRowFrags = row_frags, kDepth = depth, kStages = stages;
-  static constexpr bool kColumns = columns;
-  static constexpr int kThreads = 32 * warps, kRows = 16 * row_frags * warps;
+  static constexpr bool kColumns = columns, kChained = chained;
+  static constexpr int kThreads = 32 * warps, kAcross = across, kRows = 16 * row_frags * warps / across;
   // Stages with the router's floats, two of its terms with their scales.
   static constexpr size_t kShared = size_t{stages} * ((kRows + 8 * frags) * depth * 2 + 8 * router * depth * 4) +
                                     2 * (24 * router * depth * 2 + 8 * router * 4);
@@ -38,31 +41,28 @@ struct Form {
 };
 // 64 rows of x: segments of E = 64 experts have 256 rows at T = 8192, k = 2, and rows that a tile lacks cost no bytes.
 constexpr int kTileRows = 64, kTileDepth = 64, kTileThreads = 128;
-// Fragments of 8 columns: 2 keep rank 16 in 40 KB; 16 read x once for ranks up to 128. What is between pays idle
-// registers only: 64 ranks take 8.6 GFLOP at T = 8192, k = 2, in = 4096, a third of the time of its bytes.
-constexpr int kNarrow = 2, kWide = 16;
+// Fragments of 8 columns: 2 keep rank 16 in 40 KB, so that five blocks are on a multiprocessor (E = 64: 38 us, of which
+// x's bytes are 31); 8 and 16 read x once for ranks up to 64 and 128. Backward a warp has all columns of its rows, and
+// with them their dots.
+constexpr int kNarrow = 2, kMiddle = 8, kWide = 16;
 template <int frags, bool columns>
-using GroupedForm = Form<frags, 0, columns, 4, 1, 64, frags == kNarrow ? 4 : 3>;
+using GroupedForm = std::conditional_t<frags == kNarrow, Form<kNarrow, 0, columns, false, 4, 1, 1, 64, 4>,
+                                       Form<frags, 0, columns, false, 4, columns ? 1 : 2, columns ? 1 : 2, 64,
+                                            frags == kMiddle ? 4 : 3>>;
 static_assert(GroupedForm<kNarrow, false>::kShared <= 48 * 1024, "rank 16 needs no more than every kernel has");
-// Dense, many tokens.
-#ifndef MOA_WARPS
-#define MOA_WARPS 8
-#endif
-#if MOA_WARPS == 8
-using MixedForm = Form<16, 1, false, 8, 2, 32, 3>;
-using LoraForm = Form<16, 0, false, 8, 2, 32, 4>;
-using ColumnsForm = Form<16, 0, true, 8, 2, 32, 4>;
-using RouterForm = Form<0, 8, false, 8, 2, 32, 3>;
-#else
-using MixedForm = Form<16, 1, false, 4, 2, 32, 5>;
-using LoraForm = Form<16, 0, false, 4, 2, 32, 5>;
-using ColumnsForm = Form<16, 0, true, 4, 2, 32, 5>;
-using RouterForm = Form<0, 8, false, 4, 2, 32, 5>;
-#endif
+// Dense, many tokens: 128 rows, 128 columns of A or 64 of the router in 128 registers, two blocks of 256 threads on a
+// multiprocessor. Stages are half a line of x deep, the other half of which is asked for with it (device.cuh): without
+// that, reading x alone takes 32 us instead of 26 (T = 8192, in = 4096; the same in stages of 64). Measured there, E = 8,
+// r = 16: A alone 35 us, with the router 42, B 46, 64 experts' logits 49. Blocks of 256 rows, a warp having all columns of
+// 32, halve what is read of A from L2, but that is not what it waits for: 44, 52, 46 and 53.
+using MixedForm = Form<16, 1, false, true, 8, 2, 2, 32, 4>;
+using LoraForm = Form<16, 0, false, true, 8, 2, 2, 32, 4>;
+using ColumnsForm = Form<16, 0, true, true, 8, 2, 2, 32, 4>;
+using RouterForm = Form<0, 8, false, false, 8, 2, 2, 32, 4>;
 constexpr int kDenseRows = MixedForm::kRows;
-// Few tokens.
-using FewLoraForm = Form<2, 0, false, 4, 1, 64, 4>;
-using FewRouterForm = Form<0, 1, false, 4, 1, 64, 4>;
+// Few tokens: four stages, all of the depth of a split.
+using FewLoraForm = Form<2, 0, false, false, 4, 1, 1, 64, 4>;
+using FewRouterForm = Form<0, 1, false, false, 4, 1, 1, 64, 4>;
 
 // Splits of the depth, so that about two blocks per multiprocessor are there: with fewer, the memory idles. A split has
 // at least 256 elements (its stages), and planes are summed by whoever reads them: 16 at most.
@@ -94,7 +94,7 @@ inline Shrink shrink(int64_t slots, int64_t experts, int64_t rank, int64_t width
   p.tiles = slots == 0 ? 0 : p.by_slot ? slots + 1 : by_expert;
   const bool narrow = rank <= 8 * kNarrow || type == DType::f64 ||  // multiply-adds: 64 columns of float32 fill the
                       always_narrow;                                // registers
-  p.columns = narrow ? 8 * kNarrow : type == DType::f32 ? 64 : 8 * kWide;
+  p.columns = narrow ? 8 * kNarrow : type == DType::f32 || rank <= 8 * kMiddle ? 8 * kMiddle : 8 * kWide;
   p.column_tiles = ceil_div(rank, p.columns);
   // Blocks that have work: at most one more per expert than the rows fill.
   const int64_t busy = (slots / kTileRows + least(experts, slots)) * p.column_tiles;
@@ -120,12 +120,13 @@ struct Dense {
   int64_t router_tiles, column_tiles; // the router's come first; mixed: a tile holds both kinds
   int64_t row_tiles, splits, depth;
 };
-// A wave is one block a multiprocessor; a plane costs its writing and reading, about a twentieth of a tile's time.
+constexpr int64_t kChain = 2048;  // of h: 2e-6 (H200), against 1e-6 at 1024 and 4e-6 at 4096
+// A wave is two blocks a multiprocessor; a plane costs its writing and reading, about a twentieth of x's.
 inline int64_t dense_splits(int64_t blocks, int64_t depth) {
-  const int64_t limit = most(1, least(16, depth / 256));
-  int64_t best = 1, cost = INT64_MAX;
-  for (int64_t s = 1; s <= limit; ++s) {
-    const int64_t now = ceil_div(blocks * s, kProcessors) * 10000 / s + 500 * s * blocks / kProcessors;
+  const int64_t fewest = most(1, ceil_div(depth, kChain)), limit = most(fewest, least(16, depth / 256));
+  int64_t best = fewest, cost = INT64_MAX;
+  for (int64_t s = fewest; s <= limit; ++s) {
+    const int64_t now = ceil_div(blocks * s, 2 * kProcessors) * 10000 / s + 250 * s * blocks / kProcessors;
     if (now < cost) {
       cost = now;
       best = s;

@@ -81,14 +81,17 @@ size_t work_of(const ShrinkParams& p) {
   return p.plan.splits > 1 ? static_cast<size_t>(p.plan.splits * p.slots * p.rank) * (p.type == DType::f64 ? 8 : 4) : 0;
 }
 
+template <class T, int kFrags, bool kColumns>
+cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {
+  return MOA_LAUNCH((shrink_mma<T, kFrags, kColumns>), grid, plan_cuda::kTileThreads,
+                    (plan_cuda::GroupedForm<kFrags, kColumns>::kShared), stream, p);
+}
 template <class T, bool kColumns>
 cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {
   using namespace plan_cuda;
-  if (p.plan.columns == 8 * kNarrow)
-    return MOA_LAUNCH((shrink_mma<T, kNarrow, kColumns>), grid, kTileThreads, (GroupedForm<kNarrow, kColumns>::kShared),
-                      stream, p);
-  return MOA_LAUNCH((shrink_mma<T, kWide, kColumns>), grid, kTileThreads, (GroupedForm<kWide, kColumns>::kShared),
-                    stream, p);
+  if (p.plan.columns == 8 * kNarrow) return launch_mma<T, kNarrow, kColumns>(p, grid, stream);
+  if (p.plan.columns == 8 * kMiddle) return launch_mma<T, kMiddle, kColumns>(p, grid, stream);
+  return launch_mma<T, kWide, kColumns>(p, grid, stream);
 }
 template <class T>
 cudaError_t launch_mma(const ShrinkParams& p, dim3 grid, cudaStream_t stream) {

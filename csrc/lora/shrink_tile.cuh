@@ -143,20 +143,23 @@ __device__ __forceinline__ void shrink_mma_block(const ShrinkParams& p, const Sh
   };
   const T* const x = static_cast<const T*>(p.x);
   MmaTile<T, Form> tile;
-  tile.run(panel_of<T>(p, place.s.expert, place.first, place.columns, element), place.k0, place.k1, p.x_direct, shared,
+  tile.template run<false>(panel_of<T>(p, place.s.expert, place.first, place.columns, element), place.k0, place.k1, p.x_direct, shared,
            x, [&](int m) -> const T* {
              return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;
            });
-  const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int i = 0; i < 2 * Form::kRowFrags; ++i) {
+    const int frag = i / 2, half = i % 2;
     float sum = 0.0f;
-    tile.each_pair(0, half, [&](int m, int n, float a, float b) {
+    tile.each_pair(frag, half, [&](int m, int n, float a, float b) {
       if (place.store(p, m, n, a, &sum)) place.store(p, m, n + 1, b, &sum);
     });
-    if (!place.dot) continue;
-    sum = warp_sum<4>(sum);
-    if (lane % 4 == 0) place.store_dot(p, tile.row(0, half), sum);
+    if constexpr (Form::kColumns) {
+      static_assert(Form::kAcross == 1, "a dot is of one warp's columns");
+      if (!place.dot) continue;
+      sum = warp_sum<4>(sum);
+      if (threadIdx.x % 4 == 0) place.store_dot(p, tile.row(frag, half), sum);
+    }
   }
 }
 

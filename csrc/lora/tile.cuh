@@ -51,6 +51,12 @@ __device__ __forceinline__ float half_scale(float top) {
   return __uint_as_float(static_cast<uint32_t>(127 + (shift < 127 ? shift : 126)) << 23);
 }
 
+// Where a 16-byte chunk of a row of kDepth 16-bit elements is in a stage; rows 8 apart have the same exchange.
+template <int kDepth>
+__device__ __forceinline__ unsigned tile_at(unsigned row, unsigned chunk) {
+  return row * kDepth + ((chunk ^ (kDepth == 64 ? row & 7 : row / 2 & 3)) * 8);
+}
+
 __device__ __forceinline__ int64_t clamp(int64_t v, int64_t lo, int64_t hi) { return v < lo ? lo : v > hi ? hi : v; }
 inline bool is_half(DType type) { return type == DType::bf16 || type == DType::f16; }
 inline bool chunks(const void* base, int64_t ld, int64_t element) {

@@ -101,6 +101,8 @@ MOA_INLINE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32
   emu::Product lane{c, a, b};
   emu::warp_operation("mma_m16n8k16", 0xffffffffu, &lane, emu::mma_16816<T>);
 }
+template <class V>
+MOA_INLINE void keep(V&) {}
 inline uint32_t to_tf32(float v) {
   const uint32_t u = emu::bits<uint32_t>(v);
   return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & 0xffffe000u;

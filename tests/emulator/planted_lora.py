@@ -19,50 +19,61 @@ tile(
 )
 tile(
     "tile-stage-in-use",
-    "slot == 0 ? kStages - 1 : slot - 1, rows",
-    "slot, rows",
+    "(slot == 0 ? kStages - 1 : slot - 1) * kStage",
+    "slot * kStage",
     "tsan:0",
     f"{RACE}|delivered",
 )
 tile(
     "tile-swapped-a",
-    "16 * warp + lane % 16, 2 * step + lane / 16",
-    "16 * warp + lane / 2, 2 * step + lane % 2",
+    "first_row(0) + lane % 16, 2 * step + lane / 16",
+    "first_row(0) + lane / 2, 2 * step + lane % 2",
     "plain:0",
     WRONG,
 )
-tile("tile-swapped-b", "{b[0], b[1]}", "{b[1], b[0]}", "plain:0", WRONG)
+tile("tile-swapped-b", "{now[2 * j], now[2 * j + 1]}", "{now[2 * j + 1], now[2 * j]}", "plain:0", WRONG)
 tile(
     "tile-swapped-c",
-    "total[i][2 * half], total[i][2 * half + 1]",
-    "total[i][half], total[i][half + 2]",
+    "total[frag][i][2 * half], total[frag][i][2 * half + 1]",
+    "total[frag][i][half], total[frag][i][half + 2]",
     "plain:0",
     WRONG,
 )
-tile("tile-not-zeroed", "total[f][i] = 0.0f;", "static_cast<void>(0);", "plain:0", WRONG)
-tile("tile-part-kept", "float part[4] = {0.0f, 0.0f, 0.0f, 0.0f}", "float part[4]", "plain:0", WRONG)
+tile("tile-not-zeroed", "memset(total, 0, sizeof total);", "", "plain:0", WRONG)
+tile("tile-part-kept", "part[m][j][i] = 0.0f;", "", "plain:0", WRONG)
 tile("tile-last-step", "(k1 - k0 + kDepth - 1) / kDepth", "(k1 - k0) / kDepth", "plain:0", WRONG)
 tile(
     "tile-panel-k-tail",
-    "row < panel.rows ? k1 - (k + 8 * chunk) : 0;\n        stage",
-    "row < panel.rows ? 8 : 0;\n        stage",
+    "row < p.rows ? k1 - (k + 8 * chunk) : 0;",
+    "row < p.rows ? 8 : 0;",
     "plain:0",
     f"{WRONG}|{OUT}",
 )
 tile(
     "tile-panel-rows",
-    "row < panel.rows ? k1 - (k + 8 * chunk) : 0;\n        stage",
-    "k1 - (k + 8 * chunk);\n        stage",
+    "row < p.rows ? k1 - (k + 8 * chunk) : 0;",
+    "k1 - (k + 8 * chunk);",
     "asan:0",
     OUT,
 )
 plant("csrc/lora/mma_tile.cuh", "test_shrink.py -k no_bank_conflicts", unit="csrc/lora/shrink.cu")(
-    "tile-no-swizzle", "((chunk ^ (row & 7)) * 8)", "(chunk * 8)", "plain:0", "bank conflicts"
+    "tile-no-swizzle",
+    "tile_at<kDepth>(row, chunk); }",
+    "row * kDepth + chunk * 8; }",
+    "plain:0",
+    "bank conflicts",
 )
 
 columns = plant("csrc/lora/mma_tile.cuh", "test_shrink.py -k dense_pass", unit="csrc/lora/dense.cu")
-columns("dense-first-expert", "expert * panel.apart + start", "start", "plain:0", WRONG)
-columns("dense-columns-between", "(panel.each - start)", "(8)", "asan:0", OUT)
+columns("dense-first-expert", "expert * p.apart + within", "within", "plain:0", WRONG)
+columns("dense-columns-between", "(p.each - within)", "(8)", "asan:0", OUT)
+plant("csrc/lora/mma_tile.cuh", "test_router.py -k 'test_experts and bf16-8'", unit="csrc/lora/dense.cu")(
+    "router-first-stage-unseen",
+    "      __syncthreads();  // everybody's copies for the first stage\n",
+    "",
+    "tsan:0",
+    f"{RACE}|delivered",
+)
 plant("csrc/lora/dense.cu", "test_shrink.py -k dense_pass")(
     "dense-first-tile", "panel.first = lora0 / 8;", "", "plain:0", WRONG
 )
@@ -103,12 +114,12 @@ shrink(
     WRONG,
 )
 shrink("shrink-dot-lanes", "sum = warp_sum<4>(sum);", "sum = warp_sum<8>(sum);", "plain:0", WRONG)
-shrink("shrink-dot-not-written-once", "if (lane % 4 == 0) place.store_dot", "place.store_dot", "tsan:0", RACE)
+shrink("shrink-dot-not-written-once", "if (threadIdx.x % 4 == 0) place.store_dot", "place.store_dot", "tsan:0", RACE)
 
 plant(SHRINK_TILE[0], TILE, unit=SHRINK_TILE[1])(
     "shrink-wrong-token",
-    "x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;\n  });\n  tile.frags",
-    "x + slot_at(p, place.s.begin + m) * p.ldx : nullptr;\n  });\n  tile.frags",
+    "const T* {\n             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx",
+    "const T* {\n             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) * p.ldx",
     "plain:0",
     f"{WRONG}|{OUT}",
 )
@@ -116,8 +127,8 @@ plant(SHRINK_TILE[0], TILE, unit=SHRINK_TILE[1])(
 decode = plant("csrc/lora/decode.cu", "test_decode.py -k 'test_tokens and bf16 or test_flags and f32'")
 decode(
     "decode-missing-barrier",
-    "p.seg.experts * p.rank + i % experts);\n  __syncthreads();",
-    "p.seg.experts * p.rank + i % experts);",
+    "token + i / experts, i % experts);\n  __syncthreads();",
+    "token + i / experts, i % experts);",
     "tsan:0",
     RACE,
 )
@@ -138,8 +149,8 @@ decode("decode-unused-planes", "first + s < splits ?", "first + s < splits - 1 ?
 
 plant(SHRINK_TILE[0], "test_offsets.py -k 'rows and bf16'", unit=SHRINK_TILE[1])(
     "shrink-offset-of-32-bits",
-    "x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;\n  });\n  tile.frags",
-    "x + int(unsigned(slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx)) : nullptr;\n  });\n  tile.frags",
+    "const T* {\n             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx",
+    "const T* {\n             return m < place.s.rows ? x + int(unsigned(slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx))",
     "plain:0",
     f"{WRONG}|{OUT}",
 )

@@ -243,6 +243,7 @@ WideParams arrange(const ExpandParams& e, const plan_cuda::ExpandWide& plan, Wid
   p.fragments = work->take<uint4>((plan.groups * plan.fragments + 1) * 2 * kWarp);
   if (e.dz != nullptr) p.terms = work->take<__nv_bfloat16>(plan_cuda::ceil_div(e.c.experts, 8) * 16 * e.width);
   p.terms_direct = chunks(p.terms, e.width, 2);
+  p.whole_chunks = e.panel_direct && e.c.ranks == nullptr && (e.dz == nullptr || p.terms_direct);
   const auto eights = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   p.eights = e.width % 8 == 0 && e.ldbase % 8 == 0 && eights(e.y) && eights(e.base) && eights(e.bias);
   return p;

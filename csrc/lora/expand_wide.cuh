@@ -21,6 +21,7 @@ struct WideParams {
   uint4* fragments;                                              // [groups][fragments_each][2][32]
   __nv_bfloat16* terms;  // [blocks of 8 experts][8 upper, 8 lower][width] of the router's weight, or null
   bool terms_direct;     // rows of terms are whole 16-byte chunks
+  bool whole_chunks;     // nothing of the panels is to be taken by element
   bool eights;           // y, base and bias can be taken by eight elements
 };
 
@@ -48,8 +49,8 @@ struct WideTile {
   const int lane, warp, g, q;
   int steps, lora;  // of the tile, and those before the router's
   const uint4* own;
-  int next;                // fragment
-  uint4 ahead[2];          // that one
+  const uint4* next;       // of the fragments, in shared or global memory
+  uint4 ahead[2];          // the one before it
   float sum[2][kFrags][4];  // [m][f][2 h + b]: row 16 m + 8 h + g, column column(f, b)
 
   __device__ __forceinline__ WideTile(const WideParams& p, unsigned char* shared)
@@ -129,36 +130,42 @@ struct WideTile {
   }
   static __device__ __forceinline__ int at(int row, int chunk) { return row * 64 + ((chunk ^ key(row)) * 8); }
 
-  template <class S>
-  __device__ __forceinline__ void chunk(T* to, const S* from, int64_t offset, int n, bool direct) const {
-    stage_chunk(to, n > 0 ? from + offset : from, n, direct);
-  }
-
   // Steps 8 stage .. 8 stage + 7, columns from o0 on; four chunks a thread.
   __device__ __forceinline__ void copy(T* to, int stage, int64_t o0) const {
+    using Bf = __nv_bfloat16;
     const int columns = static_cast<int>(clamp(p.e.width - o0, 0, kColumns));
     const int i = threadIdx.x % 128, second = threadIdx.x / 128;
     // by rows: column and half of the ranks; else rank and eight columns
     const int row = kByRows ? i / 2 : i / 8, place = kByRows ? i % 2 : i % 8;
     const int64_t offset =
         kByRows ? (o0 + row) * p.e.panel_o + 8 * place : row * p.e.panel_j + o0 + 8 * place;
+    const Step* const from = step + kSteps * stage + second;
+    const int left = steps - kSteps * stage - second;
+    const auto here = [&](int s) {
+      return to + s / 4 * (kStage / 2) + (kByRows ? at(row, s % 4 * 2 + place) : at(s % 4 * 16 + row, place));
+    };
+    if (p.whole_chunks) {
 #pragma unroll
-    for (int s2 = 0; s2 < kSteps; s2 += 2) {
-      const int s = s2 + second;
-      if (kSteps * stage + s >= steps) continue;
-      const Step from = step[kSteps * stage + s];
-      const int n = kByRows ? (row < columns ? from.ranks - 8 * place : 0)
-                            : (row < from.ranks ? columns - 8 * place : 0);
-      T* const here =
-          to + s / 4 * (kStage / 2) + (kByRows ? at(row, s % 4 * 2 + place) : at(s % 4 * 16 + row, place));
-      if (from.router != 0) {
-        using Bf = __nv_bfloat16;
-        const Bf* const terms = static_cast<const Bf*>(from.from);
-        stage_chunk(reinterpret_cast<Bf*>(here), n > 0 ? terms + offset : terms, n, p.terms_direct);
+      for (int s = 0; s < kSteps; s += 2) {
+        if (s >= left) continue;
+        const Step f = from[s];
+        const bool there = kByRows ? row < columns && 8 * place < f.ranks : row < f.ranks && 8 * place < columns;
+        cp_async_16(here(s + second), static_cast<const T*>(f.from) + (there ? offset : 0), there);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int s = 0; s < kSteps && s < left; s += 2) {
+      const Step f = from[s];
+      const int n = kByRows ? (row < columns ? f.ranks - 8 * place : 0) : (row < f.ranks ? columns - 8 * place : 0);
+      const int64_t there = n > 0 ? offset : 0;
+      T* const shared = here(s + second);
+      if (f.router != 0) {
+        stage_chunk(reinterpret_cast<Bf*>(shared), static_cast<const Bf*>(f.from) + there, n, p.terms_direct);
       } else if (p.e.panel_f32) {
-        chunk(here, static_cast<const float*>(from.from), offset, n, false);
+        stage_chunk(shared, static_cast<const float*>(f.from) + there, n, false);
       } else {
-        chunk(here, static_cast<const T*>(from.from), offset, n, p.e.panel_direct);
+        stage_chunk(shared, static_cast<const T*>(f.from) + there, n, p.e.panel_direct);
       }
     }
   }
@@ -199,24 +206,20 @@ struct WideTile {
   }
 
   __device__ __forceinline__ void load_fragment() {
-    if (next < p.kept) {
-      ahead[0] = mine[next * 2 * kWarp];
-      ahead[1] = mine[next * 2 * kWarp + kWarp];
-    } else {  // behind the last one there is one more
-      ahead[0] = __ldg(own + next * 2 * kWarp);
-      ahead[1] = __ldg(own + next * 2 * kWarp + kWarp);
-    }
+    ahead[0] = next[0];
+    ahead[1] = next[kWarp];
+    next += 2 * kWarp;
+    if (next == mine + p.kept * 2 * kWarp) next = own + p.kept * 2 * kWarp;  // behind the last one there is one more
   }
   __device__ __forceinline__ void multiply_stage(int stage, const T* from) {
-    unsigned left = takes_part(stage);
+    const unsigned takes = takes_part(stage);
     const int n = lane % 8, half = lane / 8 % 2, odd = lane / 16;  // ldmatrix: row, ranks from 8 on, second fragment
     const int row = kByRows ? 8 * (n / 2) + 2 * odd + n % 2 : 8 * half + n;
-    while (left != 0) {
-      const int s = __ffs(static_cast<int>(left)) - 1;
-      left &= left - 1;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if ((takes >> s & 1) == 0) continue;
       const uint32_t c[2][4] = {{ahead[0].x, ahead[0].y, ahead[0].z, ahead[0].w},
                                 {ahead[1].x, ahead[1].y, ahead[1].z, ahead[1].w}};
-      ++next;
       load_fragment();
       const T* const here =
           from + (kByRows ? s / 4 * (kStage / 2) + at(row, s % 4 * 2 + half) : (row + s * 16) * 64);
@@ -333,6 +336,7 @@ struct WideTile {
     if constexpr (kByRows) {
       const T* const bias = static_cast<const T*>(p.e.bias);
       const T* const base = static_cast<const T*>(p.e.base);
+      const bool adds = bias != nullptr || base != nullptr;
       const int64_t o = o0 + 8 * q;
       int n[2];
       bool whole[2];
@@ -363,9 +367,12 @@ struct WideTile {
             const uint32_t z[4] = {more[h][i].x, more[h][i].y, more[h][i].z, more[h][i].w};
 #pragma unroll
             for (int f = 0; f < 4; ++f) {
-              const float(&s)[4] = sum[m][4 * i + f];
-              const float2 d = unpack2<T>(x[f]), u = unpack2<T>(z[f]);
-              v[i][f] = pack2<T>(s[2 * h] + d.x + u.x, s[2 * h + 1] + d.y + u.y);
+              float2 s = make_float2(sum[m][4 * i + f][2 * h], sum[m][4 * i + f][2 * h + 1]);
+              if (adds) {
+                const float2 d = unpack2<T>(x[f]), u = unpack2<T>(z[f]);
+                s = make_float2(s.x + d.x + u.x, s.y + d.y + u.y);
+              }
+              v[i][f] = pack2<T>(s.x, s.y);
             }
           }
           store_rows(2 * m + h, v, o0);
@@ -422,7 +429,7 @@ struct WideTile {
         __syncthreads();  // the stage is there for all, and all have left the one before, which is filled again
         copy_next();
         if (stage == 0) {
-          next = 0;
+          next = p.kept > 0 ? mine : own;
           load_fragment();
         }
         multiply_stage(stage, ring + slot * kStage);

@@ -322,6 +322,7 @@ struct WideTile {
     uint32_t other[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) other[i] = __shfl_xor_sync(kFullMask, half == 0 ? v[1][i] : v[0][i], 4);
+    __syncwarp();  // the neighbour has read its base, which may be y
 #pragma unroll
     for (int i = 0; i < 2; ++i) {  // the even row, the odd row
       const int64_t t = token[8 * row + g / 2 * 2 + i];
@@ -396,14 +397,13 @@ struct WideTile {
 
   // Tile `tile` of rows, `units` times 64 columns from unit `unit` on.
   __device__ __forceinline__ void run(int64_t tile, int64_t unit, int units) {
-    list_steps(tile);
-    const int64_t group = tile * kGroups + warp;
-    const int64_t row = group * 32 + lane;
+    const int64_t group = tile * kGroups + warp, row = group * 32 + lane;
     token[lane] = row >= p.e.tokens ? -1 : p.e.rows == nullptr ? static_cast<int>(row) : p.e.rows[row];
     __syncwarp();
     const int64_t groups = (p.e.tokens + 31) / 32;  // warps behind the last one take part in nothing
     own = p.fragments + (group < groups ? group : 0) * p.fragments_each * 2 * kWarp + lane;
     for (int i = 0; i < 2 * p.kept; ++i) cp_async_16(mine + i * kWarp, own + i * kWarp, true);
+    list_steps(tile);
 
     const int stages = (steps + kSteps - 1) / kSteps, all = stages * units;
     int64_t o0 = unit * kColumns, copied_o = o0;

@@ -95,22 +95,65 @@ chunks("expand-twin", "for (int twin = 1; twin <=", "for (int twin = 1; twin <",
 chunks("expand-token-tail", "row >= p.tokens ? -1", "row > p.tokens ? -1", "plain:0", f"{WRONG}|{OUT}")
 chunks("expand-plain-or", "atomicOr(&expert[e], 1u << row / 8)", "expert[e] |= 1u << row / 8", "tsan:0", RACE)
 
-pairs = plant(EXPAND, "test_expand.py -k 'test_tokens_by_pairs'")
-pairs(
+WIDE, TILE = "csrc/lora/expand_wide.cu", "csrc/lora/expand_wide.cuh"
+places = plant(EXPAND, "test_expand_wide.py -k 'test_ranks and bf16 and 16'")
+places(
     "expand-place-tail",
     "if (position >= p.c.slots) return;",
     "if (position > p.c.slots) return;",
     "asan:0",
     OUT,
 )
+places("expand-lower-term", "from_acc<__nv_bfloat16>(w - to_acc(upper))", "upper", "plain:0", WRONG)
+pairs = plant(WIDE, "test_expand_wide.py -k 'test_tokens_by_pairs and 20'")
 pairs("expand-rows-scan", "sums[warp - 1]", "sums[warp]", "plain:0", f"{WRONG}|{OUT}")
 pairs(
     "expand-rows-missing-barrier",
-    "  __syncthreads();\n  for (int t = threadIdx.x; t < count; t += kThreads)\n    p.rows",
-    "  for (int t = threadIdx.x; t < count; t += kThreads)\n    p.rows",
+    "  __syncthreads();\n  for (int i = threadIdx.x; i < count; i += kThreads) rows",
+    "  for (int i = threadIdx.x; i < count; i += kThreads) rows",
     "tsan:0",
     RACE,
 )
+fragments = plant(WIDE, "test_expand_wide.py -k 'names_an_expert_twice and bf16 or uneven'")
+fragments("expand-fragment-twin", "twin <= at.twins; ++twin) {\n        const", "twin < 1; ++twin) {\n        const", "plain:0", WRONG)
+fragments(
+    "expand-fragment-not-zeroed",
+    "fragments[i] = make_uint4(0, 0, 0, 0);\n  __syncthreads();",
+    "static_cast<void>(i);\n  __syncthreads();",
+    "plain:0",
+    WRONG,
+)
+fragments(
+    "expand-fragment-missing-barrier",
+    "fragments[i] = make_uint4(0, 0, 0, 0);\n  __syncthreads();",
+    "fragments[i] = make_uint4(0, 0, 0, 0);",
+    "tsan:0",
+    RACE,
+)
+fragments("expand-fragment-plain-or", "atomicOr(&mask[step / 32], 1u << step % 32)", "mask[step / 32] |= 1u << step % 32", "tsan:0", RACE)
+fragments("expand-row-tail", "row >= p.e.tokens ? -1", "row > p.e.tokens ? -1", "plain:0", f"{WRONG}|{OUT}")
+
+across = plant(TILE, "test_expand_wide.py -k 'test_ranks and bf16 and 64 or test_experts and 40'", unit=WIDE)
+across("expand-wide-missing-wait", "        cp_async_wait<kStages - 2>();\n", "", "plain:0", WRONG)
+across(
+    "expand-wide-stage-in-use",
+    "        __syncthreads();  // the stage is there",
+    "        __syncwarp();  // the stage is there",
+    "tsan:0",
+    RACE,
+)
+across("expand-wide-other-groups", "takes << at % 4", "takes << (at + 1) % 4", "plain:0", WRONG)
+across("expand-wide-step-count", "at += i < warp ?", "at += i <= warp ?", "plain:0", f"{WRONG}|{OUT}")
+across("expand-wide-fragments-kept", "next = own + p.kept * 2 * kWarp;", "next = own;", "plain:0", WRONG)
+across("expand-wide-turn", "v[lo] = upper ? other : v[lo];", "v[lo] = upper ? v[lo] : other;", "plain:0", WRONG)
+across("expand-wide-neighbour", "g / 2 * 2 + i", "g / 2 * 2 + 1 - i", "plain:0", WRONG)
+columns = plant(TILE, "test_expand_wide.py -k 'test_widths or column_after'", unit=WIDE)
+columns("expand-wide-columns-ahead", "          copied_o += kColumns;\n", "", "plain:0", WRONG)
+columns("expand-wide-output-tail", "      if (i < n) to[i] = one[i];", "      to[i] = one[i];", "asan:0", OUT)
+columns("expand-wide-base", "more[h][i] = eight(base", "more[1 - h][i] = eight(base", "plain:0", WRONG)
+wide_finite = plant(TILE, "test_expand_wide.py -k finite", unit=WIDE)
+wide_finite("expand-wide-not-finite", "__any_sync(kFullMask, !finite())", "false", "plain:0", WRONG)
+wide_finite("expand-wide-chose", "s.router != 0 ? c[row] != 0.0f : chose[row]", "true", "plain:0", WRONG)
 
 plant("csrc/lora/expand_coefficients.cuh", "test_mixture.py -k 'test_tokens and bf16'", unit=EXPAND)(
     "mixture-first-plane-alone", "s < p.c.planes; ++s) {", "s < 1; ++s) {", "plain:0", WRONG

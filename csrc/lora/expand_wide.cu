@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kClusterThreads) expand_rows(const Coefficient
   constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = kClusterThreads;
   constexpr int kEach = kBins / kThreads, kTokens = plan_cuda::kClusterWindow / kThreads;
   static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
-  static_assert(kSide == 64, "spread_bits");
+  static_assert(kSide == 64 && plan_cuda::kClusterWindow <= 65536, "spread_bits; out");
   MOA_SHARED(int, bins, kBins);
+  MOA_SHARED(uint16_t, out, plan_cuda::kClusterWindow);
   MOA_SHARED(int, sums, kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t first = blockIdx.x * static_cast<int64_t>(plan_cuda::kClusterWindow);
@@ -85,7 +86,9 @@ __global__ void __launch_bounds__(kClusterThreads) expand_rows(const Coefficient
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kTokens; ++i)
-    if (own[i] >= 0) rows[first + bins[own[i]] + rank[i]] = static_cast<int32_t>(first + threadIdx.x + i * kThreads);
+    if (own[i] >= 0) out[bins[own[i]] + rank[i]] = static_cast<uint16_t>(threadIdx.x + i * kThreads);
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kThreads) rows[first + i] = static_cast<int32_t>(first + out[i]);
 }
 
 // ---- coefficients ----
@@ -232,6 +235,7 @@ WideParams arrange(const ExpandParams& e, const plan_cuda::ExpandWide& plan, Wid
   p.depth = plan.depth;
   p.fragments_each = plan.fragments;
   p.entries = plan.entries;
+  p.kept = plan.kept;
   p.e.units = plan.units;
   p.e.places = work->take<Place>(e.c.slots);
   p.e.rows = plan.cluster ? work->take<int32_t>(e.tokens) : nullptr;
@@ -239,6 +243,7 @@ WideParams arrange(const ExpandParams& e, const plan_cuda::ExpandWide& plan, Wid
   p.fragments = work->take<uint4>((plan.groups * plan.fragments + 1) * 2 * kWarp);
   if (e.dz != nullptr) p.terms = work->take<__nv_bfloat16>(plan_cuda::ceil_div(e.c.experts, 8) * 16 * e.width);
   p.terms_direct = chunks(p.terms, e.width, 2);
+  p.whole_chunks = e.panel_direct && e.c.ranks == nullptr && (e.dz == nullptr || p.terms_direct);
   const auto eights = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
   p.eights = e.width % 8 == 0 && e.ldbase % 8 == 0 && eights(e.y) && eights(e.base) && eights(e.bias);
   return p;

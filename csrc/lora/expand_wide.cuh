@@ -16,11 +16,12 @@ namespace moa {
 
 struct WideParams {
   ExpandParams e;
-  int words, steps, lora_steps, depth, fragments_each, entries;  // plan_cuda::ExpandWide
+  int words, steps, lora_steps, depth, fragments_each, entries, kept;  // plan_cuda::ExpandWide
   uint32_t* masks;                                               // [groups][words] steps a group takes part in
   uint4* fragments;                                              // [groups][fragments_each][2][32]
   __nv_bfloat16* terms;  // [blocks of 8 experts][8 upper, 8 lower][width] of the router's weight, or null
   bool terms_direct;     // rows of terms are whole 16-byte chunks
+  bool whole_chunks;     // nothing of the panels is to be taken by element
   bool eights;           // y, base and bias can be taken by eight elements
 };
 
@@ -40,22 +41,28 @@ struct WideTile {
 
   const WideParams& p;
   T* const ring;         // [kStages][kStage]
+  uint4* const mine;     // [kept][2][32] of the warp: its first fragments
   Step* const step;      // [entries]
   uint32_t* const part;  // [entries / 4] four steps of each group: bit 4 group + step % 4
   int* const counts;     // [kGroups]
+  int* const token;      // [32] of the warp's rows; or -1
   const int lane, warp, g, q;
   int steps, lora;  // of the tile, and those before the router's
-  int token[4];     // of rows g, g + 8, g + 16, g + 24; or -1
   const uint4* own;
-  uint4 ahead[2];          // the next fragment
+  const uint4* next;       // of the fragments, in shared or global memory
+  uint4 ahead[2];          // the one before it
   float sum[2][kFrags][4];  // [m][f][2 h + b]: row 16 m + 8 h + g, column column(f, b)
 
   __device__ __forceinline__ WideTile(const WideParams& p, unsigned char* shared)
       : p(p),
         ring(reinterpret_cast<T*>(shared)),
-        step(reinterpret_cast<Step*>(ring + kStages * kStage)),
+        mine(reinterpret_cast<uint4*>(ring + kStages * kStage) + threadIdx.x / kWarp * p.kept * 2 * kWarp +
+             threadIdx.x % kWarp),
+        step(reinterpret_cast<Step*>(reinterpret_cast<uint4*>(ring + kStages * kStage) +
+                                     kGroups * p.kept * 2 * kWarp)),
         part(reinterpret_cast<uint32_t*>(step + p.entries)),
         counts(reinterpret_cast<int*>(part + p.entries / 4)),
+        token(counts + kGroups + threadIdx.x / kWarp * 32),
         lane(threadIdx.x % kWarp),
         warp(threadIdx.x / kWarp),
         g(lane / 4),
@@ -118,39 +125,47 @@ struct WideTile {
 
   // A stage is two halves of four steps: by rows [64 columns][64 ranks], else [64 ranks][64 columns], chunks of 16 bytes
   // exchanged so that neither copies nor ldmatrix meet a bank twice.
-  static __device__ __forceinline__ int key(int row) { return kByRows ? row / 8 % 4 * 2 + row % 2 : row % 8; }
-  static __device__ __forceinline__ int at(int row, int chunk) { return row * 64 + ((chunk ^ key(row)) * 8); }
-
-  template <class S>
-  __device__ __forceinline__ void chunk(T* to, const S* from, int64_t offset, int n, bool direct) const {
-    stage_chunk(to, n > 0 ? from + offset : from, n, direct);
+  static __device__ __forceinline__ int key(int row) {
+    return kByRows ? (row >> 4 ^ row >> 1) % 2 * 4 + row % 2 * 2 + row / 8 % 2 : row % 8;
   }
+  static __device__ __forceinline__ int at(int row, int chunk) { return row * 64 + ((chunk ^ key(row)) * 8); }
 
   // Steps 8 stage .. 8 stage + 7, columns from o0 on; four chunks a thread.
   __device__ __forceinline__ void copy(T* to, int stage, int64_t o0) const {
+    using Bf = __nv_bfloat16;
     const int columns = static_cast<int>(clamp(p.e.width - o0, 0, kColumns));
     const int i = threadIdx.x % 128, second = threadIdx.x / 128;
     // by rows: column and half of the ranks; else rank and eight columns
-    const int row = kByRows ? i / 64 * 32 + i / 2 % 4 * 8 + i / 8 % 8 : i / 8, place = kByRows ? i % 2 : i % 8;
+    const int row = kByRows ? i / 2 : i / 8, place = kByRows ? i % 2 : i % 8;
     const int64_t offset =
         kByRows ? (o0 + row) * p.e.panel_o + 8 * place : row * p.e.panel_j + o0 + 8 * place;
+    const Step* const from = step + kSteps * stage + second;
+    const int left = steps - kSteps * stage - second;
+    const auto here = [&](int s) {
+      return to + s / 4 * (kStage / 2) + (kByRows ? at(row, s % 4 * 2 + place) : at(s % 4 * 16 + row, place));
+    };
+    if (p.whole_chunks) {
 #pragma unroll
-    for (int s2 = 0; s2 < kSteps; s2 += 2) {
-      const int s = s2 + second;
-      if (kSteps * stage + s >= steps) continue;
-      const Step from = step[kSteps * stage + s];
-      const int n = kByRows ? (row < columns ? from.ranks - 8 * place : 0)
-                            : (row < from.ranks ? columns - 8 * place : 0);
-      T* const here =
-          to + s / 4 * (kStage / 2) + (kByRows ? at(row, s % 4 * 2 + place) : at(s % 4 * 16 + row, place));
-      if (from.router != 0) {
-        using Bf = __nv_bfloat16;
-        const Bf* const terms = static_cast<const Bf*>(from.from);
-        stage_chunk(reinterpret_cast<Bf*>(here), n > 0 ? terms + offset : terms, n, p.terms_direct);
+      for (int s = 0; s < kSteps; s += 2) {
+        if (s >= left) continue;
+        const Step f = from[s];
+        const bool there = kByRows ? row < columns && 8 * place < f.ranks : row < f.ranks && 8 * place < columns;
+        cp_async_16(here(s + second), static_cast<const T*>(f.from) + (there ? offset : 0), there);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int s = 0; s < kSteps && s < left; s += 2) {
+      const Step f = from[s];
+      const int n = kByRows ? (row < columns ? f.ranks - 8 * place : 0) : (row < f.ranks ? columns - 8 * place : 0);
+      const int64_t there = n > 0 ? offset : 0;
+      T* const shared = here(s + second);
+      if (f.router != 0) {
+        stage_chunk(reinterpret_cast<Bf*>(shared), static_cast<const Bf*>(f.from) + there, n, p.terms_direct);
       } else if (p.e.panel_f32) {
-        chunk(here, static_cast<const float*>(from.from), offset, n, false);
+        stage_chunk(shared, static_cast<const float*>(f.from) + there, n, false);
       } else {
-        chunk(here, static_cast<const T*>(from.from), offset, n, p.e.panel_direct);
+        stage_chunk(shared, static_cast<const T*>(f.from) + there, n, p.e.panel_direct);
       }
     }
   }
@@ -190,28 +205,28 @@ struct WideTile {
       }
   }
 
-  __device__ __forceinline__ void first_fragment(const uint4*& next) {
-    next = own;
-    ahead[0] = __ldg(next);
-    ahead[1] = __ldg(next + kWarp);
+  __device__ __forceinline__ void load_fragment() {
+    ahead[0] = next[0];
+    ahead[1] = next[kWarp];
+    next += 2 * kWarp;
+    if (next == mine + p.kept * 2 * kWarp) next = own + p.kept * 2 * kWarp;  // behind the last one there is one more
   }
-  __device__ __forceinline__ void multiply_stage(int stage, const T* from, const uint4*& next) {
-    unsigned left = takes_part(stage);
+  __device__ __forceinline__ void multiply_stage(int stage, const T* from) {
+    const unsigned takes = takes_part(stage);
     const int n = lane % 8, half = lane / 8 % 2, odd = lane / 16;  // ldmatrix: row, ranks from 8 on, second fragment
-    const T* const row = from + (kByRows ? (8 * (n / 2) + 2 * odd + n % 2) * 64 : (8 * half + n) * 64);
-    while (left != 0) {
-      const int s = __ffs(static_cast<int>(left)) - 1;
-      left &= left - 1;
+    const int row = kByRows ? 8 * (n / 2) + 2 * odd + n % 2 : 8 * half + n;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if ((takes >> s & 1) == 0) continue;
       const uint32_t c[2][4] = {{ahead[0].x, ahead[0].y, ahead[0].z, ahead[0].w},
                                 {ahead[1].x, ahead[1].y, ahead[1].z, ahead[1].w}};
-      next += 2 * kWarp;
-      ahead[0] = __ldg(next);  // behind the last one there is one more
-      ahead[1] = __ldg(next + kWarp);
-      const T* const at = kByRows ? row + s / 4 * (kStage / 2) + ((s % 4 * 2 + half) ^ n) * 8 : row + s * 16 * 64;
+      load_fragment();
+      const T* const here =
+          from + (kByRows ? s / 4 * (kStage / 2) + at(row, s % 4 * 2 + half) : (row + s * 16) * 64);
       if (!kByRows && !std::is_same<T, __nv_bfloat16>::value && kSteps * stage + s >= lora) {
-        multiply<__nv_bfloat16>(c, at);
+        multiply<__nv_bfloat16>(c, here);
       } else {
-        multiply<T>(c, at);
+        multiply<T>(c, here);
       }
     }
   }
@@ -299,23 +314,40 @@ struct WideTile {
     return *reinterpret_cast<const uint4*>(one);
   }
 
-  __device__ __forceinline__ void finish(int64_t o0) const {
-    [[maybe_unused]] const T* const bias = static_cast<const T*>(p.e.bias);
-    [[maybe_unused]] const T* const base = static_cast<const T*>(p.e.base);
-    T* const y = static_cast<T*>(p.e.y);
-    int n[2];
-    bool whole[2];
+  // A row's 64 columns, which four lanes have, by eight lanes: those of a row and of its neighbour exchange halves.
+  __device__ __forceinline__ void store_rows(int row, uint32_t (&v)[2][4], int64_t o0) const {
+    const int half = g % 2;
+    const int64_t o = o0 + 32 * half + 8 * q;
+    const int n = static_cast<int>(clamp(p.e.width - o, 0, 8));
+    uint32_t other[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      n[i] = static_cast<int>(clamp(p.e.width - o0 - 32 * i - 8 * q, 0, 8));
-      whole[i] = p.eights && n[i] == 8;
+    for (int i = 0; i < 4; ++i) other[i] = __shfl_xor_sync(kFullMask, half == 0 ? v[1][i] : v[0][i], 4);
+    __syncwarp();  // the neighbour has read its base, which may be y
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // the even row, the odd row
+      const int64_t t = token[8 * row + g / 2 * 2 + i];
+      uint32_t w[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[j] = i != half ? other[j] : half == 0 ? v[0][j] : v[1][j];
+      if (t >= 0) store(static_cast<T*>(p.e.y) + t * p.e.width + o, w, n, p.eights && n == 8);
     }
-    const int64_t o = o0 + 8 * q;
+  }
+
+  __device__ __forceinline__ void finish(int64_t o0) const {
     if constexpr (kByRows) {
+      const T* const bias = static_cast<const T*>(p.e.bias);
+      const T* const base = static_cast<const T*>(p.e.base);
+      const bool adds = bias != nullptr || base != nullptr;
+      const int64_t o = o0 + 8 * q;
+      int n[2];
+      bool whole[2];
       uint4 b[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) {
+        n[i] = static_cast<int>(clamp(p.e.width - o - 32 * i, 0, 8));
+        whole[i] = p.eights && n[i] == 8;
         if (bias != nullptr) b[i] = eight(bias + o + 32 * i, n[i], whole[i]);
+      }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         uint4 more[2][2];  // loads of two rows are under way together
@@ -324,51 +356,54 @@ struct WideTile {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             more[h][i] = make_uint4(0, 0, 0, 0);
-            if (base != nullptr && token[2 * m + h] >= 0)
-              more[h][i] = eight(base + token[2 * m + h] * p.e.ldbase + o + 32 * i, n[i], whole[i]);
+            const int64_t t = token[8 * (2 * m + h) + g];
+            if (base != nullptr && t >= 0) more[h][i] = eight(base + t * p.e.ldbase + o + 32 * i, n[i], whole[i]);
           }
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
+        for (int h = 0; h < 2; ++h) {
+          uint32_t v[2][4];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const uint32_t x[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
             const uint32_t z[4] = {more[h][i].x, more[h][i].y, more[h][i].z, more[h][i].w};
-            uint32_t v[4];
 #pragma unroll
             for (int f = 0; f < 4; ++f) {
-              const float(&s)[4] = sum[m][4 * i + f];
-              const float2 d = unpack2<T>(x[f]), u = unpack2<T>(z[f]);
-              v[f] = pack2<T>(s[2 * h] + d.x + u.x, s[2 * h + 1] + d.y + u.y);
+              float2 s = make_float2(sum[m][4 * i + f][2 * h], sum[m][4 * i + f][2 * h + 1]);
+              if (adds) {
+                const float2 d = unpack2<T>(x[f]), u = unpack2<T>(z[f]);
+                s = make_float2(s.x + d.x + u.x, s.y + d.y + u.y);
+              }
+              v[i][f] = pack2<T>(s.x, s.y);
             }
-            if (token[2 * m + h] >= 0) store(y + token[2 * m + h] * p.e.width + o + 32 * i, v, n[i], whole[i]);
           }
+          store_rows(2 * m + h, v, o0);
+        }
       }
     } else {  // backward has neither base nor bias
 #pragma unroll
-      for (int row = 0; row < 4; ++row)
+      for (int row = 0; row < 4; ++row) {
+        uint32_t v[2][4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          uint32_t v[4];
 #pragma unroll
           for (int f = 0; f < 4; ++f)
-            v[f] = pack2<T>(sum[row / 2][4 * i + f][row % 2 * 2], sum[row / 2][4 * i + f][row % 2 * 2 + 1]);
-          turn(v);
-          if (token[row] >= 0) store(y + token[row] * p.e.width + o + 32 * i, v, n[i], whole[i]);
+            v[i][f] = pack2<T>(sum[row / 2][4 * i + f][row % 2 * 2], sum[row / 2][4 * i + f][row % 2 * 2 + 1]);
+          turn(v[i]);
         }
+        store_rows(row, v, o0);
+      }
     }
   }
 
   // Tile `tile` of rows, `units` times 64 columns from unit `unit` on.
   __device__ __forceinline__ void run(int64_t tile, int64_t unit, int units) {
-    list_steps(tile);
-    const int64_t group = tile * kGroups + warp;
-#pragma unroll
-    for (int row = 0; row < 4; ++row) {
-      const int64_t at = group * 32 + 8 * row + g;
-      token[row] = at >= p.e.tokens ? -1 : p.e.rows == nullptr ? static_cast<int>(at) : p.e.rows[at];
-    }
+    const int64_t group = tile * kGroups + warp, row = group * 32 + lane;
+    token[lane] = row >= p.e.tokens ? -1 : p.e.rows == nullptr ? static_cast<int>(row) : p.e.rows[row];
+    __syncwarp();
     const int64_t groups = (p.e.tokens + 31) / 32;  // warps behind the last one take part in nothing
     own = p.fragments + (group < groups ? group : 0) * p.fragments_each * 2 * kWarp + lane;
+    for (int i = 0; i < 2 * p.kept; ++i) cp_async_16(mine + i * kWarp, own + i * kWarp, true);
+    list_steps(tile);
 
     const int stages = (steps + kSteps - 1) / kSteps, all = stages * units;
     int64_t o0 = unit * kColumns, copied_o = o0;
@@ -387,18 +422,19 @@ struct WideTile {
     };
     for (int i = 0; i < kStages - 1; ++i) copy_next();
     int slot = 0;
-    const uint4* next;
-    first_fragment(next);
     for (int i = 0; i < units; ++i, o0 += kColumns) {
       clear();
       for (int stage = 0; stage < stages; ++stage) {
         cp_async_wait<kStages - 2>();
         __syncthreads();  // the stage is there for all, and all have left the one before, which is filled again
         copy_next();
-        multiply_stage(stage, ring + slot * kStage, next);
+        if (stage == 0) {
+          next = p.kept > 0 ? mine : own;
+          load_fragment();
+        }
+        multiply_stage(stage, ring + slot * kStage);
         slot = slot + 1 == kStages ? 0 : slot + 1;
       }
-      first_fragment(next);
       if (__any_sync(kFullMask, !finite())) sum_exactly(o0);
       finish(o0);
     }

@@ -265,10 +265,9 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
 // A block has 256 rows, a warp 32 of them by 64 columns: 64 sums a thread, two blocks a multiprocessor. A step is then 16
 // products for 4 + 2 accesses of 512 bytes, 24 cycles of L1 for 26 of the tensor cores.
 constexpr int kWideThreads = 256, kWideGroups = 8, kWideRows = 32 * kWideGroups, kWideColumns = 64;
-// Eight steps a stage, 16 KB: all of E r = 128, one barrier for 64 columns. Three stages of two blocks are 96 KB. The
-// coefficients of both (64 KB each at E r = 128) are about what is left of L1, which keeps too few of them from column to
-// column: 42 % of accesses hit, and L2 is 68 % busy.
-constexpr int kWideSteps = 8, kWideStages = 3, kWideEntry = 16;
+// Eight steps a stage, 16 KB: all of E r = 128, one barrier for 64 columns. Three stages of two blocks are 96 KB; L1 has
+// about 128 KB beside them for the coefficients of both (64 KB each at E r = 128).
+constexpr int kWideSteps = 8, kWideStages = 2, kWideEntry = 16;
 constexpr int kFragmentThreads = 256;
 // Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
 constexpr int kClusterSide = 64, kClusterThreads = 1024;
@@ -281,7 +280,7 @@ struct ExpandWide {
   bool fits, cluster;
   int64_t tiles, parts, units;  // a block has a tile of rows and `units` of 64 columns
   int64_t groups;               // of 32 rows
-  int depth, lora_steps, steps, words, fragments, entries;
+  int depth, lora_steps, steps, words, fragments, entries, kept;
   size_t shared, fragments_shared;
 };
 inline ExpandWide expand_wide(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width,
@@ -309,8 +308,10 @@ inline ExpandWide expand_wide(int64_t tokens, int64_t top_k, int64_t experts, in
   const int64_t units = ceil_div(width, kWideColumns), rounds = p.tiles > kProcessors / 2 ? 4 : 1;
   p.units = ceil_div(units, most(1, least(units, 2 * kProcessors * rounds / p.tiles)));
   p.parts = ceil_div(units, most(1, p.units));
-  p.shared = static_cast<size_t>(kWideStages * kWideSteps * 16 * kWideColumns * 2 + entries * kWideEntry + entries +
-                                 kWideGroups * 4);
+  const int64_t rest = kWideStages * kWideSteps * 16 * kWideColumns * 2 + entries * (kWideEntry + 1) +
+                       kWideGroups * 4 + kWideRows * 4;
+  p.kept = static_cast<int>(least(least(fragments, 8), (static_cast<int64_t>(kSharedMost) - rest) / (kWideGroups * 1024)));
+  p.shared = static_cast<size_t>(rest + p.kept * kWideGroups * 1024);
   p.fragments_shared = static_cast<size_t>(32 * top_k * 8 + words * 8 + 4);
   return p;
 }

@@ -222,7 +222,9 @@ def copy_rate(device: torch.device, budget: float) -> float:
     return 2 * source.nbytes / timing["copy"].seconds.median
 
 
-def run(device: torch.device, budget: float, tiny: bool = False) -> Iterator[tuple[dict[str, Any], list[Case]]]:
+def run(
+    device: torch.device, budget: float, tiny: bool = False
+) -> Iterator[tuple[dict[str, Any], list[Case]]]:
     """Facts, and the cases so far, after every case: about ``budget`` seconds of timing each.
 
     tiny: small shapes that a CPU can do.

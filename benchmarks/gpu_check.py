@@ -94,7 +94,7 @@ def steps(python: str, results: Path, device: str, budget: float) -> list[Step]:
 
 
 def abreast() -> list[str]:
-    """What has pytest run on half of the cores, most of the tests' time being Python and references on a CPU."""
+    """What has pytest run on half of the cores: most of the time is Python, and references on a CPU."""
     workers = min(8, (os.cpu_count() or 1) // 2)
     return ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
 

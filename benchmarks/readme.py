@@ -95,13 +95,23 @@ def cards(record: dict[str, Any], cases: list[Case], source: str) -> str:
             rows.append([f"{kinds[case.section]}, {case.label}", case.dtype, time, *ratios])
         elif case.section == "routing":
             other = gpu_record.micro(case.variants["plain PyTorch"]["seconds"]["median"])
-            rows.append([f"routing, {case.label}", case.dtype, time, "", "", "", f"{other} (softmax, topk, sort)"])
-    columns = ["r=16, top-2", "dtype", "time", "÷ nn.Linear", "floor", PlainLora.name, "best in plain PyTorch"]
+            rows.append(
+                [f"routing, {case.label}", case.dtype, time, "", "", "", f"{other} (softmax, topk, sort)"]
+            )
+    columns = [
+        "r=16, top-2",
+        "dtype",
+        "time",
+        "÷ nn.Linear",
+        "floor",
+        PlainLora.name,
+        "best in plain PyTorch",
+    ]
     table = Table("", columns, rows).markdown(heading="").strip()
     machine, versions = record["machine"], record["versions"]
     caption = (
-        f"Own router included; medians of CUDA events over rotated inputs, L2 flushed; the floor counts bytes "
-        f"alone. {machine['name']}, driver {machine['driver']}; torch {versions['torch']}; commit "
+        f"Own router included; medians of CUDA events over rotated inputs, L2 flushed; the floor counts "
+        f"bytes alone. {machine['name']}, driver {machine['driver']}; torch {versions['torch']}; commit "
         f"{record['commit']}, {record['date']}. From `{source}` by `python -m benchmarks readme`."
     )
     return f"{table}\n\n{caption}" if rows else ""

@@ -30,9 +30,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return result if result == result else float("inf")
 
 
-def assert_close(
-    actual: Tensor, expected: Tensor, what: str = "", dtype: torch.dtype | None = None
-) -> None:
+def assert_close(actual: Tensor, expected: Tensor, what: str = "", dtype: torch.dtype | None = None) -> None:
     """The error is within the tolerance of the actual tensor's dtype, or of ``dtype``."""
     limit = TOLERANCE[dtype or actual.dtype]
     assert error(actual, expected) < limit, (
@@ -41,8 +39,8 @@ def assert_close(
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Bit for bit on a CPU. On a card within rounding: there the library picks the order of a product's sum by its
-    shape, by layouts, and by whether something is added to it.
+    """Bit for bit on a CPU. On a card within rounding: there the library picks the order of a product's sum
+    by its shape, by layouts, and by whether something is added to it.
     """
     if actual.is_cuda:
         assert_close(actual, expected)

@@ -214,8 +214,8 @@ cudaError_t launch(const DecodeLaunch& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan_cuda::ceil_div(p.out, kDecodeColumns)),
                   static_cast<unsigned>(plan_cuda::ceil_div(p.seg.tokens, kDecodeRows)));
   const int64_t size = 16 / element_size(p.adapter_type), ranks = plan_cuda::ceil_div(p.rank, size) * size;
-  const size_t shared = kDecodeRows * ((p.round * ranks + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) +
-                                       p.seg.top_k * sizeof(int64_t));
+  const size_t shared =
+      kDecodeRows * ((p.round * ranks + p.seg.experts + p.seg.top_k) * sizeof(Acc<T>) + p.seg.top_k * sizeof(int64_t));
   if constexpr (sizeof(T) == 2) {
     if (p.adapter_type == DType::f32)
       return MOA_LAUNCH((decode_expand<T, float>), grid, kDecodeThreads, shared, stream, p);
@@ -233,7 +233,9 @@ static bool is_dense(const DecodeParams& p) {
 bool decode_fits(const DecodeParams& p) {
   return p.seg.tokens <= plan_cuda::kDecodeTokens && p.seg.experts <= kMaxExpertsCuda;
 }
-size_t decode_work(const DecodeParams& p) { return is_dense(p) ? planes_size(dense_of(p, nullptr), p.seg.experts * (p.rank + 1)) : routed_work(p); }
+size_t decode_work(const DecodeParams& p) {
+  return is_dense(p) ? planes_size(dense_of(p, nullptr), p.seg.experts * (p.rank + 1)) : routed_work(p);
+}
 
 static bool is_empty(const DecodeParams& p) { return p.seg.tokens == 0 || (p.out == 0 && p.logits == nullptr); }
 

@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_simt(const Dens
 
 // Sums of `splits` planes of `size` elements; a thread an element.
 template <class A>
-__global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_sum(const A* planes, int64_t splits, int64_t size, A* to) {
+__global__ void __launch_bounds__(plan_cuda::kTileThreads)
+    dense_sum(const A* planes, int64_t splits, int64_t size, A* to) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads) + threadIdx.x;
   if (i >= size) return;
   A sum = 0;

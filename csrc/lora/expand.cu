@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(kExpandThreads, 2) expand_mma(const ExpandPara
 struct OrderParams {
   Coefficients c;
   Place* places;
-  int64_t blocks;            // of slots; those behind them are for the router
-  const float* router;       // [experts, width]
-  __nv_bfloat16* terms;      // [blocks of 8 experts][8 upper, 8 lower][width], or null
+  int64_t blocks;        // of slots; those behind them are for the router
+  const float* router;   // [experts, width]
+  __nv_bfloat16* terms;  // [blocks of 8 experts][8 upper, 8 lower][width], or null
   int64_t width;
 };
 

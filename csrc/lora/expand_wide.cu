@@ -32,8 +32,8 @@ __device__ __forceinline__ int spread_bits(int v) {  // 6 bits, to every second 
 // neighbours.
 //
 // A block orders the tokens of a window; a thread has every 1024th.
-__global__ void __launch_bounds__(kClusterThreads) expand_rows(const Coefficients c, const int64_t tokens,
-                                                               const Place* places, int32_t* rows) {
+__global__ void __launch_bounds__(kClusterThreads)
+    expand_rows(const Coefficients c, const int64_t tokens, const Place* places, int32_t* rows) {
   constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = kClusterThreads;
   constexpr int kEach = kBins / kThreads, kTokens = plan_cuda::kClusterWindow / kThreads;
   static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
@@ -197,7 +197,8 @@ template <class T, bool kByRows>
 __global__ void __launch_bounds__(kWideThreads, 2) expand_wide(const WideParams p) {
   MOA_DYNAMIC_SHARED(unsigned char, shared);
   WideTile<T, kByRows> tile(p, shared);
-  const int64_t all = (p.e.width + plan_cuda::kWideColumns - 1) / plan_cuda::kWideColumns, unit = blockIdx.y * p.e.units;
+  const int64_t all = (p.e.width + plan_cuda::kWideColumns - 1) / plan_cuda::kWideColumns,
+                unit = blockIdx.y * p.e.units;
   tile.run(blockIdx.x, unit, static_cast<int>(clamp(all - unit, 0, p.e.units)));
 }
 

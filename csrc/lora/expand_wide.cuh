@@ -17,8 +17,8 @@ namespace moa {
 struct WideParams {
   ExpandParams e;
   int words, steps, lora_steps, depth, fragments_each, entries, kept;  // plan_cuda::ExpandWide
-  uint32_t* masks;                                               // [groups][words] steps a group takes part in
-  uint4* fragments;                                              // [groups][fragments_each][2][32]
+  uint32_t* masks;                                                     // [groups][words] steps a group takes part in
+  uint4* fragments;                                                    // [groups][fragments_each][2][32]
   __nv_bfloat16* terms;  // [blocks of 8 experts][8 upper, 8 lower][width] of the router's weight, or null
   bool terms_direct;     // rows of terms are whole 16-byte chunks
   bool whole_chunks;     // nothing of the panels is to be taken by element
@@ -49,8 +49,8 @@ struct WideTile {
   const int lane, warp, g, q;
   int steps, lora;  // of the tile, and those before the router's
   const uint4* own;
-  const uint4* next;       // of the fragments, in shared or global memory
-  uint4 ahead[2];          // the one before it
+  const uint4* next;        // of the fragments, in shared or global memory
+  uint4 ahead[2];           // the one before it
   float sum[2][kFrags][4];  // [m][f][2 h + b]: row 16 m + 8 h + g, column column(f, b)
 
   __device__ __forceinline__ WideTile(const WideParams& p, unsigned char* shared)
@@ -58,8 +58,7 @@ struct WideTile {
         ring(reinterpret_cast<T*>(shared)),
         mine(reinterpret_cast<uint4*>(ring + kStages * kStage) + threadIdx.x / kWarp * p.kept * 2 * kWarp +
              threadIdx.x % kWarp),
-        step(reinterpret_cast<Step*>(reinterpret_cast<uint4*>(ring + kStages * kStage) +
-                                     kGroups * p.kept * 2 * kWarp)),
+        step(reinterpret_cast<Step*>(reinterpret_cast<uint4*>(ring + kStages * kStage) + kGroups * p.kept * 2 * kWarp)),
         part(reinterpret_cast<uint32_t*>(step + p.entries)),
         counts(reinterpret_cast<int*>(part + p.entries / 4)),
         token(counts + kGroups + threadIdx.x / kWarp * 32),
@@ -137,8 +136,7 @@ struct WideTile {
     const int i = threadIdx.x % 128, second = threadIdx.x / 128;
     // by rows: column and half of the ranks; else rank and eight columns
     const int row = kByRows ? i / 2 : i / 8, place = kByRows ? i % 2 : i % 8;
-    const int64_t offset =
-        kByRows ? (o0 + row) * p.e.panel_o + 8 * place : row * p.e.panel_j + o0 + 8 * place;
+    const int64_t offset = kByRows ? (o0 + row) * p.e.panel_o + 8 * place : row * p.e.panel_j + o0 + 8 * place;
     const Step* const from = step + kSteps * stage + second;
     const int left = steps - kSteps * stage - second;
     const auto here = [&](int s) {
@@ -221,8 +219,7 @@ struct WideTile {
       const uint32_t c[2][4] = {{ahead[0].x, ahead[0].y, ahead[0].z, ahead[0].w},
                                 {ahead[1].x, ahead[1].y, ahead[1].z, ahead[1].w}};
       load_fragment();
-      const T* const here =
-          from + (kByRows ? s / 4 * (kStage / 2) + at(row, s % 4 * 2 + half) : (row + s * 16) * 64);
+      const T* const here = from + (kByRows ? s / 4 * (kStage / 2) + at(row, s % 4 * 2 + half) : (row + s * 16) * 64);
       if (!kByRows && !std::is_same<T, __nv_bfloat16>::value && kSteps * stage + s >= lora) {
         multiply<__nv_bfloat16>(c, here);
       } else {

@@ -98,8 +98,7 @@ cudaError_t launch_simt(const GramParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.width, kGramSimtColumns)),
                   static_cast<unsigned>(ceil_div(p.c.rank + (p.dz == nullptr ? 0 : 1), kGramSimtRanks)),
                   static_cast<unsigned>(p.plan.pieces));
-  const cudaError_t error =
-      MOA_LAUNCH((gram_simt<T>), grid, kGramSimtThreads, SimtStream<T>::kBytes, stream, p);
+  const cudaError_t error = MOA_LAUNCH((gram_simt<T>), grid, kGramSimtThreads, SimtStream<T>::kBytes, stream, p);
   if (error != cudaSuccess || p.plan.chunks <= 1) return error;
   const dim3 all(static_cast<unsigned>(ceil_div((p.c.rank + 1) * p.width, kGramSimtThreads)),
                  static_cast<unsigned>(p.plan.chunks - 1));

@@ -27,13 +27,13 @@ using plan_cuda::kGramThreads;
 struct GramSide {  // dA: u and x, dB: h and dy
   const void* x;   // [tokens, width], rows ldx apart
   int64_t ldx, width;
-  const void* values;          // [slots, rank]
-  void* out;                   // [experts, rank, width], or [experts, width, rank] where by_column; or null
+  const void* values;            // [slots, rank]
+  void* out;                     // [experts, rank, width], or [experts, width, rank] where by_column; or null
   bool x_direct, values_direct;  // rows are whole 16-byte chunks
-  bool by_column, out_direct;  // four columns, or eight ranks, can be stored at once
-  int units;                   // fragments of ranks, three terms counted as one; 0 where out is null
-  int first;                   // their place in a record
-  unsigned rank_tiles, tiles;  // of ranks, and of ranks and columns together
+  bool by_column, out_direct;    // four columns, or eight ranks, can be stored at once
+  int units;                     // fragments of ranks, three terms counted as one; 0 where out is null
+  int first;                     // their place in a record
+  unsigned rank_tiles, tiles;    // of ranks, and of ranks and columns together
 };
 
 struct GramPiece {
@@ -56,8 +56,8 @@ struct GramTiles {
   float* d_router;  // [experts, width of side 0] or null
   bool out_f32;
   plan_cuda::GramTiles plan;
-  int record;     // bytes
-  int shared;     // bytes of a record that a stage has room for
+  int record;          // bytes
+  int shared;          // bytes of a record that a stage has room for
   GramTokens* tokens;  // [plan.stages][kGramStage / kGramEach]
   unsigned char* records;
   GramPiece* pieces;   // [plan.pieces]
@@ -69,8 +69,8 @@ constexpr int kGramFragment = kGramStage * 16;  // bytes
 template <class T>
 constexpr int kGramDz = kGramFragment + (std::is_same<T, __half>::value ? 16 : 0);
 template <class T, bool kExact>
-constexpr int kGramUnit = (kExact ? 3 : 1) * kGramFragment +
-                          (kExact && std::is_same<T, __half>::value ? kGramStage / kWarp * 32 : 0);
+constexpr int kGramUnit =
+    (kExact ? 3 : 1) * kGramFragment + (kExact && std::is_same<T, __half>::value ? kGramStage / kWarp * 32 : 0);
 
 // The last expert that starts at or before `at`; starts ascend. A whole warp.
 template <class Start>

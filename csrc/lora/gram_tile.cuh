@@ -20,9 +20,7 @@ __device__ __forceinline__ int gram_sum_at(int j, int column) { return j * kGram
 
 // An element of x's tile: rows of 16 chunks, exchanged within halves so that neither copies nor ldmatrix meet a bank
 // twice.
-__device__ __forceinline__ int gram_x_at(int row, int chunk) {
-  return row * kGramColumns + ((chunk ^ (row & 7)) * 8);
-}
+__device__ __forceinline__ int gram_x_at(int row, int chunk) { return row * kGramColumns + ((chunk ^ (row & 7)) * 8); }
 
 template <class T>
 __device__ __forceinline__ void store_columns(const GramTiles& p, const GramSide& side, int64_t at, int n, float4 v) {
@@ -61,8 +59,8 @@ __device__ __forceinline__ void store_tile(const GramTiles& p, const GramSide& s
     const int64_t base = (piece.expert * p.c.rank + j0) * side.width + c0;
     for (int i = threadIdx.x; i < there * (kGramColumns / 4); i += kGramThreads) {
       const int j = i / (kGramColumns / 4), c = i % (kGramColumns / 4) * 4;
-      const float4 v = j < used ? *reinterpret_cast<const float4*>(from + gram_sum_at(j, c))
-                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      const float4 v =
+          j < used ? *reinterpret_cast<const float4*>(from + gram_sum_at(j, c)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (c < columns) store_columns<T>(p, side, base + j * side.width + c, columns - c, v);
     }
     return;
@@ -85,8 +83,7 @@ __device__ __forceinline__ bool add_pieces(const GramTiles& p, const GramPiece& 
   float* const own = planes + (piece.plane - piece.first) * tiles * plane_size;
   constexpr int kRow = kGramColumns / 4;
   for (int i = threadIdx.x; i < rows * kRow; i += kGramThreads)
-    reinterpret_cast<float4*>(own)[i] =
-        *reinterpret_cast<const float4*>(sums + i / kRow * kGramPitch + i % kRow * 4);
+    reinterpret_cast<float4*>(own)[i] = *reinterpret_cast<const float4*>(sums + i / kRow * kGramPitch + i % kRow * 4);
   __syncthreads();  // the plane is written
   if (threadIdx.x == 0) *arrived = arrive(p.counters + piece.first * tiles + tile);
   __syncthreads();
@@ -113,12 +110,12 @@ template <class T, int kFrags, bool kExact>
 __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : plan_cuda::kGramBlocks) gram_mma(const GramTiles p) {
   constexpr bool kHalf = std::is_same<T, __half>::value;
   constexpr int kStages = plan_cuda::kGramStages, kUnit = kGramUnit<T, kExact>;
-  constexpr int kX = kGramStage * kGramColumns;                              // elements of x's tile
+  constexpr int kX = kGramStage * kGramColumns;                               // elements of x's tile
   constexpr int kChunks = kGramColumns / 8, kApart = kGramThreads / kChunks;  // rows from one of a thread's to the next
   static_assert(kGramThreads == 2 * kGramColumns && kApart * kGramEach == kGramStage && kApart % 8 == 0, "all copied");
   MOA_DYNAMIC_SHARED(unsigned char, shared);
   MOA_SHARED(unsigned, arrived, 1);
-  T* const xs = reinterpret_cast<T*>(shared);                        // [kStages][kGramStage][kGramColumns]
+  T* const xs = reinterpret_cast<T*>(shared);                      // [kStages][kGramStage][kGramColumns]
   unsigned char* const coefs = shared + kStages * kX * sizeof(T);  // [kStages][p.shared]
 
   // Pieces are the fastest index: blocks that run together read the same columns of x.
@@ -144,12 +141,12 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : plan_cuda::kGra
   const bool whole = side.x_direct && c0 + kGramColumns <= side.width;
   const T* const x = static_cast<const T*>(side.x) + (columns > 0 ? column : 0);
   const int64_t ldx = side.ldx;
-  const unsigned char* record = p.records + static_cast<int64_t>(piece.stage) * p.record + side.first +
-                                j0 / 8 * kUnit - head * kGramDz<T>;
+  const unsigned char* record =
+      p.records + static_cast<int64_t>(piece.stage) * p.record + side.first + j0 / 8 * kUnit - head * kGramDz<T>;
   const int bytes = head * kGramDz<T> + frags * kUnit;
   const GramTokens* tokens = p.tokens + static_cast<int64_t>(piece.stage) * kApart + own_row;
   const auto issue = [&](int buffer, const GramTokens& ids) {
-    const int(&t)[kGramEach] = ids.row;
+    const int (&t)[kGramEach] = ids.row;
     T* const to = xs + buffer * kX + own;
     if (whole) {
 #pragma unroll
@@ -180,7 +177,7 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : plan_cuda::kGra
   const int two_units = lane / 16 * kUnit + lane % 16 * 16;  // 16 positions of two fragments
   float group[kFrags][4] = {}, total[kFrags][4] = {}, group_share[4] = {}, share[4] = {};
   // 32 positions of one fragment, in a float32 sum of their own
-  const auto add_exact = [&](float(&to)[4], const uint32_t(&a)[2][4], const unsigned char* coef, int terms,
+  const auto add_exact = [&](float (&to)[4], const uint32_t (&a)[2][4], const unsigned char* coef, int terms,
                              const float* undo, int step) {
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -231,8 +228,7 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : plan_cuda::kGra
           }
         }
         if (head != 0)
-          add_exact(group_share, a, dz + half * 512, 1,
-                    reinterpret_cast<const float*>(dz + kGramFragment) + half, 0);
+          add_exact(group_share, a, dz + half * 512, 1, reinterpret_cast<const float*>(dz + kGramFragment) + half, 0);
       }
     }
     buffer = buffer == kStages - 1 ? 0 : buffer + 1;

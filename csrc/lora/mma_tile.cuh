@@ -29,8 +29,8 @@ struct MmaTile {
   static constexpr int kRows = Form::kRows, kThreads = Form::kThreads, kDepth = Form::kDepth;
   static constexpr int kFrags = Form::kFrags, kRouter = Form::kRouter, kRowFrags = Form::kRowFrags;
   static constexpr int kStages = Form::kStages, kSteps = kDepth / 16;
-  static constexpr int kChunks = kDepth / 8;                      // of a row
-  static constexpr int kRowsEach = kRows * kChunks / kThreads;    // chunks of x per thread and stage
+  static constexpr int kChunks = kDepth / 8;                    // of a row
+  static constexpr int kRowsEach = kRows * kChunks / kThreads;  // chunks of x per thread and stage
   static constexpr int kPanelEach = plan_cuda::ceil_div(8 * kFrags * kChunks, kThreads);
   static constexpr int kPanelAt = kRows * kDepth, kStage = (kRows + 8 * kFrags) * kDepth;  // elements
   using Router = RouterTerms<T, Form>;
@@ -84,7 +84,9 @@ struct MmaTile {
   }
   // ---- copies ----
 
-  static __device__ __forceinline__ unsigned row_at(unsigned i) { return threadIdx.x / kChunks + i * (kThreads / kChunks); }
+  static __device__ __forceinline__ unsigned row_at(unsigned i) {
+    return threadIdx.x / kChunks + i * (kThreads / kChunks);
+  }
   static __device__ __forceinline__ unsigned column_row(unsigned i) {
     constexpr unsigned kTogether = kFrags > 0 ? kFrags : 1;
     return threadIdx.x / kTogether + i * (kThreads / kTogether);
@@ -257,7 +259,7 @@ struct MmaTile {
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
       if (unit + 1 < kUnits) load_pair(b[(unit + 1) % 2], from, unit + 1);
-      const uint32_t(&now)[4] = b[unit % 2];
+      const uint32_t (&now)[4] = b[unit % 2];
       const int f = frag_of(unit), step = step_of(unit);
 #pragma unroll
       for (int j = 0; j < 2; ++j)
@@ -324,8 +326,7 @@ struct MmaTile {
 #pragma unroll
     for (int m = 0; m < kRowFrags; ++m)
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step)
-        ldmatrix_x4(x[m][step], from + x_at[step] + m * x_apart);
+      for (int step = 0; step < kSteps; ++step) ldmatrix_x4(x[m][step], from + x_at[step] + m * x_apart);
 #pragma unroll
     for (int q = 0; q < kRouterMine; q += 2) {
       if (kRouter > 2 && kRouterMine * warp_across() + q >= routers) break;
@@ -337,9 +338,9 @@ struct MmaTile {
   template <bool kWhole, class Stage>
   __device__ __forceinline__ void pipeline(const Panel& panel, int64_t k0, int64_t k1, T* shared, Stage stage) {
     const int steps = static_cast<int>((k1 - k0 + kDepth - 1) / kDepth), routers = (panel.router_rows + 7) / 8;
-    T* const terms = shared + kStages * kStage;                        // [2][kTerms]
+    T* const terms = shared + kStages * kStage;                       // [2][kTerms]
     float* const raw = reinterpret_cast<float*>(terms + 2 * kTerms);  // [kStages][kRaw]
-    float* const inverse = raw + kStages * kRaw;                       // [2][8 kRouter]
+    float* const inverse = raw + kStages * kRaw;                      // [2][8 kRouter]
     Router router(panel, k0, k1);
     // The router's copies are a stage ahead of the others.
     if constexpr (kRouter > 0) {
@@ -367,7 +368,8 @@ struct MmaTile {
       if constexpr (kRouter > 0) {
         if (step + kStages < steps) router.template copy<kWhole>(raw + slot * kRaw);
         cp_async_commit();
-        if (step + 1 < steps) router.cut(raw + next * kRaw, terms + (1 - now) * kTerms, inverse + (1 - now) * 8 * kRouter);
+        if (step + 1 < steps)
+          router.cut(raw + next * kRaw, terms + (1 - now) * kTerms, inverse + (1 - now) * 8 * kRouter);
       } else {
         cp_async_commit();
       }

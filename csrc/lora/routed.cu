@@ -100,7 +100,8 @@ __device__ __forceinline__ void shrink_item(const RoutedLaunch& p, int64_t item,
   const ShrinkPlace<Acc<T>> place(p.shrink, static_cast<unsigned>(item) % tiles, rest % column_tiles,
                                   rest / column_tiles);
   if constexpr (sizeof(T) == 2) {
-    shrink_mma_block<T, plan_cuda::GroupedForm<plan_cuda::kNarrow, false>>(p.shrink, place, reinterpret_cast<T*>(shared));
+    shrink_mma_block<T, plan_cuda::GroupedForm<plan_cuda::kNarrow, false>>(p.shrink, place,
+                                                                           reinterpret_cast<T*>(shared));
   } else {
     T* const tile = reinterpret_cast<T*>(shared);
     using Tile = SimtTile<T, plan_cuda::kNarrow>;

@@ -143,10 +143,11 @@ __device__ __forceinline__ void shrink_mma_block(const ShrinkParams& p, const Sh
   };
   const T* const x = static_cast<const T*>(p.x);
   MmaTile<T, Form> tile;
-  tile.template run<false>(panel_of<T>(p, place.s.expert, place.first, place.columns, element), place.k0, place.k1, p.x_direct, shared,
-           x, [&](int m) -> const T* {
-             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx : nullptr;
-           });
+  tile.template run<false>(panel_of<T>(p, place.s.expert, place.first, place.columns, element), place.k0, place.k1,
+                           p.x_direct, shared, x, [&](int m) -> const T* {
+                             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx
+                                                     : nullptr;
+                           });
 #pragma unroll
   for (int i = 0; i < 2 * Form::kRowFrags; ++i) {
     const int frag = i / 2, half = i % 2;

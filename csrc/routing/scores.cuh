@@ -20,9 +20,7 @@ __device__ __forceinline__ int64_t order_key(double v) {
 }
 
 // The number of a key; of NaN and -0 one that acts alike.
-__device__ __forceinline__ float number_of(int32_t key) {
-  return __int_as_float(key ^ ((key >> 31) & 0x7fffffff));
-}
+__device__ __forceinline__ float number_of(int32_t key) { return __int_as_float(key ^ ((key >> 31) & 0x7fffffff)); }
 
 __device__ __forceinline__ float exp_acc(float v) { return expf(v); }
 __device__ __forceinline__ double exp_acc(double v) { return exp(v); }

@@ -20,7 +20,7 @@ struct SortParams {
   const int64_t* indices;  // [slots]
   int64_t slots, experts;
   int64_t slots_per_block;
-  int warps;              // that walk; each block needs at least as many
+  int warps;  // that walk; each block needs at least as many
   int blocks;
   const int32_t* counts;  // [experts + 1, blocks] slots per bin and block; unused where there is one block
   int32_t* offsets;       // [experts + 1]

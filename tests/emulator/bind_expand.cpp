@@ -109,8 +109,9 @@ MOA_BIND(m) {
   });
   m.def("expand_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width, bool router) {
     const auto p = moa::plan_cuda::expand(tokens, top_k, experts, rank, width, router);
-    return py::dict(py::arg("fits") = p.fits, py::arg("inside") = p.inside, py::arg("tiles") = p.tiles, py::arg("parts") = p.parts, py::arg("units") = p.units,
-                    py::arg("fragments") = p.fragments, py::arg("shared") = p.shared);
+    return py::dict(py::arg("fits") = p.fits, py::arg("inside") = p.inside, py::arg("tiles") = p.tiles,
+                    py::arg("parts") = p.parts, py::arg("units") = p.units, py::arg("fragments") = p.fragments,
+                    py::arg("shared") = p.shared);
   });
   m.def("expand_wide_plan",
         [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width, bool router) {

@@ -23,22 +23,22 @@ MOA_BIND(m) {
     device.finish(moa::shrink_cuda(p, device.work(moa::shrink_work(p)), nullptr));
   });
   // With the routing that the logits are taken to have given.
-  m.def("routed_shrink", [](const py::array& x, const py::array& lora_A, const py::array& router, int64_t top_k,
-                            const py::array& offsets, const py::array& order, const py::array& logits,
-                            const py::array& h) {
-    emu::Device device;
-    moa::RoutedShrinkParams p{};
-    fill_layer(&device, &p, x, lora_A, router, top_k);
-    p.all = device.work(moa::routed_shrink_all(p));
-    p.logits = device.out(logits);
-    const cudaError_t error = moa::routed_shrink_cuda(p, device.work(moa::routed_shrink_work(p)), nullptr);
-    const bool fits = moa::routed_shrink_fits(p);
-    p.seg.offsets = device.in<int32_t>(offsets);
-    p.seg.order = device.in<int32_t>(order);
-    p.h = device.out(h);
-    device.finish(error != cudaSuccess ? error : moa::pick_cuda(p, p.all, nullptr));
-    return fits;
-  });
+  m.def("routed_shrink",
+        [](const py::array& x, const py::array& lora_A, const py::array& router, int64_t top_k,
+           const py::array& offsets, const py::array& order, const py::array& logits, const py::array& h) {
+          emu::Device device;
+          moa::RoutedShrinkParams p{};
+          fill_layer(&device, &p, x, lora_A, router, top_k);
+          p.all = device.work(moa::routed_shrink_all(p));
+          p.logits = device.out(logits);
+          const cudaError_t error = moa::routed_shrink_cuda(p, device.work(moa::routed_shrink_work(p)), nullptr);
+          const bool fits = moa::routed_shrink_fits(p);
+          p.seg.offsets = device.in<int32_t>(offsets);
+          p.seg.order = device.in<int32_t>(order);
+          p.h = device.out(h);
+          device.finish(error != cudaSuccess ? error : moa::pick_cuda(p, p.all, nullptr));
+          return fits;
+        });
   m.def("backward_shrink", [](const py::array& dy, const py::array& lora_B, const py::array& offsets,
                               const py::array& order, const py::object& scale, double scaling, const py::object& ranks,
                               const py::array& h, const py::array& u, const py::object& dw) {

@@ -115,7 +115,13 @@ pairs(
     RACE,
 )
 fragments = plant(WIDE, "test_expand_wide.py -k 'names_an_expert_twice and bf16 or uneven'")
-fragments("expand-fragment-twin", "twin <= at.twins; ++twin) {\n        const", "twin < 1; ++twin) {\n        const", "plain:0", WRONG)
+fragments(
+    "expand-fragment-twin",
+    "twin <= at.twins; ++twin) {\n        const",
+    "twin < 1; ++twin) {\n        const",
+    "plain:0",
+    WRONG,
+)
 fragments(
     "expand-fragment-not-zeroed",
     "fragments[i] = make_uint4(0, 0, 0, 0);\n  __syncthreads();",
@@ -130,7 +136,13 @@ fragments(
     "tsan:0",
     RACE,
 )
-fragments("expand-fragment-plain-or", "atomicOr(&mask[step / 32], 1u << step % 32)", "mask[step / 32] |= 1u << step % 32", "tsan:0", RACE)
+fragments(
+    "expand-fragment-plain-or",
+    "atomicOr(&mask[step / 32], 1u << step % 32)",
+    "mask[step / 32] |= 1u << step % 32",
+    "tsan:0",
+    RACE,
+)
 fragments("expand-row-tail", "row >= p.e.tokens ? -1", "row > p.e.tokens ? -1", "plain:0", f"{WRONG}|{OUT}")
 
 across = plant(TILE, "test_expand_wide.py -k 'test_ranks and bf16 and 64 or test_experts and 40'", unit=WIDE)
@@ -145,7 +157,9 @@ across(
 across("expand-wide-other-groups", "takes << at % 4", "takes << (at + 1) % 4", "plain:0", WRONG)
 across("expand-wide-step-count", "at += i < warp ?", "at += i <= warp ?", "plain:0", f"{WRONG}|{OUT}")
 across("expand-wide-fragments-kept", "next = own + p.kept * 2 * kWarp;", "next = own;", "plain:0", WRONG)
-across("expand-wide-turn", "v[lo] = upper ? other : v[lo];", "v[lo] = upper ? v[lo] : other;", "plain:0", WRONG)
+across(
+    "expand-wide-turn", "v[lo] = upper ? other : v[lo];", "v[lo] = upper ? v[lo] : other;", "plain:0", WRONG
+)
 across("expand-wide-neighbour", "g / 2 * 2 + i", "g / 2 * 2 + 1 - i", "plain:0", WRONG)
 columns = plant(TILE, "test_expand_wide.py -k 'test_widths or column_after'", unit=WIDE)
 columns("expand-wide-columns-ahead", "          copied_o += kColumns;\n", "", "plain:0", WRONG)

@@ -4,6 +4,8 @@ from emulator.mutations import OUT, RACE, WRONG, plant
 
 TILE = "test_shrink.py -k '(test_ranks and bf16) or (test_widths and bf16 and (129 or 640))'"
 UNEVEN = "test_shrink.py -k 'test_uneven_segments and bf16'"
+ROW = "-> const T* {\n" + 29 * " " + "return m < place.s.rows ? x + "  # of a tensor-core shrink's x
+SLOT = "slot_at(p, place.s.begin + m)"
 
 tile = plant("csrc/lora/mma_tile.cuh", TILE, unit="csrc/lora/shrink.cu")
 tile("tile-missing-wait", "      cp_async_wait<kStages - 2>();\n", "", "plain:0", WRONG)
@@ -114,12 +116,18 @@ shrink(
     WRONG,
 )
 shrink("shrink-dot-lanes", "sum = warp_sum<4>(sum);", "sum = warp_sum<8>(sum);", "plain:0", WRONG)
-shrink("shrink-dot-not-written-once", "if (threadIdx.x % 4 == 0) place.store_dot", "place.store_dot", "tsan:0", RACE)
+shrink(
+    "shrink-dot-not-written-once",
+    "if (threadIdx.x % 4 == 0) place.store_dot",
+    "place.store_dot",
+    "tsan:0",
+    RACE,
+)
 
 plant(SHRINK_TILE[0], TILE, unit=SHRINK_TILE[1])(
     "shrink-wrong-token",
-    "const T* {\n             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx",
-    "const T* {\n             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) * p.ldx",
+    f"{ROW}{SLOT} / p.seg.top_k * p.ldx",
+    f"{ROW}{SLOT} * p.ldx",
     "plain:0",
     f"{WRONG}|{OUT}",
 )
@@ -149,8 +157,8 @@ decode("decode-unused-planes", "first + s < splits ?", "first + s < splits - 1 ?
 
 plant(SHRINK_TILE[0], "test_offsets.py -k 'rows and bf16'", unit=SHRINK_TILE[1])(
     "shrink-offset-of-32-bits",
-    "const T* {\n             return m < place.s.rows ? x + slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx",
-    "const T* {\n             return m < place.s.rows ? x + int(unsigned(slot_at(p, place.s.begin + m) / p.seg.top_k * p.ldx))",
+    f"{ROW}{SLOT} / p.seg.top_k * p.ldx",
+    f"{ROW}int(unsigned({SLOT} / p.seg.top_k * p.ldx))",
     "plain:0",
     f"{WRONG}|{OUT}",
 )

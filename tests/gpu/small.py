@@ -4,7 +4,7 @@ compute-sanitizer --tool memcheck python tests/gpu/small.py [--device cuda]
 compute-sanitizer --tool initcheck python tests/gpu/small.py --alone
 
 ``--alone``: no product of the library's in 16 bits. On Hopper cards it stores by bulk copies, which initcheck
-does not see: it calls whatever reads the result a reader of memory that nobody wrote, torch's own additions too.
+does not see: it calls whatever reads the result a reader of memory that nobody wrote, torch's additions too.
 """
 
 from __future__ import annotations

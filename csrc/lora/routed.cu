@@ -31,10 +31,12 @@ constexpr int kThreads = plan_cuda::kTileThreads;
 static_assert(kThreads == plan_cuda::kExpandThreads, "one block for both");
 static_assert(plan_cuda::kDecodeTokens <= plan_cuda::kExpandRows, "one tile of tokens on tensor cores");
 
-// Shared, in front of what an item needs. All threads read both words: a word beside them that one thread has to itself
-// would be loaded with them, and its writes would be races.
+// Shared, in front of what an item needs. The phase is the first thread's own, and volatile, for else the compiler loads it
+// together with the item in all threads, where the first one's writes are races.
 struct Head {
-  uint32_t item, arrived;
+  uint32_t item;
+  volatile uint32_t phase;
+  uint32_t arrived;
 };
 static_assert(plan_cuda::kRoutedHead >= sizeof(Head) && plan_cuda::kRoutedHead % 16 == 0, "what follows is aligned");
 
@@ -120,11 +122,11 @@ __device__ __forceinline__ void expand_item(const RoutedLaunch& p, uint32_t item
   expand_simt_block<T>(p.expand, item % tiles, item / tiles, reinterpret_cast<ExpandSimtShared<Acc<T>>*>(shared));
 }
 
-// The block goes on once the counter is there; `waited`: how far this thread has waited already.
-__device__ __forceinline__ void wait(uint32_t* waited, uint32_t phase, const uint32_t* counter, uint32_t value) {
-  if (threadIdx.x == 0 && *waited < phase) {
+// The block goes on once the counter is there; head->phase: how far it has waited already.
+__device__ __forceinline__ void wait(Head* head, uint32_t phase, const uint32_t* counter, uint32_t value) {
+  if (threadIdx.x == 0 && head->phase < phase) {
     await(counter, value);
-    *waited = phase;
+    head->phase = phase;
   }
   __syncthreads();
 }
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) routed_mixture(const RoutedLaunch
   MOA_DYNAMIC_SHARED(unsigned char, dynamic);
   Head* const head = reinterpret_cast<Head*>(dynamic);
   unsigned char* const shared = dynamic + plan_cuda::kRoutedHead;
-  uint32_t waited = 0;
+  if (threadIdx.x == 0) head->phase = 0;
   for (;;) {
     if (threadIdx.x == 0) head->item = atomicAdd(&p.counters->taken, 1u);
     __syncthreads();
@@ -143,11 +145,11 @@ __global__ void __launch_bounds__(kThreads, 2) routed_mixture(const RoutedLaunch
     if (item < tokens) {
       route<Acc<T>>(p, item, head, shared);
     } else if (item < before) {
-      wait(&waited, 1, &p.counters->sorted, 1);
+      wait(head, 1, &p.counters->sorted, 1);
       shrink_item<T>(p, item - tokens, shared);
       block_arrives(&p.counters->shrunk, head);
     } else {
-      wait(&waited, 2, &p.counters->shrunk, p.shrinks);
+      wait(head, 2, &p.counters->shrunk, p.shrinks);
       expand_item<T>(p, item - before, shared);
     }
     __syncthreads();  // all have left the item

@@ -33,21 +33,21 @@ routed(
 )
 routed(
     "routed-no-barrier-behind-wait",
-    "*waited = phase;\n  }\n  __syncthreads();",
-    "*waited = phase;\n  }",
+    "head->phase = phase;\n  }\n  __syncthreads();",
+    "head->phase = phase;\n  }",
     "tsan:7",
     RACE,
 )
 routed(
     "routed-no-wait-for-the-sort",
-    "wait(&waited, 1, &p.counters->sorted, 1);",
+    "wait(head, 1, &p.counters->sorted, 1);",
     "__syncthreads();",
     "tsan:7",
     RACE,
 )
 routed(
     "routed-no-wait-for-the-shrink",
-    "wait(&waited, 2, &p.counters->shrunk, p.shrinks);",
+    "wait(head, 2, &p.counters->shrunk, p.shrinks);",
     "__syncthreads();",
     "tsan:7",
     RACE,

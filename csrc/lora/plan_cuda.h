@@ -366,7 +366,7 @@ constexpr int gram_fragments(bool exact, int64_t rank) { return exact ? 4 : rank
 // costs little. But no piece is below 1024 positions, where the plane of 16 ranks is a sixteenth of the bytes of x, and
 // there are 32 at most, which make 65 planes.
 //
-// Groups as above, of 16 stages at least: what tensor cores lose in a chain of 64 products is far below the rounding of
+// Groups as above, of 8 stages at least: what tensor cores lose in a chain of 32 products is far below the rounding of
 // 16-bit coefficients.
 struct GramTiles {
   int64_t chunk, stages, pieces, planes;  // upper bounds, the last three
@@ -379,7 +379,7 @@ inline GramTiles gram_tiles(int64_t slots, int64_t experts, int64_t rank, int64_
   p.stages = slots / kGramStage + experts;
   p.pieces = slots / p.chunk + experts;
   p.planes = slots > p.chunk ? 2 * slots / p.chunk + 1 : 0;
-  p.group = static_cast<int>(most(16, gram_group(ceil_div(p.chunk, kGramStage))));
+  p.group = static_cast<int>(most(8, gram_group(ceil_div(p.chunk, kGramStage))));
   return p;
 }
 

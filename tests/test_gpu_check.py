@@ -136,7 +136,9 @@ def test_steps_are_commands_that_exist() -> None:
 def test_it_is_expected_to_fit_in_eight_minutes() -> None:
     steps = gpu_check.steps(sys.executable, Path("results"), "cuda", 6.0)
     assert all(0 < step.expected <= step.most for step in steps)
-    assert gpu_check.BUILD + sum(step.expected for step in steps) <= gpu_check.BUILD + gpu_check.LIMIT == 480
+    at_once = max(step.expected for step in steps if not step.alone)
+    alone = sum(step.expected for step in steps if step.alone)
+    assert gpu_check.BUILD + at_once + alone <= gpu_check.BUILD + gpu_check.LIMIT == 480
     checks = [step.name for step in steps if step.group == "sanitizer"]
     assert checks == ["memcheck", "racecheck", "initcheck"]
 

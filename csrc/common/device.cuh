@@ -39,6 +39,20 @@
 
 namespace moa {
 
+// How many blocks of so many bytes of shared memory a kernel may count on being on a multiprocessor together, `wanted` at
+// most: what __launch_bounds__ takes. With room for one alone, two blocks' worth of registers would be spills for nothing.
+constexpr int blocks_at_once(int wanted, std::size_t bytes) {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+  constexpr std::size_t kAll = 100 * 1024;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr std::size_t kAll = 164 * 1024;
+#else
+  constexpr std::size_t kAll = 228 * 1024;
+#endif
+  const int fit = static_cast<int>(kAll / (bytes + 1024));  // 1 KB of each is the system's
+  return fit < 1 ? 1 : fit < wanted ? fit : wanted;
+}
+
 #ifndef MOA_EMULATE
 
 // The attribute by which more shared memory is asked for is no stream operation, so graphs capture a launch with it.

@@ -121,7 +121,7 @@ struct Dot {
 };
 
 template <class T, class TA>
-__global__ void __launch_bounds__(kDecodeThreads, 4) decode_expand(const DecodeLaunch p) {
+__global__ void __launch_bounds__(kDecodeThreads, sizeof(Acc<T>) == 8 ? 2 : 4) decode_expand(const DecodeLaunch p) {
   using A = Acc<T>;
   MOA_DYNAMIC_SHARED(A, coef);  // [kDecodeRows][round][each * kSize]
   const int experts = static_cast<int>(p.seg.experts), k = static_cast<int>(p.seg.top_k);

@@ -119,7 +119,7 @@ __device__ __forceinline__ void dense_block(const DenseLaunch& p, const DensePla
 
 // Form: of A's tiles; Router: of the router's alone.
 template <class T, class Form, class Router>
-__global__ void __launch_bounds__(Form::kThreads, 2) dense_mma(const DenseLaunch p) {
+__global__ void __launch_bounds__(Form::kThreads, blocks_at_once(2, Form::kShared)) dense_mma(const DenseLaunch p) {
   MOA_DYNAMIC_SHARED(T, shared);
   clear_counters(p);
   const DensePlace<float> place(p);

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kClusterThreads)
   constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = kClusterThreads;
   constexpr int kEach = kBins / kThreads, kTokens = plan_cuda::kClusterWindow / kThreads;
   static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
-  static_assert(kSide == 64 && plan_cuda::kClusterWindow <= 65536, "spread_bits; out");
+  static_assert(kSide == 64 && plan_cuda::kClusterWindow <= 65536, "spread_bits; out; own");
   MOA_SHARED(int, bins, kBins);
   MOA_SHARED(uint16_t, out, plan_cuda::kClusterWindow);
   MOA_SHARED(int, sums, kWarp);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kClusterThreads)
   const int count = static_cast<int>(clamp(tokens - first, 0, plan_cuda::kClusterWindow));
   int shift = 0;
   while ((c.experts - 1) >> shift >= kSide) ++shift;
-  int own[kTokens], rank[kTokens];  // bins of this thread's tokens, and the tokens' places in them
+  int own[kTokens];  // of this thread's tokens the bin, and above it the place in the bin; or -1
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
     const int t = threadIdx.x + i * kThreads;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kClusterThreads)
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kTokens; ++i)
-    if (own[i] >= 0) rank[i] = atomicAdd(&bins[own[i]], 1);
+    if (own[i] >= 0) own[i] |= atomicAdd(&bins[own[i]], 1) * kBins;
   __syncthreads();
 
   int size[kEach], total = 0;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kClusterThreads)
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kTokens; ++i)
-    if (own[i] >= 0) out[bins[own[i]] + rank[i]] = static_cast<uint16_t>(threadIdx.x + i * kThreads);
+    if (own[i] >= 0) out[bins[own[i] % kBins] + own[i] / kBins] = static_cast<uint16_t>(threadIdx.x + i * kThreads);
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += kThreads) rows[first + i] = static_cast<int32_t>(first + out[i]);
 }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kClusterThreads)
 // A group's: steps its rows take part in, and a fragment for each of them. c[row][i] lies where lane 4 (row % 8) +
 // i / 2 % 4 has it in register row / 8 + 2 (i / 8), which is what mma_m16n8k16 takes as a.
 template <class T>
-__global__ void __launch_bounds__(kFragmentThreads) expand_fragments(const WideParams p) {
+__global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const WideParams p) {
   MOA_DYNAMIC_SHARED(Place, place);  // [32][top_k]
   const Coefficients& c = p.e.c;
   const int top_k = static_cast<int>(c.top_k), slots = 32 * top_k;
@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(kFragmentThreads) expand_fragments(const WideP
 }
 
 template <class T, bool kByRows>
-__global__ void __launch_bounds__(kWideThreads, 2) expand_wide(const WideParams p) {
+__global__ void __launch_bounds__(kWideThreads, blocks_at_once(2, plan_cuda::kWideShared))
+    expand_wide(const WideParams p) {
   MOA_DYNAMIC_SHARED(unsigned char, shared);
   WideTile<T, kByRows> tile(p, shared);
   const int64_t all = (p.e.width + plan_cuda::kWideColumns - 1) / plan_cuda::kWideColumns,

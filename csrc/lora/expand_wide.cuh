@@ -346,35 +346,31 @@ struct WideTile {
         if (bias != nullptr) b[i] = eight(bias + o + 32 * i, n[i], whole[i]);
       }
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        uint4 more[2][2];  // loads of two rows are under way together
+      for (int row = 0; row < 4; ++row) {
+        const int64_t t = token[8 * row + g];
+        uint4 more[2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            more[h][i] = make_uint4(0, 0, 0, 0);
-            const int64_t t = token[8 * (2 * m + h) + g];
-            if (base != nullptr && t >= 0) more[h][i] = eight(base + t * p.e.ldbase + o + 32 * i, n[i], whole[i]);
-          }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          uint32_t v[2][4];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t x[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
-            const uint32_t z[4] = {more[h][i].x, more[h][i].y, more[h][i].z, more[h][i].w};
-#pragma unroll
-            for (int f = 0; f < 4; ++f) {
-              float2 s = make_float2(sum[m][4 * i + f][2 * h], sum[m][4 * i + f][2 * h + 1]);
-              if (adds) {
-                const float2 d = unpack2<T>(x[f]), u = unpack2<T>(z[f]);
-                s = make_float2(s.x + d.x + u.x, s.y + d.y + u.y);
-              }
-              v[i][f] = pack2<T>(s.x, s.y);
-            }
-          }
-          store_rows(2 * m + h, v, o0);
+        for (int i = 0; i < 2; ++i) {
+          more[i] = make_uint4(0, 0, 0, 0);
+          if (base != nullptr && t >= 0) more[i] = eight(base + t * p.e.ldbase + o + 32 * i, n[i], whole[i]);
         }
+        uint32_t v[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t x[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
+          const uint32_t z[4] = {more[i].x, more[i].y, more[i].z, more[i].w};
+#pragma unroll
+          for (int f = 0; f < 4; ++f) {
+            const float* const pair = sum[row / 2][4 * i + f] + row % 2 * 2;
+            float2 s = make_float2(pair[0], pair[1]);
+            if (adds) {
+              const float2 d = unpack2<T>(x[f]), u = unpack2<T>(z[f]);
+              s = make_float2(s.x + d.x + u.x, s.y + d.y + u.y);
+            }
+            v[i][f] = pack2<T>(s.x, s.y);
+          }
+        }
+        store_rows(row, v, o0);
       }
     } else {  // backward has neither base nor bias
 #pragma unroll

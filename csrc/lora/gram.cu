@@ -22,6 +22,12 @@
 namespace moa {
 namespace {
 
+// dz where d_router is wanted, else null. That of no slots may be null: then any address, which nothing is read through.
+const void* dz_of(const BackwardParams& b) {
+  if (b.d_router == nullptr) return nullptr;
+  return b.dz == nullptr ? b.d_router : b.dz;
+}
+
 // ---- multiply-adds ----
 
 // A thread owns a column and 8 ranks; dz is one more rank. Pieces are cut where the position is a multiple of
@@ -128,7 +134,7 @@ GramParams params_of(DType type, const Coefficients& c, const void* x, int64_t l
 // dA and d_router
 GramParams params_of_a(const BackwardParams& b) {
   GramParams p = params_of(b.x_type, coefficients_of(b, b.u), b.x, b.ldx, b.in);
-  p.dz = b.d_router == nullptr ? nullptr : b.dz;
+  p.dz = dz_of(b);
   p.out = b.dA;
   p.d_router = b.d_router;
   return p;
@@ -241,7 +247,7 @@ GramLaunch tiles_of(const BackwardParams& b, void* work) {
   p.out_f32 = b.adapter_type == DType::f32;
   // The same for dA and dB, together and alone.
   p.plan = plan_cuda::gram_tiles(p.c.slots, p.c.experts, b.rank, plan_cuda::most(b.in, b.out), false);
-  p.dz = b.d_router == nullptr ? nullptr : b.dz;
+  p.dz = dz_of(b);
   p.d_router = static_cast<float*>(b.d_router);
   set_side(&p, 0, b.x, b.ldx, b.in, b.u, b.dA, false, b.dA != nullptr || b.d_router != nullptr);
   set_side(&p, 1, b.dy, b.lddy, b.out, b.h, b.dB, true, b.dB != nullptr);

@@ -268,6 +268,7 @@ constexpr int kWideThreads = 256, kWideGroups = 8, kWideRows = 32 * kWideGroups,
 // Eight steps a stage, 16 KB: all of E r = 128, one barrier for 64 columns. Two stages of two blocks are 64 KB, beside
 // the coefficients of both (64 KB each at E r = 128): left to L1, 42 % of their accesses hit and L2 was 68 % busy.
 constexpr int kWideSteps = 8, kWideStages = 2, kWideEntry = 16;
+constexpr size_t kWideShared = 97 * 1024;  // from E r = 128 on
 constexpr int kFragmentThreads = 256;
 // Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
 constexpr int kClusterSide = 64, kClusterThreads = 1024;

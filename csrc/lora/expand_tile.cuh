@@ -182,16 +182,16 @@ struct ExpandTile : ExpandCoefficients<T> {
     };
     const float4 b = bias == nullptr || n == 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : four(bias + o);
 #pragma unroll
-    for (int f0 = 0; f0 < kFrags; f0 += 4) {
-      float4 more[8];  // loads of four fragments are under way together
+    for (int f0 = 0; f0 < kFrags; f0 += 2) {
+      float4 more[4];  // loads of two fragments are under way together
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 4; ++i) {
         const int64_t t = head->token[8 * (f0 + i / 2) + 2 * q + i % 2];
         more[i] =
             base == nullptr || t < 0 || n == 0 ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : four(base + t * p.ldbase + o);
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 4; ++i) {
         const int f = f0 + i / 2, u = i % 2;
         const int64_t t = head->token[8 * f + 2 * q + u];
         if (t < 0 || n == 0) continue;

@@ -4,9 +4,9 @@
 //
 // A step is 16 ranks of an expert, or the router's rows of eight experts in two terms. A warp owns 32 rows: a group. Its
 // coefficients lie in global memory as the product's registers (expand_fragments), one fragment of 1 KB for each step
-// that one of its rows takes part in, in ascending order; L1 keeps them from column to column. The panel's strips of 64
-// columns come to shared memory by asynchronous copies for the whole block, eight steps a stage: those that one of the
-// eight groups takes part in. A warp skips what is not its own.
+// that one of its rows takes part in, in ascending order; the first `kept` stay in shared memory from column to column.
+// The panel's strips of 64 columns come to shared memory by asynchronous copies for the whole block, eight steps a stage:
+// those that one of the eight groups takes part in. A warp skips what is not its own.
 //
 // 0 times what is not finite is not 0: a warp whose sums are not finite makes them again, of what each row chose alone.
 #pragma once

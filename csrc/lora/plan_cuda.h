@@ -1,11 +1,11 @@
-// Every tuning decision of the LoRA kernels on a GPU, one function a decision. Host code that tests can call. The
-// figures are arithmetic for an H200 (132 multiprocessors, 4.3 TB/s from memory, L2 at about 5.5 TB/s), not
-// measurements.
+// Every tuning decision of the LoRA kernels on a GPU, one function a decision. Host code that tests can call. Figures are
+// arithmetic for an H200 (132 multiprocessors, 4.2 TB/s from memory, L2 at about 5.5 TB/s), and measured there where they
+// say so.
 //
 // Instructions: mma.sync, ldmatrix and cp.async, on every architecture. At T = 8192, k = 2, r = 16, width 4096 a shrink
 // or an expand is 2.1 GFLOP of use, 4.3 to 15 with its tiles filled up: 7 to 25 us at the 610 TFLOP/s that mma.sync
-// reaches, beside 16 to 31 us of bytes. wgmma has more of what is not short, and its 64 rows are 64 rows of a segment at
-// least; TMA gathers no rows before sm_100. So there is no form for sm_90a.
+// reaches, beside 16 to 31 us of bytes. What holds the tiles up, measured, is issuing and waiting for ldmatrix more than
+// either: wgmma, which reads shared memory itself, has no form here yet.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -274,9 +274,10 @@ constexpr int kFragmentThreads = 256;
 constexpr int kClusterSide = 64, kClusterThreads = 1024;
 constexpr int kClusterWindow = 8192;
 
-// Measured on an H200, bf16, width 4096, r = 16, us (the tile of few tokens in brackets): T = 8192, k = 2, E = 8 forward 74
-// (112), dx with the router 64 (161); E = 64 112 (148), 106 (204); T = 2048, k = 8, E = 128 114 (352), 138. In front of it
-// expand_places 2 to 5, expand_fragments 4 (11 at E = 128), expand_rows 13.
+// Measured on an H200, bf16, width 4096, r = 16, us (the tile of few tokens in brackets): T = 8192, k = 2, E = 8 forward 55
+// (112), dx with the router 60 (161); E = 64 84 (148), 98 (204); T = 2048, k = 8, E = 128 119 (352). In front of it
+// expand_places 2 to 5, expand_fragments 4 (9 at E = 128), expand_rows 7. With the coefficients left to L1 it was 74, 64;
+// 112, 106; 114. That was before copies went without branches and steps were unrolled, which no card has seen.
 struct ExpandWide {
   bool fits, cluster;
   int64_t tiles, parts, units;  // a block has a tile of rows and `units` of 64 columns

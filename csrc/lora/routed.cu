@@ -31,12 +31,8 @@ constexpr int kThreads = plan_cuda::kTileThreads;
 static_assert(kThreads == plan_cuda::kExpandThreads, "one block for both");
 static_assert(plan_cuda::kDecodeTokens <= plan_cuda::kExpandRows, "one tile of tokens on tensor cores");
 
-// Shared, in front of what an item needs. The phase is the first thread's own, and volatile, for else the compiler loads it
-// together with the item in all threads, where the first one's writes are races.
-struct Head {
-  uint32_t item;
-  volatile uint32_t phase;
-  uint32_t arrived;
+struct Head {  // shared, in front of what an item needs
+  uint32_t item, arrived;
 };
 static_assert(plan_cuda::kRoutedHead >= sizeof(Head) && plan_cuda::kRoutedHead % 16 == 0, "what follows is aligned");
 
@@ -122,13 +118,18 @@ __device__ __forceinline__ void expand_item(const RoutedLaunch& p, uint32_t item
   expand_simt_block<T>(p.expand, item % tiles, item / tiles, reinterpret_cast<ExpandSimtShared<Acc<T>>*>(shared));
 }
 
-// The block goes on once the counter is there; head->phase: how far it has waited already.
-__device__ __forceinline__ void wait(Head* head, uint32_t phase, const uint32_t* counter, uint32_t value) {
-  if (threadIdx.x == 0 && head->phase < phase) {
-    await(counter, value);
-    head->phase = phase;
-  }
+// The block goes on once the counter is there.
+__device__ __forceinline__ void wait(const uint32_t* counter, uint32_t value) {
+  if (threadIdx.x == 0) await(counter, value);
   __syncthreads();
+}
+
+// The block's next item.
+__device__ __forceinline__ uint32_t take(const RoutedLaunch& p, Head* head) {
+  __syncthreads();  // all have left the item before, and its number
+  if (threadIdx.x == 0) head->item = atomicAdd(&p.counters->taken, 1u);
+  __syncthreads();
+  return head->item;
 }
 
 template <class T>
@@ -136,24 +137,16 @@ __global__ void __launch_bounds__(kThreads, 2) routed_mixture(const RoutedLaunch
   MOA_DYNAMIC_SHARED(unsigned char, dynamic);
   Head* const head = reinterpret_cast<Head*>(dynamic);
   unsigned char* const shared = dynamic + plan_cuda::kRoutedHead;
-  if (threadIdx.x == 0) head->phase = 0;
-  for (;;) {
-    if (threadIdx.x == 0) head->item = atomicAdd(&p.counters->taken, 1u);
-    __syncthreads();
-    const uint32_t item = head->item, tokens = static_cast<uint32_t>(p.topk.tokens), before = tokens + p.shrinks;
-    if (item >= before + p.expands) return;
-    if (item < tokens) {
-      route<Acc<T>>(p, item, head, shared);
-    } else if (item < before) {
-      wait(head, 1, &p.counters->sorted, 1);
-      shrink_item<T>(p, item - tokens, shared);
-      block_arrives(&p.counters->shrunk, head);
-    } else {
-      wait(head, 2, &p.counters->shrunk, p.shrinks);
-      expand_item<T>(p, item - before, shared);
-    }
-    __syncthreads();  // all have left the item
+  const uint32_t tokens = static_cast<uint32_t>(p.topk.tokens), before = tokens + p.shrinks, all = before + p.expands;
+  uint32_t item = take(p, head);  // they ascend
+  for (; item < tokens; item = take(p, head)) route<Acc<T>>(p, item, head, shared);
+  if (item < before) wait(&p.counters->sorted, 1);
+  for (; item < before; item = take(p, head)) {
+    shrink_item<T>(p, item - tokens, shared);
+    block_arrives(&p.counters->shrunk, head);
   }
+  if (item < all) wait(&p.counters->shrunk, p.shrinks);
+  for (; item < all; item = take(p, head)) expand_item<T>(p, item - before, shared);
 }
 
 // ---- on the host ----

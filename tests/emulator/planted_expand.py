@@ -164,7 +164,7 @@ across("expand-wide-neighbour", "g / 2 * 2 + i", "g / 2 * 2 + 1 - i", "plain:0",
 columns = plant(TILE, "test_expand_wide.py -k 'test_widths or column_after'", unit=WIDE)
 columns("expand-wide-columns-ahead", "          copied_o += kColumns;\n", "", "plain:0", WRONG)
 columns("expand-wide-output-tail", "      if (i < n) to[i] = one[i];", "      to[i] = one[i];", "asan:0", OUT)
-columns("expand-wide-base", "more[h][i] = eight(base", "more[1 - h][i] = eight(base", "plain:0", WRONG)
+columns("expand-wide-base", "more[i] = eight(base", "more[1 - i] = eight(base", "plain:0", WRONG)
 wide_finite = plant(TILE, "test_expand_wide.py -k finite", unit=WIDE)
 wide_finite("expand-wide-not-finite", "__any_sync(kFullMask, !finite())", "false", "plain:0", WRONG)
 wide_finite("expand-wide-chose", "s.router != 0 ? c[row] != 0.0f : chose[row]", "true", "plain:0", WRONG)

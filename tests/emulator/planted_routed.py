@@ -33,21 +33,21 @@ routed(
 )
 routed(
     "routed-no-barrier-behind-wait",
-    "head->phase = phase;\n  }\n  __syncthreads();",
-    "head->phase = phase;\n  }",
+    "await(counter, value);\n  __syncthreads();",
+    "await(counter, value);",
     "tsan:7",
     RACE,
 )
 routed(
     "routed-no-wait-for-the-sort",
-    "wait(head, 1, &p.counters->sorted, 1);",
+    "wait(&p.counters->sorted, 1);",
     "__syncthreads();",
     "tsan:7",
     RACE,
 )
 routed(
     "routed-no-wait-for-the-shrink",
-    "wait(head, 2, &p.counters->shrunk, p.shrinks);",
+    "wait(&p.counters->shrunk, p.shrinks);",
     "__syncthreads();",
     "tsan:7",
     RACE,

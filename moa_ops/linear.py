@@ -78,7 +78,8 @@ class MoALinear(nn.Module):
     Attributes:
         weight ``[out, in]``, bias ``[out]``: the frozen base; ``None`` where ``base_layer`` does its work.
         lora_A ``[E, r, in]``, lora_B ``[E, out, r]``: the adapters, lora_B zero at first, so that a fresh
-            layer equals its base exactly. They may be float32 under a bfloat16 or float16 base.
+            layer equals its base exactly (on CUDA up to the order of the base's own sums, which the library
+            picks). They may be float32 under a bfloat16 or float16 base; CUDA's kernels then round them.
         router.weight ``[E, in]``: float32. ``router`` may be set to ``None`` where a routing is always given.
 
     Raises ``ValueError`` for r < 1, top_k outside [1, E], an unknown routing_level or score_func, and a

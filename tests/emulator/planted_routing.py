@@ -1,6 +1,6 @@
 """Bugs in the routing kernels."""
 
-from emulator.mutations import RACE, WRONG, plant
+from emulator.mutations import OUT, RACE, WRONG, plant
 
 SORT = "test_routing.py -k 'test_sort and (20011-513 or 1000-64 or 8192-4096)'"
 TOPK = "test_routing.py -k 'experts_and_tokens and (7-64 or 257-65 or 7-513) or ties or every_launch'"
@@ -25,7 +25,7 @@ sort(
     "before[bin] : 0);\n    }\n    __syncthreads();",
     "before[bin] : 0);\n    }",
     "tsan:0",
-    RACE,
+    f"{RACE}|{OUT}",
 )
 sort("sort-early-lanes", "slot < end ? bin_of", "slot >= end ? bin_of", "tsan:0", "out of bounds")
 plant("csrc/routing/plan_cuda.h", SORT, unit="csrc/routing/sort.cu")(

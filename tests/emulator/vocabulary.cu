@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(64) atomics_kernel(uint32_t* v, unsigned long 
 }
 
 constexpr int kSumThreads = 128;
-__global__ void __launch_bounds__(kSumThreads)
+static_assert(blocks_at_once(8, 1024) == 8 && blocks_at_once(8, 99 * 1024) < 3, "by shared memory, and no more");
+__global__ void __launch_bounds__(kSumThreads, blocks_at_once(8, 1024))
     sum_kernel(const float* x, int64_t n, float* parts, unsigned* counter, float* sum) {
   MOA_SHARED(float, warps, kSumThreads / kWarp);
   MOA_SHARED(bool, last, 1);
@@ -166,7 +167,9 @@ __global__ void __launch_bounds__(kSumThreads)
     for (int w = 0; threadIdx.x == 0 && w < kSumThreads / kWarp; ++w) all += warps[w];
     return all;
   };
-  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  if (i < n) prefetch_l2(x + i);
+  keep(i);
   const float part = block_sum(i < n ? x[i] : 0.0f);
   if (threadIdx.x == 0) {
     parts[blockIdx.x] = part;

@@ -1,12 +1,12 @@
 """``make gpu-check``: all that only a GPU can show, in one command without network, and a dated record.
 
-    python -m benchmarks.gpu_check                 tests, compute-sanitizer, benchmarks; two to three minutes
+    python -m benchmarks.gpu_check                 tests, compute-sanitizer, benchmarks; a few minutes
     python -m benchmarks.gpu_check --only tests    a part of it
 
 Tests and sanitizer run at once, most of their time being Python and references on the CPU; benchmarks after
 them, alone. Each step has what is left of the time; one that fails does not stop the others, and the exit
-status says whether any did. What they are expected to take was measured beside an H200, on 16 cores. The
-record, JSON and Markdown, goes to
+status says whether any did. What they are expected to take is what they took, started by hand, beside an H200
+on 16 cores. The record, JSON and Markdown, goes to
 benchmarks/results/<device>/<date>, ready to be committed; ``--out`` names another folder.
 """
 

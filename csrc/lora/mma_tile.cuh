@@ -329,7 +329,7 @@ struct MmaTile {
       for (int step = 0; step < kSteps; ++step) ldmatrix_x4(x[m][step], from + x_at[step] + m * x_apart);
 #pragma unroll
     for (int q = 0; q < kRouterMine; q += 2) {
-      if (kRouter > 2 && kRouterMine * warp_across() + q >= routers) break;
+      if (kRouter > 2 && static_cast<int>(kRouterMine * warp_across()) + q >= routers) break;
       add_router(x, terms, inverse, q);
     }
     if constexpr (kFrags > 0) add_panel(x, from);

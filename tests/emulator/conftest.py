@@ -20,13 +20,16 @@ WAYS = os.environ.get("MOA_EMULATOR", "plain:7 tsan:0").split()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Whoever names the ways (a sanitizer's run, a mutation's) wants the tests of kernels, and those only.
 
-    Large problems run without the race detector, which sees the same barriers with fewer blocks.
+    Large problems run without the race detector and AddressSanitizer: they see the same with fewer blocks.
     """
-    if "MOA_EMULATOR" in os.environ:
-        here = Path(__file__).parent
-        others = [item for item in items if item.path.parent == here and "emulator" not in item.fixturenames]
-    else:
-        others = [item for item in items if item.get_closest_marker("large") and "[tsan" in item.name]
+    here, only_kernels = Path(__file__).parent, "MOA_EMULATOR" in os.environ
+
+    def left_out(item: pytest.Item) -> bool:
+        if item.get_closest_marker("large") and ("[tsan" in item.name or "[asan" in item.name):
+            return True
+        return only_kernels and item.path.parent == here and "emulator" not in item.fixturenames
+
+    others = [item for item in items if left_out(item)]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
 

@@ -107,7 +107,7 @@ backward(
 backward("backward-wild-id", "id >= 0 && id < p.experts", "id >= 0", "asan:0", "AddressSanitizer")
 backward("backward-wrong-slot", "(dw[i] - n.c) / n.sum", "(dw[0] - n.c) / n.sum", "plain:0", WRONG)
 
-ROOM = "test_routing.py -k 'test_sort and (20011-360 or 20011-744)'"
+ROOM = "test_routing.py -k 'test_sort and (8192-360 or 8192-744)'"
 plant("csrc/routing/plan_cuda.h", ROOM, unit="csrc/routing/sort.cu")(
     "sort-no-room-for-the-scan", "warps) > kSharedMost", "warps) > 99 * 1024", "plain:0", "invalid argument"
 )

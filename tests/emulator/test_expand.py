@@ -303,6 +303,8 @@ def test_wild_order_leaves_places_to_chance(emulator: ModuleType, rng, dtype: np
     """Slots that no position names are looked up in memory that holds anything, such as 2313 twins."""
     if not isinstance(emulator, ModuleType):
         pytest.skip("the memory is the allocator's")
+    if "tsan" in emulator.__name__:
+        pytest.skip("two slots that chance gives one expert write one fragment: any sum, but inside")
     emulator.poison(9)
     tokens, experts, width = 1100, 2400, 8
     order = np.full(2 * tokens, 2**31 - 1, np.int32)

@@ -6,6 +6,7 @@ for the CPU kernels.
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import numpy as np
@@ -206,12 +207,19 @@ def test_one_launch_while_there_is_little(emulator: ModuleType) -> None:
 # ---- sort ----
 
 
-# 360, 744: shared memory just below what a launch has unasked, and what a block may have at all.
-@pytest.mark.parametrize("experts", [1, 3, 64, 360, 513, 744, 4096, 8192])
-@pytest.mark.parametrize("slots", [0, 1, 31, 1000, 8192, 8193, 20011])
-def test_sort(emulator: ModuleType, rng, experts: int, slots: int) -> None:
+# One block, and several from 8193 slots on. 360, 744: shared memory of one block just below what a launch has
+# unasked, and what a block may have at all.
+SORTS = [
+    *itertools.product([0, 1, 31, 1000, 8192], [1, 3, 64, 360, 744, 4096, 8192]),
+    *itertools.product([8193, 20011], [1, 3, 64, 513]),
+    *[pytest.param(8193, experts, marks=pytest.mark.large) for experts in (4096, 8192)],
+]
+
+
+@pytest.mark.parametrize(("slots", "experts"), SORTS)
+def test_sort(emulator: ModuleType, rng, slots: int, experts: int) -> None:
     kinds = [rng.integers(-1, experts, slots)]
-    if experts == 64:
+    if experts == 64 and slots <= 8193:
         kinds += [np.full(slots, 5), np.full(slots, -1), np.arange(slots) % experts]
     for ids in kinds:
         ids = ids.astype(np.int64)

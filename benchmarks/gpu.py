@@ -153,7 +153,10 @@ def layer_case(point: Point, dtype: str, device: torch.device, budget: float, co
     for name, timing in timings.items():
         case.variants.setdefault(name, {}).update(timing.to_dict())
     seconds = extra_bytes(point.shape, problem.x.element_size(), train) / copy_rate
-    case.facts = {"floor": 1 + seconds / timings[BASE].seconds.median, "aim": point.aim}
+    with torch.set_grad_enabled(train):
+        found = gpu_timer.kernels(ready[OURS], device)
+    floor = 1 + seconds / timings[BASE].seconds.median
+    case.facts = {"floor": floor, "aim": point.aim, "kernels": found}
     return case
 
 
@@ -187,7 +190,7 @@ def routing_case(
     case = Case("routing", f"T={tokens} E={experts} k={k}", "float32", "plain PyTorch", "cold")
     for name, timing in gpu_timer.measure(functions, "plain PyTorch", device, budget=budget).items():
         case.variants[name] = timing.to_dict()
-    case.facts = {"aim_seconds": aim}
+    case.facts = {"aim_seconds": aim, "kernels": gpu_timer.kernels(functions[OURS], device)}
     return case
 
 
@@ -207,10 +210,12 @@ def mixture_case(shape: Shape, dtype: str, device: torch.device, budget: float, 
     case = Case("mixture", shape.label, dtype, "copy of y", "cold")
     with torch.no_grad():
         timings = gpu_timer.measure(functions, "copy of y", device, budget=budget)
+        found = gpu_timer.kernels(functions[OURS], device)
     for name, timing in timings.items():
         case.variants[name] = timing.to_dict()
     moved = extra_bytes(shape, problem.x.element_size(), False)
-    case.facts = {"share_of_copy": moved / copy_rate / timings[OURS].seconds.median, "aim_share": 0.75}
+    share = moved / copy_rate / timings[OURS].seconds.median
+    case.facts = {"share_of_copy": share, "aim_share": 0.75, "kernels": found}
     return case
 
 

@@ -85,6 +85,12 @@ def row(case: Case) -> list[str]:
     ]
 
 
+def kernel(found: dict[str, Any]) -> str:
+    """Name and time of a kernel, and its launches if there are several."""
+    times = f" in {found['launches']:g} launches" if found["launches"] != 1 else ""
+    return f"{found['name']} {micro(found['seconds'])}{times}"
+
+
 HEAD = ["what", "shape", "dtype", "time", "ratio", "floor", "aim", "best in plain PyTorch"]
 
 
@@ -101,6 +107,9 @@ def table(cases: list[Case]) -> str:
         ]
         if others and case.section not in ("routing", "mixture"):
             lines.append(f"- {case.section}, {case.label}: {'; '.join(others)}")
+    for case in cases:
+        if found := case.facts.get("kernels"):
+            lines.append(f"- kernels of {case.section}, {case.label}: {'; '.join(map(kernel, found))}")
     return "\n".join(lines)
 
 

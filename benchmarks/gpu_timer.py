@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timer import Spread, Timing
 
@@ -118,3 +122,45 @@ def graphed(function: Callable[[torch.Tensor], torch.Tensor], inputs: list[torch
             function(x)
         graphs.append(graph)
     return lambda number: graphs[number % len(graphs)].replay()
+
+
+def kernels(function: Function, device: torch.device, calls: int = 4) -> list[dict[str, Any]]:
+    """What one call has the device do, by torch's profiler: every kernel with its launches and seconds, the
+    longest first; the cache is flushed before each call. On a CPU: our operators.
+    """
+    clock = Clock(device)
+
+    def seen(call: Function | None) -> tuple[Counter[str], Counter[str]]:
+        launches: Counter[str] = Counter()
+        seconds: Counter[str] = Counter()
+        with profile(activities=[ProfilerActivity.CUDA if clock.cuda else ProfilerActivity.CPU]) as profiler:
+            for number in range(calls):
+                clock.prepare()
+                if call is not None:
+                    call(number)
+            clock.wait()
+        for event in profiler.events() or ():
+            if clock.cuda and event.device_type == DeviceType.CUDA:
+                name, took = kernel_name(event.name), event.device_time
+            elif not clock.cuda and event.name.startswith("moa_ops::"):
+                name, took = event.name, event.cpu_time
+            else:
+                continue
+            launches[name] += 1
+            seconds[name] += 1e-6 * took
+        return launches, seconds
+
+    flushes = seen(None)[0]
+    launches, seconds = seen(function)
+    return [
+        {"name": name, "launches": launches[name] / calls, "seconds": took / calls}
+        for name, took in seconds.most_common()
+        if name not in flushes
+    ]
+
+
+def kernel_name(signature: str) -> str:
+    """The name alone of a kernel that the profiler names in full, with its types and arguments."""
+    plain = signature.replace("(anonymous namespace)::", "")
+    found = re.match(r"(?:void )?(?:\w+::)*(\w+)", plain)
+    return found[1] if found else signature

@@ -45,6 +45,32 @@ def test_cases_hold_ours_the_floor_and_the_others(measured: tuple) -> None:
         assert case.best_alternative()[0] not in ("one plain LoRA", "one PEFT LoRA")
 
 
+def test_cases_name_the_kernels_of_ours(measured: tuple) -> None:
+    """On a CPU our operators stand for them."""
+    _, cases = measured
+    forward, training, routing, _ = ([k["name"] for k in case.facts["kernels"]] for case in cases)
+    assert forward == ["moa_ops::routed_linear"]
+    assert any("backward" in name for name in training)
+    assert routing == ["moa_ops::topk_routing"]
+    (found,) = cases[2].facts["kernels"]
+    assert found["launches"] == 1 and 0 < found["seconds"] < 1
+    assert "kernels of routing, T=64 E=8 k=2: moa_ops::topk_routing" in gpu_record.table(cases)
+
+
+@pytest.mark.parametrize(
+    ("signature", "name"),
+    [
+        ("void moa::(anonymous namespace)::dense_mma<__half, moa::Form<2> >(moa::Dense)", "dense_mma"),
+        ("moa::(anonymous namespace)::expand_places(moa::OrderParams)", "expand_places"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_TNT", "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_TNT"),
+        ("void at::native::elementwise_kernel<4, at::native::FillFunctor<int> >(int)", "elementwise_kernel"),
+        ("Memset (Device)", "Memset"),
+    ],
+)
+def test_kernels_have_short_names(signature: str, name: str) -> None:
+    assert gpu_timer.kernel_name(signature) == name
+
+
 def test_bytes_of_a_mixture() -> None:
     shape = Shape(10, 100, 200, 4, r=2, top_k=2)
     assert gpu.extra_bytes(shape, 2, train=False) == 2 * (10 * (100 + 2 * 200) + 4 * 2 * 300)

@@ -64,12 +64,12 @@ def test_tokens_and_experts(edge_isa: str, tokens: int, experts: int, top_k: int
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), MIXED, ids=IDS)
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 29])
 @pytest.mark.parametrize(("r", "ranks"), [(32, False), (131, True)])
 def test_few_tokens_and_large_ranks(
     isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None, tokens: int, r: int, ranks: bool
 ) -> None:
-    """B is read along its ranks here; in runs of 128 outputs in the backward."""
+    """B is read along its ranks here, of 29 tokens in the backward alone; in runs of 128 outputs there."""
     check_mixture(
         make_mixture(
             tokens, 70, 1100, 4, 3, r, dtype, adapter_dtype, "holes", ranks=ranks, bias=True, base=ranks

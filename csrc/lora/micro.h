@@ -277,6 +277,8 @@ static void axpy_rows(const typename V::Acc* const* from, typename V::Acc* const
   constexpr int N = V::kAxpyN;
   for (; col + N * V::kAcc <= width; col += N * V::kAcc)
     axpy_tile<V, M, N, false>(from, to, col, coef, cm, ck, panel, k_size, 0, ahead);
+  for (; N > 2 && col + 2 * V::kAcc <= width; col += 2 * V::kAcc)
+    axpy_tile<V, M, 2, false>(from, to, col, coef, cm, ck, panel, k_size, 0, ahead);
   for (; col < width; col += V::kAcc)
     axpy_tile<V, M, 1, true>(from, to, col, coef, cm, ck, panel, k_size,
                              static_cast<int>(width - col < V::kAcc ? width - col : V::kAcc), ahead);
@@ -321,7 +323,15 @@ static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int
     const int here = static_cast<int>(rows - j < 16 ? rows - j : 16);
     const uint32_t* from = src + j * lds;
     if (here == 16) {
-      for (int64_t i = 0; i < quads; i += 4) transpose_16x4<true>(from + i, lds, 16, dst + i * ldd + j, ldd);
+      const char* const soon = reinterpret_cast<const char*>(from + 16 * lds);
+      const bool more = lds == cols && j + 16 < rows;
+      for (int64_t i = 0; i < quads; i += 4) {
+        if (more) {
+          MOA_UNROLL
+          for (int64_t n = 0; n < 4; ++n) __builtin_prefetch(soon + (i + n) * 64);
+        }
+        transpose_16x4<true>(from + i, lds, 16, dst + i * ldd + j, ldd);
+      }
     } else {
       for (int64_t i = 0; i < quads; i += 4) transpose_16x4<false>(from + i, lds, here, dst + i * ldd + j, ldd);
     }

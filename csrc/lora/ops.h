@@ -27,18 +27,22 @@ struct Lora : Operands<V, TA> {
 
   // ---- shrink over all slots: out[pos][j] = <row of pos, panel row j>; unused ranks are zero ----
   // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; across(e, j0, j1, k0, count, &ld): `count` rows of
-  // their transpose, which lies ready where it is `turned`; fetch(e, j0, j1): the memory they will read.
-  template <class PanelRows, class Across, class Fetch>
+  // their transpose, which lies ready where it is `turned`; fetch(e, j0, j1): the memory they will read. finish(e, pos):
+  // what is then done to a slot, while its row is in the cache where a task has all of it; its bytes: each_slot's.
+  template <class PanelRows, class Across, class Fetch, class Finish>
   void shrink(const TX* x, int64_t ldx, int64_t k_size, Acc* out, const plan::Shrink& plan, int64_t ld_panel,
-              bool turned, const PanelRows& panel, const Across& across, const Fetch& fetch) const {
+              bool turned, const PanelRows& panel, const Across& across, const Fetch& fetch, int64_t finish_bytes,
+              const Finish& finish) const {
     constexpr bool direct = Same<TX, In>::value;
     const Segments& s = p.seg;
 #if defined(MOA_HAS_AMX_BF16)
     if constexpr (V::kTiles) {
       int64_t groups = 0;
       for (int64_t e = 0; e < s.experts; ++e) groups += plan::ceil_div(rank_of(e), 16);
-      if (plan::dense_shrink(s.tokens, s.top_k, groups))
-        return dense_shrink(s, x, ldx, k_size, out, p.rank, ld_panel, [&](int64_t e) { return rank_of(e); }, panel);
+      if (plan::dense_shrink(s.tokens, s.top_k, groups)) {
+        dense_shrink(s, x, ldx, k_size, out, p.rank, ld_panel, [&](int64_t e) { return rank_of(e); }, panel);
+        return each_slot(finish_bytes, finish);
+      }
     }
 #endif
     const int64_t n = s.slots(), chunks = plan::ceil_div(n, plan.slots);
@@ -75,9 +79,11 @@ struct Lora : Operands<V, TA> {
                        more ? fetch(next, j0, min64(rank_of(next), j1)) : Ahead(out, 0));
         for (int64_t q = pos; q < stop; ++q)
           for (int64_t j = used > j0 ? used : j0; j < j1; ++j) out[q * p.rank + j] = Acc(0);
+        for (int64_t q = pos; splits == 1 && q < stop; ++q) finish(e, q);
         pos = stop;
       }
     });
+    if (splits > 1) each_slot(finish_bytes, finish);
   }
 
   // fn(expert, position) for every slot, which reads or writes so many bytes.
@@ -94,32 +100,33 @@ struct Lora : Operands<V, TA> {
   }
 
   // coef[pos][:] = weight * scale * h[pos][:], then the router's coefficient; what pads a pack is zero.
-  void coefficients(const Acc* h, const Acc* dz, bool router, In* coef) const {
+  void coefficient(const Acc* h, const Acc* dz, bool router, In* coef, int64_t e, int64_t q) const {
     constexpr int64_t kRanks = 64;
-    const Acc* weights = static_cast<const Acc*>(p.weights);
     const int64_t ldc = coef_ld(router), ranks_end = round_up(p.rank, V::kPack);
-    each_slot(ldc * static_cast<int64_t>(sizeof(Acc)), [&](int64_t e, int64_t q) {
-      const Acc w = weights[p.seg.order[q]] * static_cast<Acc>(p.scale[e]);
-      In* c = coef + q * ldc;
-      const Acc* row = h + q * p.rank;
-      if constexpr (Same<In, Acc>::value) {
-        for (int64_t j = 0; j < p.rank; ++j) c[j] = w * row[j];
-      } else {
-        for (int64_t j0 = 0; j0 < p.rank; j0 += kRanks) {
-          Acc scaled[kRanks];
-          const int64_t ranks = min64(kRanks, p.rank - j0);
-          for (int64_t j = 0; j < ranks; ++j) scaled[j] = w * row[j0 + j];
-          convert_row(scaled, c + j0, ranks);
-        }
+    const Acc w = static_cast<const Acc*>(p.weights)[p.seg.order[q]] * static_cast<Acc>(p.scale[e]);
+    In* c = coef + q * ldc;
+    const Acc* row = h + q * p.rank;
+    if constexpr (Same<In, Acc>::value) {
+      for (int64_t j = 0; j < p.rank; ++j) c[j] = w * row[j];
+    } else {
+      for (int64_t j0 = 0; j0 < p.rank; j0 += kRanks) {
+        Acc scaled[kRanks];
+        const int64_t ranks = min64(kRanks, p.rank - j0);
+        for (int64_t j = 0; j < ranks; ++j) scaled[j] = w * row[j0 + j];
+        convert_row(scaled, c + j0, ranks);
       }
-      for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
-      Acc rest = router ? dz[q] : Acc(0);
-      for (int64_t i = 0; router && i < kRouterTerms; ++i) {
-        from_acc(rest, c + ranks_end + i);
-        rest -= to_acc(c[ranks_end + i]);
-        if (rest != rest) rest = Acc(0);  // the first term was infinite, or NaN, and says so
-      }
-    });
+    }
+    for (int64_t j = p.rank; j < ldc; ++j) from_acc(Acc(0), c + j);
+    Acc rest = router ? dz[q] : Acc(0);
+    for (int64_t i = 0; router && i < kRouterTerms; ++i) {
+      from_acc(rest, c + ranks_end + i);
+      rest -= to_acc(c[ranks_end + i]);
+      if (rest != rest) rest = Acc(0);  // the first term was infinite, or NaN, and says so
+    }
+  }
+  int64_t coefficient_bytes(bool router) const { return coef_ld(router) * static_cast<int64_t>(sizeof(Acc)); }
+  void coefficients(const Acc* h, const Acc* dz, bool router, In* coef) const {
+    each_slot(coefficient_bytes(router), [&](int64_t e, int64_t q) { coefficient(h, dz, router, coef, e, q); });
   }
 
   void forward(const ForwardParams& f) const {
@@ -128,6 +135,7 @@ struct Lora : Operands<V, TA> {
     const int64_t n = s.slots();
     const bool turned = V::kPanels && plan::shrink_panel(n, p.rank, false, processor());
     const int64_t most = turned ? plan::kSlotsTurned : V::kTiles ? plan::kSlotsRepacked : plan::kSlotsInPlace;
+    In* coef = scratch<In>(Scratch::call_first, (n + kSpare) * coef_ld(false));
     shrink(
         static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, most), p.in, /*turned=*/false,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
@@ -136,10 +144,9 @@ struct Lora : Operands<V, TA> {
         },
         [&](int64_t e, int64_t j0, int64_t j1) {
           return Ahead(A + (e * p.rank + j0) * p.in, (j1 - j0) * p.in * static_cast<int64_t>(sizeof(TA)));
-        });
+        },
+        coefficient_bytes(false), [&](int64_t e, int64_t q) { coefficient(h, nullptr, false, coef, e, q); });
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
-    In* coef = scratch<In>(Scratch::call_first, (n + kSpare) * coef_ld(false));
-    coefficients(h, nullptr, false, coef);
     if (kDirect && plan::along_ranks(s.tokens, p.rank)) return expand_along_ranks(f, coef);
     expand<V, TX>(
         s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
@@ -182,8 +189,16 @@ struct Lora : Operands<V, TA> {
     const int64_t n = s.slots();
     Acc* u = static_cast<Acc*>(b.u);
     const plan::Shrink plan = plan::shrink(n, p.rank, plan::kSlotsRepacked);
-    if (V::kPack == 1 && kDirect && Same<TX, In>::value && plan::along_ranks(s.tokens, p.rank)) {
+    const Acc* h = static_cast<const Acc*>(b.h);
+    Acc* dw = static_cast<Acc*>(b.dw);
+    const int64_t bytes = dw == nullptr ? 0 : 2 * p.rank * static_cast<int64_t>(sizeof(Acc));
+    const auto weight = [&](int64_t e, int64_t q) {
+      if (dw != nullptr)
+        dw[s.order[q]] = static_cast<Acc>(p.scale[e]) * dot_row(h + q * p.rank, u + q * p.rank, p.rank);
+    };
+    if (V::kPack == 1 && kDirect && Same<TX, In>::value && plan::backward_along_ranks(n, p.rank)) {
       backward_shrink_along_ranks(b);
+      each_slot(bytes, weight);
     } else {
       shrink(
           static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(), /*turned=*/true,
@@ -193,15 +208,10 @@ struct Lora : Operands<V, TA> {
           },
           [&](int64_t e, int64_t, int64_t) {  // the ranks of a row stand side by side
             return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA)));
-          });
+          },
+          bytes, weight);
     }
-    if (b.dw == nullptr) return;
-    const Acc* h = static_cast<const Acc*>(b.h);
-    Acc* dw = static_cast<Acc*>(b.dw);
-    each_slot(2 * p.rank * static_cast<int64_t>(sizeof(Acc)), [&](int64_t e, int64_t q) {
-      dw[s.order[q]] = static_cast<Acc>(p.scale[e]) * dot_row(h + q * p.rank, u + q * p.rank, p.rank);
-    });
-    for (int64_t q = n; q < s.tokens * s.top_k; ++q) dw[s.order[q]] = Acc(0);
+    for (int64_t q = n; dw != nullptr && q < s.tokens * s.top_k; ++q) dw[s.order[q]] = Acc(0);
   }
 
   // The same of so few tokens that B is read as it lies: runs of outputs, each summed on its own, then added in order.
@@ -215,17 +225,25 @@ struct Lora : Operands<V, TA> {
     parallel_tasks(runs, wide, [&](int64_t task) {
       const int64_t o0 = task * plan::kShrinkRun, run = min64(plan::kShrinkRun, p.out - o0);
       const In** rows = scratch<const In*>(Scratch::pointers, run);
-      for (int64_t e = 0; e < s.experts; ++e)
-        for (int64_t q = s.offsets[e]; q < s.offsets[e + 1]; ++q) {
-          const In* dy = static_cast<const In*>(b.dy) + s.order[q] / s.top_k * b.lddy + o0;
-          const In* rows_B = reinterpret_cast<const In*>(B + (e * p.out + o0) * p.rank);
-          for (int64_t o = 0; o < run; ++o) rows[o] = rows_B + o * p.rank;
-          const Acc* from = zeros;
-          Acc* to = parts + task * size + q * p.rank;
+      In* dy = scratch<In>(Scratch::rows, V::kAxpyM * run);  // of a group of slots, side by side
+      for (int64_t e = 0; e < s.experts; ++e) {
+        if (s.offsets[e] == s.offsets[e + 1]) continue;
+        const In* rows_B = reinterpret_cast<const In*>(B + (e * p.out + o0) * p.rank);
+        for (int64_t o = 0; o < run; ++o) rows[o] = rows_B + o * p.rank;
+        for (int64_t q = s.offsets[e], end = s.offsets[e + 1]; q < end;) {
+          const Acc* from[V::kAxpyM];
+          Acc* to[V::kAxpyM];
+          int m = 0;
+          for (; m < V::kAxpyM && q < end; ++m, ++q) {
+            from[m] = zeros;
+            to[m] = parts + task * size + q * p.rank;
+            memset(to[m], 0, p.rank * sizeof(Acc));  // the ranks that the expert has not
+            memcpy(dy + m * run, static_cast<const In*>(b.dy) + s.order[q] / s.top_k * b.lddy + o0, run * sizeof(In));
+          }
           Ahead none(dy, 0);
-          memset(to, 0, p.rank * sizeof(Acc));  // the ranks that the expert has not
-          axpy_block<V>(1, &from, &to, dy, 1, 1, rows, run, rank_of(e), &none);
+          axpy_block<V>(m, from, to, dy, run, 1, rows, run, rank_of(e), &none);
         }
+      }
     });
     Acc* u = static_cast<Acc*>(b.u);
     memcpy(u, parts, size * sizeof(Acc));

@@ -63,14 +63,14 @@ static void panel_block(const typename V::In* const* x, int64_t m_size, int64_t 
     const int64_t k1 = min64(k0 + plan::kPanelRun, k_size);
     int64_t ld = 0;
     const typename V::In* run = panel(k0, k1 - k0, &ld);
-    for (int64_t n = 0; n < n_size; n += kWide) {
-      const int64_t cols = min64(kWide, n_size - n), vectors = plan::ceil_div(cols, V::kIn);
-      const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
-      const Tile tile = (last < V::kIn ? kTail : kWhole)[vectors - 1];
-      for (int64_t m = 0; m < m_size; m += M) {
-        const int rows = static_cast<int>(min64(M, m_size - m));
-        const typename V::In* filled[M];
-        for (int i = 0; i < M; ++i) filled[i] = x[m + (i < rows ? i : rows - 1)];
+    for (int64_t m = 0; m < m_size; m += M) {  // a tile of x stays in L1 while the panel streams from L2
+      const int rows = static_cast<int>(min64(M, m_size - m));
+      const typename V::In* filled[M];
+      for (int i = 0; i < M; ++i) filled[i] = x[m + (i < rows ? i : rows - 1)];
+      for (int64_t n = 0; n < n_size; n += kWide) {
+        const int64_t cols = min64(kWide, n_size - n), vectors = plan::ceil_div(cols, V::kIn);
+        const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
+        const Tile tile = (last < V::kIn ? kTail : kWhole)[vectors - 1];
         tile(filled, rows, k0, k1, run + n, ld, last, out + m * ldo + n, ldo);
       }
     }

@@ -71,6 +71,7 @@ static void dense_dot(const bf16_t* x, int64_t ldx, int64_t tokens, const uint32
 template <class Depth, class PanelRows>
 static void dense_shrink(const Segments& s, const bf16_t* x, int64_t ldx, int64_t k_size, float* out, int64_t rank,
                          int64_t ld_panel, const Depth& depth, const PanelRows& panel) {
+  const TokenAt token_at(s);
   const int64_t k_end = round_up(k_size, kTileDepth), per_expert = plan::ceil_div(rank, 16);
   int64_t groups = 0;
   Group* group = scratch<Group>(Scratch::call_groups, s.experts * per_expert);
@@ -91,7 +92,7 @@ static void dense_shrink(const Segments& s, const bf16_t* x, int64_t ldx, int64_
       const Group& here = group[g];
       const int64_t end = s.offsets[here.expert + 1];
       for (int64_t q = first_slot(s.order, s.offsets[here.expert], end, t0 * s.top_k); q < end; ++q) {
-        const int64_t t = s.order[q] / s.top_k;
+        const int64_t t = token_at(q);
         if (t >= t1) break;
         memcpy(out + q * rank + here.rank0, sums + (t - t0) * ld + g * 16, here.ranks * sizeof(float));
       }
@@ -195,6 +196,7 @@ static bool dense_expand(const Segments& s, const bf16_t* coef, int64_t packs, i
 template <class Depth>
 static const bf16_t* dense_coefficients(const Segments& s, const bf16_t* coef, int64_t ldc, int64_t steps,
                                         const Depth& depth) {
+  const TokenAt token_at(s);
   const int64_t ld = 32 * steps;
   bf16_t* all = scratch<bf16_t>(Scratch::call_dense, (s.tokens + 15) * ld);
   memset(all, 0, (s.tokens + 15) * ld * sizeof(bf16_t));
@@ -203,7 +205,7 @@ static const bf16_t* dense_coefficients(const Segments& s, const bf16_t* coef, i
     const int64_t here = round_up(depth(e), 2);
     int64_t last = -1;
     for (int64_t q = s.offsets[e]; here > 0 && q < s.offsets[e + 1]; ++q) {
-      const int64_t t = s.order[q] / s.top_k;
+      const int64_t t = token_at(q);
       bf16_t* to = all + t * ld + at;
       const bf16_t* from = coef + q * ldc;
       if (t != last) {

@@ -24,6 +24,22 @@ static inline int64_t first_slot(const int32_t* order, int64_t begin, int64_t en
   }
   return begin;
 }
+// The token of a position, order[p] / top_k, without the division, which takes as long as six multiplications: exact for
+// every slot below 2^31.
+class TokenAt {
+ public:
+  explicit TokenAt(const Segments& s)
+      : order_(s.order), inverse_((uint64_t{1} << 63) / static_cast<uint64_t>(s.top_k > 0 ? s.top_k : 1)) {
+    inverse_ += (uint64_t{1} << 63) % static_cast<uint64_t>(s.top_k > 0 ? s.top_k : 1) != 0;
+  }
+  int64_t operator()(int64_t p) const {
+    return static_cast<int64_t>(static_cast<unsigned __int128>(order_[p]) * inverse_ >> 63);
+  }
+
+ private:
+  const int32_t* order_;
+  uint64_t inverse_;  // 2^63 / top_k, rounded up
+};
 // Expert whose segment holds position p.
 static inline int64_t expert_at(const Segments& s, int64_t p) {
   int64_t lo = 0, hi = s.experts;
@@ -95,6 +111,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   using In = typename V::In;
   constexpr bool direct = Same<T, Acc>::value;  // y and base can be operands themselves
   const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width, processor());
+  const TokenAt token_at(s);
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
   const int64_t col_blocks = plan::ceil_div(width, plan.col_block);
   const int64_t bytes = s.tokens * width * 4 + min64(s.slots(), s.experts) * ldc * width * 4;
@@ -154,7 +171,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
     int64_t e = 0, p0 = 0, p1 = 0;
     for (; e < s.experts; ++e) {
       segment(e, &p0, &p1);
-      for (int64_t p = p0; p < p1; ++p) ++left[s.order[p] / s.top_k - t0];
+      for (int64_t p = p0; p < p1; ++p) ++left[token_at(p) - t0];
     }
     for (int64_t t = t0; t < t1; ++t)
       if (left[t - t0] == 0) convert_row(start_of(t), y + t * width + c0, cols);
@@ -182,7 +199,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
         int m = 0, done = 0;
         int64_t last = -1;
         for (; m < V::kAxpyM && p + m < p1; ++m) {
-          const int64_t t = s.order[p + m] / s.top_k, i = t - t0;
+          const int64_t t = token_at(p + m), i = t - t0;
           if (t == last) break;  // one token twice under one expert: the second adds after the first is stored
           last = t;
           Acc* row = tile + i * cols;
@@ -202,7 +219,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
           begun[i] = 1;
           // A base comes from where the product left it: the rows of the next group are on their way meanwhile.
           if (base != nullptr && p + V::kAxpyM + m < p1) {
-            const int64_t next = s.order[p + V::kAxpyM + m] / s.top_k;
+            const int64_t next = token_at(p + V::kAxpyM + m);
             if (begun[next - t0] == 0) prefetch_row(base + next * ldbase + c0, cols);
           }
         }
@@ -227,6 +244,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
                  const Depth& depth, const Row& row, const Store& store, const Clear& clear, const Few& few) {
   using Acc = typename V::Acc;
   using In = typename V::In;
+  const TokenAt token_at(s);
   const int64_t block = plan::gram_cols(width), col_blocks = plan::ceil_div(width, block);
   const int64_t clearing = min64(s.experts, plan::kGramClearTasks);
   const int64_t bytes = (s.slots() + s.experts * ldc) * width * 4;  // the zeros of empty experts are written too
@@ -260,7 +278,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
           const bool copied = !Same<T, In>::value || plan::gram_copied(rank, ldx * static_cast<int64_t>(sizeof(T)));
           In* buffer = copied ? scratch<In>(Scratch::rows, run * cols) : nullptr;
           for (int64_t i = 0; i < run; ++i) {
-            const T* from = x + (s.order[p + i] / s.top_k) * ldx + c0;
+            const T* from = x + token_at(p + i) * ldx + c0;
             if (copied) {
               convert_row(from, buffer + i * cols, cols);
               rows[i] = buffer + i * cols;
@@ -273,8 +291,8 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
           In* pairs = scratch<In>(Scratch::convert, steps * ldc * 2);
           for (int64_t i = 0; i < steps; ++i) {
             const int64_t a = p + 2 * i, b = a + 1;
-            const T* xa = x + (s.order[a] / s.top_k) * ldx + c0;
-            const T* xb = b < p + run ? x + (s.order[b] / s.top_k) * ldx + c0 : nullptr;
+            const T* xa = x + token_at(a) * ldx + c0;
+            const T* xb = b < p + run ? x + token_at(b) * ldx + c0 : nullptr;
             interleave(xa, xb, cols, buffer + i * cols * 2);
             interleave(coef + a * ldc, xb != nullptr ? coef + b * ldc : nullptr, ldc, pairs + i * ldc * 2);
             rows[i] = buffer + i * cols * 2;

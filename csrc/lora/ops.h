@@ -45,6 +45,7 @@ struct Lora : Operands<V, TA> {
       }
     }
 #endif
+    const TokenAt token_at(s);
     const int64_t n = s.slots(), chunks = plan::ceil_div(n, plan.slots);
     const int64_t splits = plan::ceil_div(p.rank, plan.rank_split);
     const bool wide = plan::worth_threads((n + min64(n, s.experts) * p.rank) * k_size * sizeof(In));
@@ -58,7 +59,7 @@ struct Lora : Operands<V, TA> {
       In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, (end - begin) * k_size);
       for (int64_t q = begin; q < known; ++q)
         rows[q - begin] =
-            row_as<V, TX>(x + s.order[q] / s.top_k * ldx, k_size, direct ? nullptr : buffer + (q - begin) * k_size);
+            row_as<V, TX>(x + token_at(q) * ldx, k_size, direct ? nullptr : buffer + (q - begin) * k_size);
       int64_t pos = begin;
       for (int64_t e = expert_at(s, pos); pos < end; ++e) {
         const int64_t stop = min64(s.offsets[e + 1], end), used = min64(rank_of(e), j1);

@@ -54,6 +54,7 @@ template <class Depth, class Panel>
 static void expand_strips(const Segments& s, const bf16_t* coef, int64_t ldc, int64_t width, bf16_t* y,
                           const bf16_t* base, int64_t ldbase, const bf16_t* bias, int64_t t0, int64_t t1, int64_t c0,
                           int64_t cols, const Depth& depth, const Panel& panel) {
+  const TokenAt token_at(s);
   float* tile = scratch<float>(Scratch::tile, (t1 - t0 + 1) * cols);
   float* start = tile + (t1 - t0) * cols;
   if (bias != nullptr) {
@@ -75,7 +76,7 @@ static void expand_strips(const Segments& s, const bf16_t* coef, int64_t ldc, in
   memset(left, 0, 2 * (t1 - t0) * sizeof(int32_t));
   for (int64_t e = 0, p0 = 0, p1 = 0; e < s.experts; ++e) {
     segment(e, &p0, &p1);
-    for (int64_t p = p0; p < p1; ++p) ++left[s.order[p] / s.top_k - t0];
+    for (int64_t p = p0; p < p1; ++p) ++left[token_at(p) - t0];
   }
   for (int64_t t = t0; t < t1; ++t) {
     if (left[t - t0] > 0) continue;
@@ -97,7 +98,7 @@ static void expand_strips(const Segments& s, const bf16_t* coef, int64_t ldc, in
       int m = 0;
       int64_t last = -1;
       for (; m < 16 && p + m < p1; ++m) {
-        const int64_t t = s.order[p + m] / s.top_k, i = t - t0;
+        const int64_t t = token_at(p + m), i = t - t0;
         if (t == last) break;  // one token twice under one expert: the second adds after the first is stored
         last = t;
         rows[m].to = tile + i * cols;
@@ -106,7 +107,7 @@ static void expand_strips(const Segments& s, const bf16_t* coef, int64_t ldc, in
         rows[m].out = --left[i] == 0 ? y + t * width + c0 : nullptr;
         begun[i] = 1;
         if (p + 16 + m < ahead) {  // what the next group starts from
-          const int64_t next = s.order[p + 16 + m] / s.top_k;
+          const int64_t next = token_at(p + 16 + m);
           if (begun[next - t0] == 0)
             prefetch_row(base != nullptr ? base + next * ldbase + c0 : y + next * width + c0, cols);
         }

@@ -31,7 +31,6 @@ extern unsigned resident;
 // Threads of the running block.
 extern Thread* threads;
 extern unsigned thread_count;
-unsigned long long random_bits();
 
 // report.cpp
 extern std::string failure;       // what `fail` said
@@ -53,8 +52,13 @@ Region region_of(const void* p);  // the one around p, the gaps around it includ
 size_t shared_size();
 size_t shared_offset(const void* p);
 
-// fibers.cpp
-bool on_stack(const void* p);  // of the running thread
+// fibers.cpp: the stacks of all threads lie side by side.
+constexpr size_t kStack = 256 * 1024;
+constexpr unsigned kMaxThreads = 1024;
+extern unsigned char* stacks;
+inline bool on_stack(const void* p) {
+  return static_cast<size_t>(static_cast<const unsigned char*>(p) - stacks) < kMaxResidents * kMaxThreads * kStack;
+}
 
 // races.cpp and trace.cpp, in the build that has them
 #ifdef MOA_EMULATE_TSAN

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 
 #include "common/cuda_api.h"
 #include "emulator/conflicts.h"
@@ -178,30 +179,69 @@ __attribute__((noinline)) void before_atomic(const void* p, size_t bytes, [[mayb
 
 // ---- Bank conflicts: a request of up to 128 bytes is one cycle unless two different words want the same bank.
 namespace {
-std::map<std::pair<std::string, Site>, Conflicts> conflict_table;
+struct Where {
+  const char* kernel;
+  Site site;
+  bool operator==(const Where& o) const { return kernel == o.kernel && site == o.site; }
+};
+struct HashWhere {
+  size_t operator()(const Where& w) const { return std::hash<Site>()(w.site) * 31 + std::hash<Site>()(w.kernel); }
+};
+std::unordered_map<Where, Conflicts, HashWhere> conflict_table;
+
+// The most words that one bank has to give.
+unsigned cycles_of(const void* const* p, unsigned lanes, unsigned words) {
+  // Mostly that is one word per bank.
+  uintptr_t word_of[32] __attribute__((uninitialized));
+  unsigned used = 0;
+  bool twice = false;
+  for (unsigned l = 0; l < lanes; ++l) {
+    if (p[l] == nullptr) continue;
+    for (unsigned w = 0; w < words; ++w) {
+      const uintptr_t word = reinterpret_cast<uintptr_t>(p[l]) / 4 + w;
+      const unsigned bank = word % 32;
+      if (!(used >> bank & 1u)) {
+        used |= 1u << bank;
+        word_of[bank] = word;
+      }
+      twice |= word_of[bank] != word;
+    }
+  }
+  if (!twice) return used != 0 ? 1 : 0;
+  uintptr_t seen[32][32] __attribute__((uninitialized));
+  unsigned count[32] = {}, worst = 1;
+  for (unsigned l = 0; l < lanes; ++l) {
+    if (p[l] == nullptr) continue;
+    for (unsigned w = 0; w < words; ++w) {
+      const uintptr_t word = reinterpret_cast<uintptr_t>(p[l]) / 4 + w;
+      const unsigned bank = word % 32;
+      const auto* end = seen[bank] + count[bank];
+      if (std::find(static_cast<const uintptr_t*>(seen[bank]), end, word) != end) continue;
+      seen[bank][count[bank]++] = word;
+      worst = std::max(worst, count[bank]);
+    }
+  }
+  return worst;
 }
-std::map<std::pair<std::string, Site>, Conflicts>& conflicts() { return conflict_table; }
+}  // namespace
+
+std::map<std::pair<std::string, Site>, Conflicts> take_conflicts() {
+  std::map<std::pair<std::string, Site>, Conflicts> result;
+  for (const auto& [where, c] : conflict_table) {
+    Conflicts& sum = result[{where.kernel, where.site}];
+    sum.requests += c.requests;
+    sum.extra_cycles += c.extra_cycles;
+  }
+  conflict_table.clear();
+  return result;
+}
 
 void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site site) {
   Conflicts& total = conflict_table[{block.kernel, site}];
   const unsigned words = std::max(1u, bytes / 4), together = bytes <= 4 ? 32 : 128 / bytes;
   for (unsigned first = 0; first < lanes; first += together) {
-    uintptr_t seen[32][32];
-    unsigned count[32] = {}, worst = 1;
-    bool any = false;
-    for (unsigned l = first; l < std::min(lanes, first + together); ++l) {
-      if (p[l] == nullptr) continue;
-      any = true;
-      for (unsigned w = 0; w < words; ++w) {
-        const uintptr_t word = reinterpret_cast<uintptr_t>(p[l]) / 4 + w;
-        const unsigned bank = word % 32;
-        const auto* end = seen[bank] + count[bank];
-        if (std::find(static_cast<const uintptr_t*>(seen[bank]), end, word) != end) continue;
-        seen[bank][count[bank]++] = word;
-        worst = std::max(worst, count[bank]);
-      }
-    }
-    if (any) total.requests += 1, total.extra_cycles += worst - 1;
+    const unsigned cycles = cycles_of(p + first, std::min(lanes - first, together), words);
+    if (cycles > 0) total.requests += 1, total.extra_cycles += cycles - 1;
   }
 }
 

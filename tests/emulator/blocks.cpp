@@ -38,6 +38,7 @@ void turn_to(unsigned place) {
   now = residents + place;
   block = now->block;
   threads = now->threads.get();
+  shared_turn();
 }
 
 void begin_block(unsigned place, const Block& of) {

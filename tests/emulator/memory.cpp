@@ -23,8 +23,7 @@ namespace emu {
 namespace {
 
 constexpr unsigned char kPoison = 0xff, kCanary = 0xa5;
-constexpr size_t kGap = 128, kLastGap = 16 * 1024, kStaticLimit = 48 * 1024;
-constexpr size_t kDynamicAt = 2 * kStaticLimit, kArena = kDynamicAt + 232 * 1024 + kLastGap;
+constexpr size_t kGap = 128;
 
 struct Array {
   const void* site;
@@ -33,7 +32,7 @@ struct Array {
 };
 
 struct Shared {
-  alignas(1024) unsigned char arena[kArena];
+  alignas(1024) unsigned char bytes[kArena];
   std::vector<Array> arrays;
   size_t static_end, static_bytes;
 };
@@ -43,7 +42,6 @@ Shared& own() { return *all_shared[resident]; }
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 void* add_array(const void* site, const char* name, size_t begin, size_t bytes, size_t gap) {
-  unsigned char* const arena = own().arena;
   ASAN_UNPOISON_MEMORY_REGION(arena + begin - kGap, kGap + bytes + gap);
   memset(arena + begin - kGap, kCanary, kGap);
   memset(arena + begin, kPoison, bytes);
@@ -62,11 +60,16 @@ void check_canary(const unsigned char* p, size_t bytes, const std::string& what)
 
 }  // namespace
 
+unsigned char* arena;
+
+void shared_turn() { arena = all_shared[resident] == nullptr ? nullptr : own().bytes; }
+
 void shared_begin(size_t dynamic_bytes) {
   if (all_shared[resident] == nullptr) all_shared[resident] = std::make_unique<Shared>();
+  shared_turn();
   Shared& mine = own();
-  ASAN_UNPOISON_MEMORY_REGION(mine.arena, kArena);
-  ASAN_POISON_MEMORY_REGION(mine.arena, kArena);
+  ASAN_UNPOISON_MEMORY_REGION(arena, kArena);
+  ASAN_POISON_MEMORY_REGION(arena, kArena);
   mine.arrays.clear();
   mine.static_end = kGap;
   mine.static_bytes = 0;
@@ -74,7 +77,6 @@ void shared_begin(size_t dynamic_bytes) {
 }
 
 void shared_end() {
-  const unsigned char* const arena = own().arena;
   for (const Array& a : own().arrays) {
     ASAN_UNPOISON_MEMORY_REGION(arena + a.begin - kGap, kGap + a.bytes + a.gap);
     check_canary(arena + a.begin - kGap, kGap, std::string("from 128 bytes before ") + a.name + " on");
@@ -85,7 +87,7 @@ void shared_end() {
 void* shared_array(const void* site, const char* name, size_t bytes) {
   Shared& mine = own();
   for (const Array& a : mine.arrays) {
-    if (a.site == site) return mine.arena + a.begin;
+    if (a.site == site) return arena + a.begin;
   }
   size_t& static_bytes = mine.static_bytes;
   static_bytes = round_up(static_bytes, 16) + bytes;
@@ -103,14 +105,7 @@ void* shared_array(const void* site, const char* name, size_t bytes) {
   return add_array(site, name, begin, bytes, kGap);
 }
 
-void* dynamic_shared() { return own().arena + kDynamicAt; }
-
-bool is_shared(const void* p) {
-  const auto* at = static_cast<const unsigned char*>(p);
-  return all_shared[resident] != nullptr && at >= own().arena && at < own().arena + kArena;
-}
-size_t shared_size() { return kArena; }
-size_t shared_offset(const void* p) { return static_cast<size_t>(static_cast<const unsigned char*>(p) - own().arena); }
+void* dynamic_shared() { return arena + kDynamicAt; }
 
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site) {
   if (!is_shared(p)) fail(site, "%s is not in shared memory", what);
@@ -285,12 +280,19 @@ Region region_of(const void* p) {
   const auto* at = static_cast<const unsigned char*>(p);
   if (is_shared(p)) {
     for (const Array& a : own().arrays) {
-      const unsigned char* begin = own().arena + a.begin;
+      const unsigned char* begin = arena + a.begin;
       if (at >= begin - kGap && at < begin + a.bytes + a.gap) return {begin, a.bytes, a.name};
     }
   } else {
+    static size_t last;  // found
+    if (last < buffers.size()) {
+      const Buffer& b = buffers[last];
+      if (at >= b.data && at < b.data + b.bytes) return {b.data, b.bytes, "global memory"};
+    }
     for (const Buffer& b : buffers) {
-      if (at >= b.begin && at < b.data + b.bytes + kBufferGap) return {b.data, b.bytes, "global memory"};
+      if (at < b.begin || at >= b.data + b.bytes + kBufferGap) continue;
+      last = static_cast<size_t>(&b - buffers.data());
+      return {b.data, b.bytes, "global memory"};
     }
   }
   return {nullptr, 0, nullptr};

@@ -82,7 +82,6 @@ void* shared_array(const void* site, const char* name, size_t bytes);
 void* dynamic_shared();
 // An error unless p .. p + bytes lies in one shared array of this block, aligned to `alignment`.
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site);
-bool is_shared(const void* p);
 void copy_async(void* shared, const void* global, unsigned bytes, bool valid);
 void copy_commit();
 void copy_wait(unsigned allowed);

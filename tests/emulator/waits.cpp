@@ -45,7 +45,7 @@ void compare_with_posted(const Warp& warp, const char* name, unsigned mask, Comb
   }
 }
 
-inline void operate(const char* name, unsigned mask, void* slot, Combine combine, Site site) {
+inline __attribute__((always_inline)) void operate(const char* name, unsigned mask, void* slot, Combine combine, Site site) {
   Thread& me = *self;
   Warp& warp = *me.warp;
   if (!(mask >> me.lane & 1u)) fail(site, "%s: mask %08x leaves out the calling lane %u", name, mask, me.lane);

@@ -63,32 +63,43 @@ MOA_INLINE T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32) {
 
 // ---- Votes, matches and integer reductions: every lane posts a value, and gets one.
 namespace emu {
-struct Votes {
-  static void ballot(void* const*, unsigned, Site), any(void* const*, unsigned, Site), all(void* const*, unsigned, Site);
-  static void match(void* const*, unsigned, Site), add(void* const*, unsigned, Site);
-  static void bit_and(void* const*, unsigned, Site), bit_or(void* const*, unsigned, Site);
-  static void least(void* const*, unsigned, Site), most(void* const*, unsigned, Site);
-  static void least_unsigned(void* const*, unsigned, Site), most_unsigned(void* const*, unsigned, Site);
-};
-unsigned vote(const char* name, unsigned mask, unsigned long long value, Combine combine);
+enum class Vote { ballot, any, all, match, add, bit_and, bit_or, least, most, least_unsigned, most_unsigned };
+unsigned vote(const char* name, unsigned mask, unsigned long long value, Vote kind);
 }  // namespace emu
 
-#define MOA_VOTE(name, T, R, value, combine) \
-  MOA_INLINE R name(unsigned m, T v) { return R(emu::vote(#name, m, value, emu::Votes::combine)); }
-MOA_VOTE(__ballot_sync, int, unsigned, v != 0, ballot)
-MOA_VOTE(__any_sync, int, int, v != 0, any)
-MOA_VOTE(__all_sync, int, int, v != 0, all)
+MOA_INLINE unsigned __ballot_sync(unsigned m, int v) {
+  return emu::vote("__ballot_sync", m, v != 0, emu::Vote::ballot);
+}
+MOA_INLINE int __any_sync(unsigned m, int v) { return int(emu::vote("__any_sync", m, v != 0, emu::Vote::any)); }
+MOA_INLINE int __all_sync(unsigned m, int v) { return int(emu::vote("__all_sync", m, v != 0, emu::Vote::all)); }
 template <class T>
-MOA_VOTE(__match_any_sync, T, unsigned, emu::to_word(v), match)
-MOA_VOTE(__reduce_add_sync, unsigned, unsigned, v, add)
-MOA_VOTE(__reduce_add_sync, int, int, unsigned(v), add)
-MOA_VOTE(__reduce_and_sync, unsigned, unsigned, v, bit_and)
-MOA_VOTE(__reduce_or_sync, unsigned, unsigned, v, bit_or)
-MOA_VOTE(__reduce_min_sync, unsigned, unsigned, v, least_unsigned)
-MOA_VOTE(__reduce_min_sync, int, int, unsigned(v), least)
-MOA_VOTE(__reduce_max_sync, unsigned, unsigned, v, most_unsigned)
-MOA_VOTE(__reduce_max_sync, int, int, unsigned(v), most)
-#undef MOA_VOTE
+MOA_INLINE unsigned __match_any_sync(unsigned m, T v) {
+  return emu::vote("__match_any_sync", m, emu::to_word(v), emu::Vote::match);
+}
+MOA_INLINE unsigned __reduce_add_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_add", m, v, emu::Vote::add);
+}
+MOA_INLINE int __reduce_add_sync(unsigned m, int v) {
+  return int(emu::vote("__reduce_add", m, unsigned(v), emu::Vote::add));
+}
+MOA_INLINE unsigned __reduce_and_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_and", m, v, emu::Vote::bit_and);
+}
+MOA_INLINE unsigned __reduce_or_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_or", m, v, emu::Vote::bit_or);
+}
+MOA_INLINE unsigned __reduce_min_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_min", m, v, emu::Vote::least_unsigned);
+}
+MOA_INLINE int __reduce_min_sync(unsigned m, int v) {
+  return int(emu::vote("__reduce_min", m, unsigned(v), emu::Vote::least));
+}
+MOA_INLINE unsigned __reduce_max_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_max", m, v, emu::Vote::most_unsigned);
+}
+MOA_INLINE int __reduce_max_sync(unsigned m, int v) {
+  return int(emu::vote("__reduce_max", m, unsigned(v), emu::Vote::most));
+}
 
 // ---- Whole-block votes.
 namespace emu {

@@ -49,7 +49,7 @@ struct Region {                           // a shared array, or a buffer of glob
   const char* name;
 };
 Region region_of(const void* p);  // the one around p, the gaps around it included
-void shared_turn();                          // to the running block's
+void shared_turn();               // to the running block's
 constexpr size_t kStaticLimit = 48 * 1024, kLastGap = 16 * 1024, kDynamicAt = 2 * kStaticLimit;
 constexpr size_t kArena = kDynamicAt + 232 * 1024 + kLastGap;
 extern unsigned char* arena;  // the running block's shared memory, gaps included

@@ -33,7 +33,7 @@ struct BlockClocks {
   unsigned stamp;
   unsigned clocks[kMaxThreads], at_barrier[kMaxThreads], fenced[kMaxThreads], fenced_at_barrier[kMaxThreads];
   bool fenced_since_barrier[kMaxThreads];
-  unsigned seen[kMaxThreads][32];                         // [thread][lane of its warp]
+  unsigned seen[kMaxThreads][32];                      // [thread][lane of its warp]
   std::map<unsigned, std::vector<Acquired>> acquired;  // by the stamp of the block it is from
   std::map<unsigned, Views> pending;                   // by thread: met by atomics, no fence since
   std::unique_ptr<History> shared_history;
@@ -56,8 +56,9 @@ bool looking_at_shared;  // memory: it is another one in another block
 bool ordered_by_counters(const BlockClocks& mine, Event e) {
   const auto from = mine.acquired.find(e.stamp);
   if (from == mine.acquired.end()) return false;
-  return std::any_of(from->second.begin(), from->second.end(),
-                     [&](const Acquired& a) { return (*a.view)[e.thread] >= e.clock && knows(mine, a.thread, a.clock); });
+  return std::any_of(from->second.begin(), from->second.end(), [&](const Acquired& a) {
+    return (*a.view)[e.thread] >= e.clock && knows(mine, a.thread, a.clock);
+  });
 }
 
 inline bool ordered(Event e) {

@@ -18,7 +18,7 @@ struct Instruction {
   std::vector<std::array<const void*, 32>> rounds;
 };
 std::vector<Instruction> open[kMaxResidents][32];  // by warp, in the order of their first execution
-unsigned last[kMaxResidents][32][32];                // of each lane, its last one there
+unsigned last[kMaxResidents][32][32];              // of each lane, its last one there
 
 void count_bank_access(const void* p, size_t bytes, bool write, Site site) {
   auto& instructions = open[resident][self->warp->number];
@@ -79,8 +79,8 @@ void trace_warp_met(const Warp& warp) {
 
 }  // namespace emu
 
-#define MOA_HOOK(name, bytes, write, aligned) \
-  extern "C" void name(void* p) {                        \
+#define MOA_HOOK(name, bytes, write, aligned)                               \
+  extern "C" void name(void* p) {                                           \
     if (!emu::on_stack(p)) emu::access(p, bytes, write, aligned, MOA_SITE); \
   }
 #define MOA_HOOKS(bytes)                                      \

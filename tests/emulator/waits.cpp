@@ -45,7 +45,8 @@ void compare_with_posted(const Warp& warp, const char* name, unsigned mask, Comb
   }
 }
 
-inline __attribute__((always_inline)) void operate(const char* name, unsigned mask, void* slot, Combine combine, Site site) {
+inline __attribute__((always_inline)) void operate(const char* name, unsigned mask, void* slot, Combine combine,
+                                                   Site site) {
   Thread& me = *self;
   Warp& warp = *me.warp;
   if (!(mask >> me.lane & 1u)) fail(site, "%s: mask %08x leaves out the calling lane %u", name, mask, me.lane);
@@ -88,6 +89,40 @@ void fold(unsigned mask, unsigned result, F step) {
     if (mask >> lane & 1u) warp.results[lane] = result;
   }
 }
+
+#define MOA_FOLD(name, first, expression)                                                                        \
+  void name(void* const*, unsigned mask, Site) {                                                                 \
+    fold(mask, first, [](unsigned r, unsigned v, [[maybe_unused]] int lane) -> unsigned { return expression; }); \
+  }
+MOA_FOLD(ballot, 0, r | v << lane)
+MOA_FOLD(any, 0, r | v)
+MOA_FOLD(all, 1, r& v)
+MOA_FOLD(add, 0, r + v)
+MOA_FOLD(bit_and, ~0u, r& v)
+MOA_FOLD(bit_or, 0, r | v)
+MOA_FOLD(least, 0x7fffffffu, static_cast<int>(v) < static_cast<int>(r) ? v : r)
+MOA_FOLD(most, 0x80000000u, static_cast<int>(v) > static_cast<int>(r) ? v : r)
+MOA_FOLD(least_unsigned, ~0u, v < r ? v : r)
+MOA_FOLD(most_unsigned, 0, v > r ? v : r)
+#undef MOA_FOLD
+
+void match(void* const*, unsigned mask, Site) {
+  Warp& warp = *self->warp;
+  for (unsigned left = mask; left != 0;) {
+    const unsigned long long value = warp.values[__builtin_ctz(left)];
+    unsigned same = 0;
+    for (int lane = 0; lane < 32; ++lane) same |= unsigned(warp.values[lane] == value) << lane;
+    same &= left;
+    left &= ~same;
+    for (int lane = 0; lane < 32; ++lane) {
+      if (same >> lane & 1u) warp.results[lane] = same;
+    }
+  }
+}
+
+// As in Vote.
+constexpr Combine kVotes[] = {ballot, any,   all,  match,          add,          bit_and,
+                              bit_or, least, most, least_unsigned, most_unsigned};
 
 }  // namespace
 
@@ -147,46 +182,13 @@ __attribute__((noinline)) unsigned long long shuffle_bits(const char* name, unsi
   return me.warp->results[me.lane];
 }
 
-__attribute__((noinline)) unsigned vote(const char* name, unsigned mask, unsigned long long value, Combine combine) {
+__attribute__((noinline)) unsigned vote(const char* name, unsigned mask, unsigned long long value, Vote kind) {
   const Site site = MOA_SITE;
   may_give_way();
   Thread& me = *self;
   me.warp->values[me.lane] = value;
-  operate(name, mask, nullptr, combine, site);
+  operate(name, mask, nullptr, kVotes[static_cast<int>(kind)], site);
   return static_cast<unsigned>(me.warp->results[me.lane]);
-}
-
-// ---- Votes.
-#define MOA_FOLD(name, first, expression)                                                     \
-  void Votes::name(void* const*, unsigned mask, Site) {                                       \
-    fold(mask, first, [](unsigned r, unsigned v, [[maybe_unused]] int lane) -> unsigned {     \
-      return expression;                                                                      \
-    });                                                                                       \
-  }
-MOA_FOLD(ballot, 0, r | v << lane)
-MOA_FOLD(any, 0, r | v)
-MOA_FOLD(all, 1, r & v)
-MOA_FOLD(add, 0, r + v)
-MOA_FOLD(bit_and, ~0u, r & v)
-MOA_FOLD(bit_or, 0, r | v)
-MOA_FOLD(least, 0x7fffffffu, static_cast<int>(v) < static_cast<int>(r) ? v : r)
-MOA_FOLD(most, 0x80000000u, static_cast<int>(v) > static_cast<int>(r) ? v : r)
-MOA_FOLD(least_unsigned, ~0u, v < r ? v : r)
-MOA_FOLD(most_unsigned, 0, v > r ? v : r)
-#undef MOA_FOLD
-
-void Votes::match(void* const*, unsigned mask, Site) {
-  Warp& warp = *self->warp;
-  for (unsigned left = mask; left != 0;) {
-    const unsigned long long value = warp.values[__builtin_ctz(left)];
-    unsigned same = 0;
-    for (int lane = 0; lane < 32; ++lane) same |= unsigned(warp.values[lane] == value) << lane;
-    same &= left;
-    left &= ~same;
-    for (int lane = 0; lane < 32; ++lane) {
-      if (same >> lane & 1u) warp.results[lane] = same;
-    }
-  }
 }
 
 }  // namespace emu

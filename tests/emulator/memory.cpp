@@ -4,7 +4,6 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <unordered_map>
 
 #include "common/cuda_api.h"
 #include "emulator/conflicts.h"
@@ -174,15 +173,10 @@ __attribute__((noinline)) void before_atomic(const void* p, size_t bytes, [[mayb
 
 // ---- Bank conflicts: a request of up to 128 bytes is one cycle unless two different words want the same bank.
 namespace {
-struct Where {
-  const char* kernel;
-  Site site;
-  bool operator==(const Where& o) const { return kernel == o.kernel && site == o.site; }
-};
-struct HashWhere {
-  size_t operator()(const Where& w) const { return std::hash<Site>()(w.site) * 31 + std::hash<Site>()(w.kernel); }
-};
-std::unordered_map<Where, Conflicts, HashWhere> conflict_table;
+using Where = std::pair<const char*, Site>;  // kernel and line
+std::map<Where, Conflicts> conflict_table;
+Where last_where;
+Conflicts* last_conflicts;  // of last_where
 
 // The most words that one bank has to give.
 unsigned cycles_of(const void* const* p, unsigned lanes, unsigned words) {
@@ -223,16 +217,21 @@ unsigned cycles_of(const void* const* p, unsigned lanes, unsigned words) {
 std::map<std::pair<std::string, Site>, Conflicts> take_conflicts() {
   std::map<std::pair<std::string, Site>, Conflicts> result;
   for (const auto& [where, c] : conflict_table) {
-    Conflicts& sum = result[{where.kernel, where.site}];
+    Conflicts& sum = result[{where.first, where.second}];
     sum.requests += c.requests;
     sum.extra_cycles += c.extra_cycles;
   }
   conflict_table.clear();
+  last_conflicts = nullptr;
   return result;
 }
 
 void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site site) {
-  Conflicts& total = conflict_table[{block.kernel, site}];
+  if (last_conflicts == nullptr || last_where != Where(block.kernel, site)) {
+    last_where = {block.kernel, site};
+    last_conflicts = &conflict_table[last_where];
+  }
+  Conflicts& total = *last_conflicts;
   const unsigned words = std::max(1u, bytes / 4), together = bytes <= 4 ? 32 : 128 / bytes;
   for (unsigned first = 0; first < lanes; first += together) {
     const unsigned cycles = cycles_of(p + first, std::min(lanes - first, together), words);

@@ -37,7 +37,7 @@ not there until they are touched.
 How it works. Each CUDA thread is a fiber. One to four blocks are on the machine, and another begins where
 one ends; a thread that waits for what another block does (``await``) lets the others run, and if all blocks
 on the machine wait so, that is a deadlock, as it would be on a device that has no room for more. The last
-lane to reach a warp operation computes it for all (``collectives.h``, ``fragments.h``); lanes that meet in
+lane to reach a warp operation computes it for all (``waits.cpp``, ``fragments.cpp``); lanes that meet in
 different lines, masks or operations, and waits that nobody can end, are errors that name the lines. Shared
 memory is fresh for every block and full of 0xFF: NaN, or -1. A ``cp.async`` poisons its destination and
 delivers at its wait, never earlier. A launch is refused where a device would refuse it: grids, threads,
@@ -45,6 +45,11 @@ shared memory beyond 48 KB that was not asked for, or beyond the 99 KB of the sm
 is a copy of exactly the array's size. The build ``tsan`` uses the compiler's ThreadSanitizer
 instrumentation, with a run time of its own that knows CUDA's threads (``races.cpp``): no library is
 preloaded for it.
+
+Most of a test's time is the emulator's own, so threads switch to each other without the scheduler where
+that has nothing to do, what a switch touches lies in few cache lines, accesses to the threads' own stacks
+are dropped at once, and the race detector has one cell for the bytes of a word that were always accessed
+together.
 
 Limits. It says nothing about speed. Threads never run at once, so there is no weak memory beyond what the
 race detector derives from barriers, fences, atomics and counters (``arrive``, ``await``), and a thread that

@@ -13,13 +13,14 @@ std::string waits() {
   std::string text;
   for (unsigned i = 0; i < thread_count;) {
     const Thread& t = threads[i];
+    const State state = state_of(t);
     unsigned end = i + 1;
     const auto same = [&](const Thread& o) {
-      return o.state == t.state && (t.state == Thread::done || (o.operation == t.operation && o.site == t.site));
+      return state_of(o) == state && (state == State::done || (o.operation == t.operation && o.site == t.site));
     };
     while (end < thread_count && same(threads[end])) ++end;
     text += "\n  threads " + std::to_string(i) + " to " + std::to_string(end - 1);
-    if (t.state == Thread::done) {
+    if (state == State::done) {
       text += " have exited";
     } else {
       char mask[32] = "";
@@ -37,6 +38,7 @@ void turn_to(unsigned place) {
   now = residents + place;
   block = now->block;
   threads = now->threads.get();
+  shared_turn();
 }
 
 void begin_block(unsigned place, const Block& of) {
@@ -44,7 +46,7 @@ void begin_block(unsigned place, const Block& of) {
   r.block = of;
   r.here = true;
   r.stalled = false;
-  if (r.threads == nullptr) r.threads.reset(new Thread[kMaxThreads]());
+  if (r.threads == nullptr) r.threads = std::make_unique<Thread[]>(kMaxThreads);
   turn_to(place);
   shared_begin(block.dynamic_bytes);
   prepare_block();
@@ -61,8 +63,7 @@ void run_block(unsigned place) {
   while (now->alive > 0 && !preempted) {
     Thread* t = next_thread();
     if (t == nullptr) break;
-    ++steps;
-    to_thread(t);
+    to_thread(t);  // and from there to others
     if (!failure.empty()) throw std::runtime_error(failure);
   }
   if (steps != before) {

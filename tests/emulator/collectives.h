@@ -15,26 +15,22 @@ inline void __threadfence_system() { __threadfence(); }
 // ---- Shuffles.
 namespace emu {
 template <class T>
-struct Shuffle {
-  T value, result;
-  int from;  // lane
-};
-template <class T>
-void combine_shuffle(void* const* slots, unsigned mask, Site site) {
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1u)) continue;
-    auto* s = static_cast<Shuffle<T>*>(slots[lane]);
-    if (!(mask >> s->from & 1u)) fail(site, "lane %d shuffles from lane %d, which takes no part", lane, s->from);
-    s->result = static_cast<Shuffle<T>*>(slots[s->from])->value;
-  }
+MOA_INLINE unsigned long long to_word(T value) {
+  unsigned long long word = 0;
+  memcpy(&word, &value, sizeof value);
+  return word;
 }
+template <class T>
+MOA_INLINE T from_word(unsigned long long word) {
+  T value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+unsigned long long shuffle_bits(const char* name, unsigned mask, unsigned long long value, int from);
 template <class T>
 MOA_INLINE T shuffle(const char* name, unsigned mask, T value, int from) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 2, "as CUDA's");
-  Shuffle<T> s{value, value, from};
-  maybe_yield();
-  warp_operation(name, mask, &s, combine_shuffle<T>);
-  return s.result;
+  return from_word<T>(shuffle_bits(name, mask, to_word(value), from));
 }
 // The lane itself where the source lies outside its group of `width`.
 inline int lane_or_self(int lane, int width) {
@@ -67,66 +63,43 @@ MOA_INLINE T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32) {
 
 // ---- Votes, matches and integer reductions: every lane posts a value, and gets one.
 namespace emu {
-template <class T>
-struct Vote {
-  T value;
-  unsigned result;
-};
-template <class T, class F>
-MOA_INLINE unsigned vote(const char* name, unsigned mask, T value, F) {
-  Vote<T> v{value, 0};
-  maybe_yield();
-  warp_operation(name, mask, &v, [](void* const* slots, unsigned mask, Site) {
-    for (int lane = 0; lane < 32; ++lane) {
-      if (!(mask >> lane & 1u)) continue;
-      auto* mine = static_cast<Vote<T>*>(slots[lane]);
-      unsigned result = F::start(mask);
-      for (int other = 0; other < 32; ++other) {
-        if (!(mask >> other & 1u)) continue;
-        F::step(result, static_cast<Vote<T>*>(slots[other])->value, other, mine->value);
-      }
-      mine->result = result;
-    }
-  });
-  return v.result;
-}
-#define MOA_VOTE(Name, first, statement)                                                               \
-  struct Name {                                                                                        \
-    static unsigned start([[maybe_unused]] unsigned mask) { return first; }                            \
-    template <class T>                                                                                 \
-    static void step(unsigned& result, T theirs, [[maybe_unused]] int lane, [[maybe_unused]] T mine) { \
-      statement;                                                                                       \
-    }                                                                                                  \
-  }
-MOA_VOTE(Ballot, 0, result |= unsigned(theirs != 0) << lane);
-MOA_VOTE(Any, 0, result |= unsigned(theirs != 0));
-MOA_VOTE(All, 1, result &= unsigned(theirs != 0));
-MOA_VOTE(Match, 0, result |= unsigned(theirs == mine) << lane);
-MOA_VOTE(Add, 0, result += static_cast<unsigned>(theirs));
-MOA_VOTE(And, ~0u, result &= static_cast<unsigned>(theirs));
-MOA_VOTE(Or, 0, result |= static_cast<unsigned>(theirs));
-MOA_VOTE(Min, static_cast<unsigned>(1 << 30) * 2 - 1, if (theirs < T(result)) result = unsigned(theirs));
-MOA_VOTE(Max, static_cast<unsigned>(1 << 30) * 2, if (theirs > T(result)) result = unsigned(theirs));
-MOA_VOTE(UMin, ~0u, if (theirs < T(result)) result = unsigned(theirs));
-MOA_VOTE(UMax, 0, if (theirs > T(result)) result = unsigned(theirs));
-#undef MOA_VOTE
+enum class Vote { ballot, any, all, match, add, bit_and, bit_or, least, most, least_unsigned, most_unsigned };
+unsigned vote(const char* name, unsigned mask, unsigned long long value, Vote kind);
 }  // namespace emu
 
-MOA_INLINE unsigned __ballot_sync(unsigned m, int v) { return emu::vote("__ballot_sync", m, v, emu::Ballot()); }
-MOA_INLINE int __any_sync(unsigned m, int v) { return int(emu::vote("__any_sync", m, v, emu::Any())); }
-MOA_INLINE int __all_sync(unsigned m, int v) { return int(emu::vote("__all_sync", m, v, emu::All())); }
+MOA_INLINE unsigned __ballot_sync(unsigned m, int v) {
+  return emu::vote("__ballot_sync", m, v != 0, emu::Vote::ballot);
+}
+MOA_INLINE int __any_sync(unsigned m, int v) { return int(emu::vote("__any_sync", m, v != 0, emu::Vote::any)); }
+MOA_INLINE int __all_sync(unsigned m, int v) { return int(emu::vote("__all_sync", m, v != 0, emu::Vote::all)); }
 template <class T>
 MOA_INLINE unsigned __match_any_sync(unsigned m, T v) {
-  return emu::vote("__match_any_sync", m, v, emu::Match());
+  return emu::vote("__match_any_sync", m, emu::to_word(v), emu::Vote::match);
 }
-MOA_INLINE unsigned __reduce_add_sync(unsigned m, unsigned v) { return emu::vote("__reduce_add", m, v, emu::Add()); }
-MOA_INLINE int __reduce_add_sync(unsigned m, int v) { return int(emu::vote("__reduce_add", m, v, emu::Add())); }
-MOA_INLINE unsigned __reduce_and_sync(unsigned m, unsigned v) { return emu::vote("__reduce_and", m, v, emu::And()); }
-MOA_INLINE unsigned __reduce_or_sync(unsigned m, unsigned v) { return emu::vote("__reduce_or", m, v, emu::Or()); }
-MOA_INLINE unsigned __reduce_min_sync(unsigned m, unsigned v) { return emu::vote("__reduce_min", m, v, emu::UMin()); }
-MOA_INLINE int __reduce_min_sync(unsigned m, int v) { return int(emu::vote("__reduce_min", m, v, emu::Min())); }
-MOA_INLINE unsigned __reduce_max_sync(unsigned m, unsigned v) { return emu::vote("__reduce_max", m, v, emu::UMax()); }
-MOA_INLINE int __reduce_max_sync(unsigned m, int v) { return int(emu::vote("__reduce_max", m, v, emu::Max())); }
+MOA_INLINE unsigned __reduce_add_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_add", m, v, emu::Vote::add);
+}
+MOA_INLINE int __reduce_add_sync(unsigned m, int v) {
+  return int(emu::vote("__reduce_add", m, unsigned(v), emu::Vote::add));
+}
+MOA_INLINE unsigned __reduce_and_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_and", m, v, emu::Vote::bit_and);
+}
+MOA_INLINE unsigned __reduce_or_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_or", m, v, emu::Vote::bit_or);
+}
+MOA_INLINE unsigned __reduce_min_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_min", m, v, emu::Vote::least_unsigned);
+}
+MOA_INLINE int __reduce_min_sync(unsigned m, int v) {
+  return int(emu::vote("__reduce_min", m, unsigned(v), emu::Vote::least));
+}
+MOA_INLINE unsigned __reduce_max_sync(unsigned m, unsigned v) {
+  return emu::vote("__reduce_max", m, v, emu::Vote::most_unsigned);
+}
+MOA_INLINE int __reduce_max_sync(unsigned m, int v) {
+  return int(emu::vote("__reduce_max", m, unsigned(v), emu::Vote::most));
+}
 
 // ---- Whole-block votes.
 namespace emu {

@@ -10,5 +10,5 @@ namespace emu {
 struct Conflicts {
   long long requests = 0, extra_cycles = 0;
 };
-std::map<std::pair<std::string, Site>, Conflicts>& conflicts();  // by kernel and source line
+std::map<std::pair<std::string, Site>, Conflicts> take_conflicts();  // by kernel and source line, since the last call
 }  // namespace emu

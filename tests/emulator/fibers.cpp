@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "emulator/collectives.h"
 #include "emulator/scheduler.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -11,8 +10,6 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the callee-saved registers and the stack pointer, and continues where `to` was saved.
-extern "C" void moa_emulator_switch(void** from, void* to);
 asm(R"(
 .text
 .hidden moa_emulator_switch
@@ -46,17 +43,18 @@ Thread* threads;
 unsigned thread_count, resident;
 Resident residents[kMaxResidents];
 Resident* now;
-unsigned places;
+unsigned places, warp_count;
 unsigned long long random_state, steps;
 bool shuffled, preempted;
+unsigned char* stacks;
 Body body;
 void* closure;
 
 namespace {
 
-constexpr size_t kStack = 256 * 1024, kPage = 4096;
+constexpr size_t kPage = 4096, kLine = 64;
 
-unsigned warp_count;
+unsigned stack_count;
 void* scheduler_stack_pointer;
 #if defined(__SANITIZE_ADDRESS__)
 void* scheduler_fake_stack;
@@ -64,17 +62,20 @@ const void* scheduler_stack;
 size_t scheduler_stack_size;
 #endif
 
-unsigned long long& next_random() {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  return random_state ^= random_state << 17;
-}
-
 void* new_stack() {
-  void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED || mprotect(p, kPage, PROT_NONE) != 0) throw std::bad_alloc();
+  if (stacks == nullptr) {
+    constexpr size_t kAll = kMaxResidents * kMaxThreads * kStack;
+    void* all = mmap(nullptr, kAll, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) throw std::bad_alloc();
+    stacks = static_cast<unsigned char*>(all);
+  }
+  unsigned char* p = stacks + kStack * stack_count;
+  if (mprotect(p + kPage, kStack - kPage, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+  ++stack_count;
   return p;
 }
+
+}  // namespace
 
 // ---- Switching, with a word to AddressSanitizer.
 void to_scheduler([[maybe_unused]] bool for_ever) {
@@ -88,9 +89,8 @@ void to_scheduler([[maybe_unused]] bool for_ever) {
 #endif
 }
 
-}  // namespace
-
 void to_thread(Thread* t) {
+  ++steps;
   self = t;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, t->stack, kStack);
@@ -104,22 +104,13 @@ void to_thread(Thread* t) {
 
 namespace {
 
-void set_state(Thread& t, Thread::State state) {
-  t.state = state;
-  const unsigned bit = 1u << t.lane;
-  t.warp->ready = state == Thread::ready ? t.warp->ready | bit : t.warp->ready & ~bit;
-}
-
-void finish_block_barrier();
-void finish_warp_operation(Warp& warp, const Thread& first);
-
 extern "C" void moa_emulator_thread() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
   body(closure);
   Warp& warp = *self->warp;
-  set_state(*self, Thread::done);
+  set_not_ready(*self);
   warp.alive &= ~(1u << self->lane);
   --now->alive;
   if (warp.alive == 0) trace_warp_met(warp);
@@ -128,12 +119,14 @@ extern "C" void moa_emulator_thread() {
   for (unsigned l = 0; l < 32; ++l) {
     if (warp.posted >> l & 1u) finish_warp_operation(warp, *warp.lanes[l]);
   }
-  to_scheduler(true);
+  give_way(true);
 }
 
 void start_thread(Thread& t) {
-  // What moa_emulator_switch pops: six registers and a return address, leaving the stack as after a call.
-  void** top = reinterpret_cast<void**>(static_cast<char*>(t.stack) + kStack) - 1;
+  // What moa_emulator_switch pops: six registers and a return address, leaving the stack as after a call. Stacks begin
+  // at different cache lines of a page: the caches have few places for lines with equal last bits.
+  const size_t colour = t.rank * 9 % (kPage / kLine) * kLine;
+  void** top = reinterpret_cast<void**>(static_cast<char*>(t.stack) + kStack - colour) - 1;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(t.stack, kStack);
 #endif
@@ -152,11 +145,16 @@ void prepare_block() {
   warp_count = (thread_count + 31) / 32;
   now->alive = thread_count;
   now->in_barrier = now->spinning = 0;
+  now->first_in_barrier = nullptr;
+  now->ready_warps = warp_count == 32 ? ~0u : (1u << warp_count) - 1;
   for (unsigned w = 0; w < warp_count; ++w) {
     const unsigned lanes = std::min(32u, thread_count - 32 * w);
     const unsigned all = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    now->warps[w] = Warp{{}, all, all, 0, w};
-    now->warp_order[w] = w;
+    Warp& warp = now->warps[w];
+    warp.alive = warp.ready = all;
+    warp.posted = warp.spinning = 0;
+    warp.number = warp.place = w;
+    now->warp_order[w] = &warp;
   }
   for (unsigned i = 0; i < thread_count; ++i) {
     Thread& t = threads[i];
@@ -166,7 +164,6 @@ void prepare_block() {
     t.lane = i % 32;
     t.warp = &now->warps[i / 32];
     t.warp->lanes[t.lane] = &t;
-    t.state = Thread::ready;
     t.operation = nullptr;
     t.copies.clear();
     t.group = 0;
@@ -174,147 +171,49 @@ void prepare_block() {
   }
 }
 
-Thread* next_thread() {
-  for (unsigned i = 0; i < warp_count; ++i) {
-    Warp& warp = now->warps[now->warp_order[i]];
-    if (warp.ready == 0) continue;
-    unsigned lane = static_cast<unsigned>(__builtin_ctz(warp.ready));
-    if (shuffled) {  // the first ready lane from a random one on
-      const unsigned from = static_cast<unsigned>(random_bits()) & 31u, later = warp.ready >> from << from;
-      if (later != 0) lane = static_cast<unsigned>(__builtin_ctz(later));
-    }
-    return warp.lanes[lane];
-  }
-  return nullptr;
-}
-
-void shuffle_warps() {
-  for (unsigned i = warp_count; i > 1; --i) std::swap(now->warp_order[i - 1], now->warp_order[random_bits() % i]);
-}
-
 namespace {
-
-// ---- Waiting.
-void wait_for(const char* operation, unsigned mask, Site site) {
-  self->operation = operation;
-  self->mask = mask;
-  self->site = site;
-  set_state(*self, Thread::waiting);
-}
-
-void finish_block_barrier() {
-  now->in_barrier = 0;
-  races_block_barrier();
-  for (unsigned w = 0; w < warp_count; ++w) trace_warp_met(now->warps[w]);
-  for (unsigned i = 0; i < thread_count; ++i) {
-    if (threads[i].state == Thread::waiting) set_state(threads[i], Thread::ready);
+struct Inverse {
+  unsigned long long of[kMaxThreads / 32 + 1] = {};  // 2^64 / i, rounded up
+  constexpr Inverse() {
+    for (unsigned long long i = 2; i <= kMaxThreads / 32; ++i) of[i] = ~0ull / i + 1;
   }
-  if (shuffled) shuffle_warps();
-}
-
-void barrier_at(const char* name, Site site) {
-  for (unsigned i = 0; now->in_barrier > 0 && i < thread_count; ++i) {
-    const Thread& t = threads[i];
-    const bool there = t.state == Thread::waiting && t.combine == nullptr && t.mask == 0;
-    if (there && !same_line(t.site, site)) {
-      fail(site, "this thread waits in %s, but %s in %s at %s", name, thread_name(t).c_str(), t.operation,
-           describe(t.site).c_str());
-    }
-    if (there) break;
-  }
-  self->combine = nullptr;
-  wait_for(name, 0, site);
-  if (++now->in_barrier == now->alive) {
-    finish_block_barrier();
-    if (!shuffled) return;
-    preempted = places > 1 && (random_bits() & 3u) == 0;  // what others may do before, they will
-  }
-  to_scheduler(false);
-}
-
-// Runs the operation that `first` waits in, if every lane of its mask that has not exited waits in it.
-void finish_warp_operation(Warp& warp, const Thread& first) {
-  const unsigned mask = first.mask, lanes = mask & warp.alive;
-  if ((warp.posted & lanes) != lanes) return;
-  void* slots[32] = {};
-  for (unsigned l = 0; l < 32; ++l) {
-    if (!(lanes >> l & 1u)) continue;
-    if (warp.lanes[l]->mask != mask) return;
-    slots[l] = warp.lanes[l]->slot;
-  }
-  if (first.combine != nullptr) {
-    first.combine(slots, lanes, first.site);
-  } else {
-    races_warp_barrier(warp, lanes);
-  }
-  if (lanes == warp.alive) trace_warp_met(warp);
-  warp.posted &= ~lanes;
-  for (unsigned l = 0; l < 32; ++l) {
-    if (lanes >> l & 1u) set_state(*warp.lanes[l], Thread::ready);
-  }
-}
-
+};
+constexpr Inverse kInverse;
 }  // namespace
 
-bool on_stack(const void* p) {
-  const auto* at = static_cast<const char*>(p);
-  return at >= static_cast<char*>(self->stack) && at < static_cast<char*>(self->stack) + kStack;
+void shuffle_warps() {
+  for (unsigned i = warp_count; i > 1; --i) {
+    // random_bits() % i: exact, since it has 48 bits.
+    const unsigned long long bits = random_bits();
+    const auto quotient = static_cast<unsigned long long>((unsigned __int128){bits} * kInverse.of[i] >> 64);
+    std::swap(now->warp_order[i - 1], now->warp_order[bits - quotient * i]);
+  }
+  now->ready_warps = 0;
+  for (unsigned i = 0; i < warp_count; ++i) {
+    now->warp_order[i]->place = i;
+    set_ready(*now->warp_order[i], 0);
+  }
 }
-
-unsigned long long random_bits() { return next_random() >> 16; }
 
 void leave_launch() {
   to_scheduler(true);
   __builtin_unreachable();
 }
 
-__attribute__((noinline)) void block_barrier(const char* name) { barrier_at(name, MOA_SITE); }
+void maybe_yield() { may_give_way(); }
 
-__attribute__((noinline)) int block_vote(const char* name, int value, int kind) {
-  const Site site = MOA_SITE;
-  Resident& me = *now;
-  if (me.in_barrier == 0) me.vote_count = 0;
-  me.vote_count += value != 0;
-  const int alive = static_cast<int>(me.alive), count = me.vote_count;
-  if (me.in_barrier + 1 == me.alive) me.vote_result = kind == 0 ? count : kind == 1 ? count == alive : count != 0;
-  barrier_at(name, site);
-  return me.vote_result;
-}
-
-__attribute__((noinline)) void warp_operation(const char* name, unsigned mask, void* slot,
-                                              void (*combine)(void* const*, unsigned, Site)) {
-  const Site site = MOA_SITE;
-  Thread& me = *self;
-  Warp& warp = *me.warp;
-  if (!(mask >> me.lane & 1u)) fail(site, "%s: mask %08x leaves out the calling lane %u", name, mask, me.lane);
-  // One lane that waits in this mask speaks for all of them: they were compared when they came.
-  if (const unsigned there = warp.posted & mask; there != 0) {
-    const Thread& other = *warp.lanes[__builtin_ctz(there)];
-    const bool same = other.mask == mask && other.operation == name && other.combine == combine;
-    const bool needs_me = other.mask >> me.lane & 1u;  // or it waits for others, and comes here later
-    if (needs_me && !(same && same_line(other.site, site))) {
-      fail(site, "the warp diverged: lane %u is in %s with mask %08x here, lane %u in %s with mask %08x at %s", me.lane,
-           name, mask, other.lane, other.operation, other.mask, describe(other.site).c_str());
-    }
-  }
-  me.slot = slot;
-  me.combine = combine;
-  wait_for(name, mask, site);
-  warp.posted |= 1u << me.lane;
-  finish_warp_operation(warp, me);
-  if (me.state == Thread::waiting || shuffled) to_scheduler(false);
-}
-
-void maybe_yield() {
-  if (!shuffled || (random_bits() & 7u) != 0) return;
+void give_way_at_random() {
   if ((random_bits() & 3u) == 0) shuffle_warps();
   preempted = places > 1 && (random_bits() & 15u) == 0;
-  to_scheduler(false);
+  give_way();
 }
 
 void wake_spinning() {
-  for (unsigned i = 0; now->spinning > 0 && i < thread_count; ++i) {
-    if (threads[i].state == Thread::spinning) set_state(threads[i], Thread::ready), --now->spinning;
+  for (unsigned w = 0; now->spinning > 0 && w < warp_count; ++w) {
+    Warp& warp = now->warps[w];
+    now->spinning -= static_cast<unsigned>(__builtin_popcount(warp.spinning));
+    set_ready(warp, warp.spinning);
+    warp.spinning = 0;
   }
 }
 
@@ -329,9 +228,10 @@ void spin_until(const unsigned* counter, unsigned value, Site site) {
     self->operation = "await";
     self->mask = 0;
     self->site = site;
-    set_state(*self, Thread::spinning);
+    set_not_ready(*self);
+    self->warp->spinning |= 1u << self->lane;
     ++now->spinning;
-    to_scheduler(false);
+    give_way();
   }
   MOA_RECORD(counter, sizeof *counter, kAcquire, site);
 }

@@ -31,7 +31,6 @@ extern unsigned resident;
 // Threads of the running block.
 extern Thread* threads;
 extern unsigned thread_count;
-unsigned long long random_bits();
 
 // report.cpp
 extern std::string failure;       // what `fail` said
@@ -50,11 +49,20 @@ struct Region {                           // a shared array, or a buffer of glob
   const char* name;
 };
 Region region_of(const void* p);  // the one around p, the gaps around it included
-size_t shared_size();
-size_t shared_offset(const void* p);
+void shared_turn();               // to the running block's
+constexpr size_t kStaticLimit = 48 * 1024, kLastGap = 16 * 1024, kDynamicAt = 2 * kStaticLimit;
+constexpr size_t kArena = kDynamicAt + 232 * 1024 + kLastGap;
+extern unsigned char* arena;  // the running block's shared memory, gaps included
+inline size_t shared_offset(const void* p) { return static_cast<size_t>(static_cast<const unsigned char*>(p) - arena); }
+inline bool is_shared(const void* p) { return shared_offset(p) < kArena; }
 
-// fibers.cpp
-bool on_stack(const void* p);  // of the running thread
+// fibers.cpp: the stacks of all threads lie side by side.
+constexpr size_t kStack = 256 * 1024;
+constexpr unsigned kMaxThreads = 1024;
+extern unsigned char* stacks;
+inline bool on_stack(const void* p) {
+  return static_cast<size_t>(static_cast<const unsigned char*>(p) - stacks) < kMaxResidents * kMaxThreads * kStack;
+}
 
 // races.cpp and trace.cpp, in the build that has them
 #ifdef MOA_EMULATE_TSAN

@@ -22,8 +22,7 @@ namespace emu {
 namespace {
 
 constexpr unsigned char kPoison = 0xff, kCanary = 0xa5;
-constexpr size_t kGap = 128, kLastGap = 16 * 1024, kStaticLimit = 48 * 1024;
-constexpr size_t kDynamicAt = 2 * kStaticLimit, kArena = kDynamicAt + 232 * 1024 + kLastGap;
+constexpr size_t kGap = 128;
 
 struct Array {
   const void* site;
@@ -32,7 +31,7 @@ struct Array {
 };
 
 struct Shared {
-  alignas(1024) unsigned char arena[kArena];
+  alignas(1024) unsigned char bytes[kArena];
   std::vector<Array> arrays;
   size_t static_end, static_bytes;
 };
@@ -42,7 +41,6 @@ Shared& own() { return *all_shared[resident]; }
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 void* add_array(const void* site, const char* name, size_t begin, size_t bytes, size_t gap) {
-  unsigned char* const arena = own().arena;
   ASAN_UNPOISON_MEMORY_REGION(arena + begin - kGap, kGap + bytes + gap);
   memset(arena + begin - kGap, kCanary, kGap);
   memset(arena + begin, kPoison, bytes);
@@ -61,11 +59,16 @@ void check_canary(const unsigned char* p, size_t bytes, const std::string& what)
 
 }  // namespace
 
+unsigned char* arena;
+
+void shared_turn() { arena = all_shared[resident] == nullptr ? nullptr : own().bytes; }
+
 void shared_begin(size_t dynamic_bytes) {
   if (all_shared[resident] == nullptr) all_shared[resident] = std::make_unique<Shared>();
+  shared_turn();
   Shared& mine = own();
-  ASAN_UNPOISON_MEMORY_REGION(mine.arena, kArena);
-  ASAN_POISON_MEMORY_REGION(mine.arena, kArena);
+  ASAN_UNPOISON_MEMORY_REGION(arena, kArena);
+  ASAN_POISON_MEMORY_REGION(arena, kArena);
   mine.arrays.clear();
   mine.static_end = kGap;
   mine.static_bytes = 0;
@@ -73,7 +76,6 @@ void shared_begin(size_t dynamic_bytes) {
 }
 
 void shared_end() {
-  const unsigned char* const arena = own().arena;
   for (const Array& a : own().arrays) {
     ASAN_UNPOISON_MEMORY_REGION(arena + a.begin - kGap, kGap + a.bytes + a.gap);
     check_canary(arena + a.begin - kGap, kGap, std::string("from 128 bytes before ") + a.name + " on");
@@ -84,7 +86,7 @@ void shared_end() {
 void* shared_array(const void* site, const char* name, size_t bytes) {
   Shared& mine = own();
   for (const Array& a : mine.arrays) {
-    if (a.site == site) return mine.arena + a.begin;
+    if (a.site == site) return arena + a.begin;
   }
   size_t& static_bytes = mine.static_bytes;
   static_bytes = round_up(static_bytes, 16) + bytes;
@@ -102,14 +104,7 @@ void* shared_array(const void* site, const char* name, size_t bytes) {
   return add_array(site, name, begin, bytes, kGap);
 }
 
-void* dynamic_shared() { return own().arena + kDynamicAt; }
-
-bool is_shared(const void* p) {
-  const auto* at = static_cast<const unsigned char*>(p);
-  return all_shared[resident] != nullptr && at >= own().arena && at < own().arena + kArena;
-}
-size_t shared_size() { return kArena; }
-size_t shared_offset(const void* p) { return static_cast<size_t>(static_cast<const unsigned char*>(p) - own().arena); }
+void* dynamic_shared() { return arena + kDynamicAt; }
 
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site) {
   if (!is_shared(p)) fail(site, "%s is not in shared memory", what);
@@ -178,30 +173,69 @@ __attribute__((noinline)) void before_atomic(const void* p, size_t bytes, [[mayb
 
 // ---- Bank conflicts: a request of up to 128 bytes is one cycle unless two different words want the same bank.
 namespace {
-std::map<std::pair<std::string, Site>, Conflicts> conflict_table;
+using Where = std::pair<const char*, Site>;  // kernel and line
+std::map<Where, Conflicts> conflict_table;
+Where last_where;
+Conflicts* last_conflicts;  // of last_where
+
+// The most words that one bank has to give.
+unsigned cycles_of(const void* const* p, unsigned lanes, unsigned words) {
+  // Mostly that is one word per bank.
+  uintptr_t word_of[32] __attribute__((uninitialized));
+  unsigned used = 0;
+  bool twice = false;
+  for (unsigned l = 0; l < lanes; ++l) {
+    if (p[l] == nullptr) continue;
+    for (unsigned w = 0; w < words; ++w) {
+      const uintptr_t word = reinterpret_cast<uintptr_t>(p[l]) / 4 + w;
+      const unsigned bank = word % 32;
+      if (!(used >> bank & 1u)) {
+        used |= 1u << bank;
+        word_of[bank] = word;
+      }
+      twice |= word_of[bank] != word;
+    }
+  }
+  if (!twice) return used != 0 ? 1 : 0;
+  uintptr_t seen[32][32] __attribute__((uninitialized));
+  unsigned count[32] = {}, worst = 1;
+  for (unsigned l = 0; l < lanes; ++l) {
+    if (p[l] == nullptr) continue;
+    for (unsigned w = 0; w < words; ++w) {
+      const uintptr_t word = reinterpret_cast<uintptr_t>(p[l]) / 4 + w;
+      const unsigned bank = word % 32;
+      const auto* end = seen[bank] + count[bank];
+      if (std::find(static_cast<const uintptr_t*>(seen[bank]), end, word) != end) continue;
+      seen[bank][count[bank]++] = word;
+      worst = std::max(worst, count[bank]);
+    }
+  }
+  return worst;
 }
-std::map<std::pair<std::string, Site>, Conflicts>& conflicts() { return conflict_table; }
+}  // namespace
+
+std::map<std::pair<std::string, Site>, Conflicts> take_conflicts() {
+  std::map<std::pair<std::string, Site>, Conflicts> result;
+  for (const auto& [where, c] : conflict_table) {
+    Conflicts& sum = result[{where.first, where.second}];
+    sum.requests += c.requests;
+    sum.extra_cycles += c.extra_cycles;
+  }
+  conflict_table.clear();
+  last_conflicts = nullptr;
+  return result;
+}
 
 void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site site) {
-  Conflicts& total = conflict_table[{block.kernel, site}];
+  if (last_conflicts == nullptr || last_where != Where(block.kernel, site)) {
+    last_where = {block.kernel, site};
+    last_conflicts = &conflict_table[last_where];
+  }
+  Conflicts& total = *last_conflicts;
   const unsigned words = std::max(1u, bytes / 4), together = bytes <= 4 ? 32 : 128 / bytes;
   for (unsigned first = 0; first < lanes; first += together) {
-    uintptr_t seen[32][32];
-    unsigned count[32] = {}, worst = 1;
-    bool any = false;
-    for (unsigned l = first; l < std::min(lanes, first + together); ++l) {
-      if (p[l] == nullptr) continue;
-      any = true;
-      for (unsigned w = 0; w < words; ++w) {
-        const uintptr_t word = reinterpret_cast<uintptr_t>(p[l]) / 4 + w;
-        const unsigned bank = word % 32;
-        const auto* end = seen[bank] + count[bank];
-        if (std::find(static_cast<const uintptr_t*>(seen[bank]), end, word) != end) continue;
-        seen[bank][count[bank]++] = word;
-        worst = std::max(worst, count[bank]);
-      }
-    }
-    if (any) total.requests += 1, total.extra_cycles += worst - 1;
+    const unsigned cycles = cycles_of(p + first, std::min(lanes - first, together), words);
+    if (cycles > 0) total.requests += 1, total.extra_cycles += cycles - 1;
   }
 }
 
@@ -245,12 +279,19 @@ Region region_of(const void* p) {
   const auto* at = static_cast<const unsigned char*>(p);
   if (is_shared(p)) {
     for (const Array& a : own().arrays) {
-      const unsigned char* begin = own().arena + a.begin;
+      const unsigned char* begin = arena + a.begin;
       if (at >= begin - kGap && at < begin + a.bytes + a.gap) return {begin, a.bytes, a.name};
     }
   } else {
+    static size_t last;  // found
+    if (last < buffers.size()) {
+      const Buffer& b = buffers[last];
+      if (at >= b.data && at < b.data + b.bytes) return {b.data, b.bytes, "global memory"};
+    }
     for (const Buffer& b : buffers) {
-      if (at >= b.begin && at < b.data + b.bytes + kBufferGap) return {b.data, b.bytes, "global memory"};
+      if (at < b.begin || at >= b.data + b.bytes + kBufferGap) continue;
+      last = static_cast<size_t>(&b - buffers.data());
+      return {b.data, b.bytes, "global memory"};
     }
   }
   return {nullptr, 0, nullptr};

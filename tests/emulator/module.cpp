@@ -93,14 +93,13 @@ PYBIND11_MODULE(MOA_MODULE, m) {
       "take_conflicts",
       [] {
         py::dict result;
-        for (const auto& [where, c] : emu::conflicts()) {
+        for (const auto& [where, c] : emu::take_conflicts()) {
           const std::string line = c.extra_cycles > 0 ? emu::describe(where.second) : "elsewhere";
           const py::str key(where.first + " at " + line);
           const auto sum = result.contains(key) ? result[key].cast<py::tuple>() : py::make_tuple(0, 0);
           result[key] =
               py::make_tuple(sum[0].cast<long long>() + c.requests, sum[1].cast<long long>() + c.extra_cycles);
         }
-        emu::conflicts().clear();
         return result;
       },
       "{kernel and line: (shared-memory requests, cycles lost to bank conflicts)} since the last call. Every build "

@@ -17,30 +17,10 @@
 #include <memory>
 #include <unordered_map>
 
-#include "emulator/conflicts.h"
-#include "emulator/internal.h"
+#include "emulator/history.h"
 
 namespace emu {
 namespace {
-
-constexpr unsigned kThreads = 1024;
-
-struct Event {  // 0: none
-  unsigned long long stamp : 22, clock : 28, thread : 10, is_write : 1, is_atomic : 1, in_flight : 1, : 1;
-};
-struct Cell {
-  Event write, other[2];
-  unsigned write_site, other_site[2];  // relative to the module
-};
-static_assert(sizeof(Event) == 8 && sizeof(Cell) == 40, "compact");
-
-bool none(Event e) { return e.stamp == 0; }
-bool same(const Cell& a, const Cell& b) {
-  unsigned long long x[5], y[5];
-  memcpy(x, &a, sizeof x);
-  memcpy(y, &b, sizeof y);
-  return x[0] == y[0] && x[1] == y[1] && x[2] == y[2] && x[3] == y[3] && x[4] == y[4];
-}
 
 // ---- Clocks.
 using View = std::vector<unsigned>;  // of each thread of one block, the clock up to which its accesses are seen
@@ -51,12 +31,12 @@ struct Acquired {
 };
 struct BlockClocks {
   unsigned stamp;
-  unsigned clocks[kThreads], at_barrier[kThreads], fenced[kThreads], fenced_at_barrier[kThreads];
-  bool fenced_since_barrier[kThreads];
-  unsigned seen[kThreads][32];                         // [thread][lane of its warp]
+  unsigned clocks[kMaxThreads], at_barrier[kMaxThreads], fenced[kMaxThreads], fenced_at_barrier[kMaxThreads];
+  bool fenced_since_barrier[kMaxThreads];
+  unsigned seen[kMaxThreads][32];                      // [thread][lane of its warp]
   std::map<unsigned, std::vector<Acquired>> acquired;  // by the stamp of the block it is from
   std::map<unsigned, Views> pending;                   // by thread: met by atomics, no fence since
-  std::vector<Cell> shared_history;
+  std::unique_ptr<History> shared_history;
 };
 BlockClocks all_clocks[kMaxResidents];
 BlockClocks& own() { return all_clocks[resident]; }
@@ -64,22 +44,27 @@ unsigned last_stamp, first_stamp;       // of the newest block; of the launch's 
 std::map<const void*, Views> released;  // by counter
 
 // What happened up to `clock` of `thread` in this block is known to the running thread.
-bool knows(unsigned thread, unsigned clock) {
-  if (thread == self->rank) return true;
-  if (thread / 32 == self->rank / 32) return own().seen[self->rank][thread % 32] >= clock;
-  return own().at_barrier[thread] >= clock;
+bool knows(const BlockClocks& mine, unsigned thread, unsigned clock) {
+  const unsigned me = self->rank;
+  if (thread == me) return true;
+  if (thread / 32 == me / 32) return mine.seen[me][thread % 32] >= clock;
+  return mine.at_barrier[thread] >= clock;
 }
 
 bool looking_at_shared;  // memory: it is another one in another block
 
-bool ordered(Event e) {
-  const BlockClocks& mine = own();
-  if (none(e) || e.stamp < first_stamp || (looking_at_shared && e.stamp != mine.stamp)) return true;
-  if (e.stamp == mine.stamp) return knows(static_cast<unsigned>(e.thread), static_cast<unsigned>(e.clock));
+bool ordered_by_counters(const BlockClocks& mine, Event e) {
   const auto from = mine.acquired.find(e.stamp);
   if (from == mine.acquired.end()) return false;
-  return std::any_of(from->second.begin(), from->second.end(),
-                     [&](const Acquired& a) { return (*a.view)[e.thread] >= e.clock && knows(a.thread, a.clock); });
+  return std::any_of(from->second.begin(), from->second.end(), [&](const Acquired& a) {
+    return (*a.view)[e.thread] >= e.clock && knows(mine, a.thread, a.clock);
+  });
+}
+
+inline bool ordered(Event e) {
+  const BlockClocks& mine = own();
+  if (e.stamp == mine.stamp) return knows(mine, static_cast<unsigned>(e.thread), static_cast<unsigned>(e.clock));
+  return e.stamp < first_stamp || looking_at_shared || ordered_by_counters(mine, e);  // before the first: none, too
 }
 
 void merge(Views* into, unsigned stamp, const std::shared_ptr<const View>& view) {
@@ -99,7 +84,7 @@ void take(const Views& views) {
   for (const auto& [stamp, view] : views) {
     if (stamp == mine.stamp) continue;
     auto& known = mine.acquired[stamp];
-    const auto same_view = [&, v = view](const Acquired& a) { return a.view == v && knows(a.thread, a.clock); };
+    const auto same_view = [&, v = view](const Acquired& a) { return a.view == v && knows(mine, a.thread, a.clock); };
     if (std::none_of(known.begin(), known.end(), same_view)) {
       known.push_back({self->rank, mine.clocks[self->rank], view});
     }
@@ -117,7 +102,7 @@ void hand_on(const void* counter) {
   merge(&views, mine.stamp, view);
   for (const auto& [stamp, all] : mine.acquired)
     for (const Acquired& a : all)
-      if (knows(a.thread, a.clock)) merge(&views, stamp, a.view);
+      if (knows(mine, a.thread, a.clock)) merge(&views, stamp, a.view);
   ++own().clocks[me];  // what comes now is not handed on
 }
 
@@ -140,9 +125,21 @@ void meet_at_counter(const void* counter) {
 }
 
 // ---- The bytes' history.
-std::unordered_map<const unsigned char*, std::vector<Cell>> histories;  // by the begin of a buffer
+std::unordered_map<const unsigned char*, History> histories;  // by the begin of a buffer
 
-Cell* history_of(const unsigned char* p, size_t bytes, Site site) {
+// An array or a buffer, and its history. A line of a kernel mostly has to do with one.
+struct Place {
+  const unsigned char *begin, *end, *base;  // base: what the history counts from, 4-byte aligned
+  History* history;
+  unsigned resident;  // whose shared memory it is
+  bool is_shared;
+  unsigned long long version;
+};
+constexpr unsigned kPlaces = 256;
+Place known_places[kPlaces];     // by the line
+unsigned long long version = 1;  // of all that is known of places
+
+const Place* look_up(const unsigned char* p, size_t bytes, Site site) {
   const Region region = region_of(p);
   if (region.begin == nullptr) return nullptr;  // a local variable, a constant
   const size_t offset = static_cast<size_t>(p - region.begin);
@@ -150,10 +147,27 @@ Cell* history_of(const unsigned char* p, size_t bytes, Site site) {
     fail(site, "out of bounds: %zu bytes at byte %td of %s, which has %zu", bytes, p - region.begin, region.name,
          region.bytes);
   }
-  if (is_shared(p)) return own().shared_history.data() + shared_offset(p);
-  std::vector<Cell>& cells = histories[region.begin];
-  if (cells.size() < region.bytes) cells.resize(region.bytes);
-  return cells.data() + offset;
+  const bool shared = is_shared(p);
+  History* history;
+  const unsigned char* base;
+  if (shared) {
+    history = own().shared_history.get();
+    base = p - shared_offset(p);
+  } else {
+    base = region.begin - reinterpret_cast<uintptr_t>(region.begin) % 4;
+    history = &histories.try_emplace(region.begin, region.bytes + 3).first->second;
+  }
+  Place& place = known_places[reinterpret_cast<uintptr_t>(site) % kPlaces];
+  place = {region.begin, region.begin + region.bytes, base, history, resident, shared, version};
+  return &place;
+}
+
+// Null: it is none of the memory that threads share.
+inline const Place* place_of(const unsigned char* p, size_t bytes, Site site) {
+  const Place& place = known_places[reinterpret_cast<uintptr_t>(site) % kPlaces];
+  const bool inside = p >= place.begin && p < place.end && bytes <= static_cast<size_t>(place.end - p);
+  if (inside && place.version == version && (!place.is_shared || place.resident == resident)) return &place;
+  return look_up(p, bytes, site);
 }
 
 const char module_marker = 0;
@@ -170,14 +184,14 @@ Site long_site(unsigned site) { return &module_marker + static_cast<int>(site); 
        describe(long_site(then_site)).c_str());
 }
 
-void check(const unsigned char* p, Event now, Site site, Event then, unsigned then_site) {
+inline void check(const unsigned char* p, Event now, Site site, Event then, unsigned then_site) {
   if (!(now.is_write | then.is_write) || (now.is_atomic & then.is_atomic)) return;
   if (!ordered(then)) report(p, now, site, then, then_site);
 }
 
 // Keeps `now` among the two others: instead of its own thread's last, of one that is ordered before it (whatever races
 // with that races with `now`), or else of one of its own warp.
-void keep(Cell& cell, Event now, unsigned site) {
+inline void keep(Cell& cell, Event now, unsigned site) {
   int slot = 0;
   const auto rank = [&](Event e) {
     return none(e) || (e.stamp == now.stamp && e.thread == now.thread) ? 0
@@ -185,15 +199,24 @@ void keep(Cell& cell, Event now, unsigned site) {
            : e.stamp == now.stamp && e.thread / 32 == now.thread / 32  ? 2
                                                                        : 3;
   };
-  if (rank(cell.other[1]) < rank(cell.other[0])) slot = 1;
+  if (const int first = rank(cell.other[0]); first > 0 && rank(cell.other[1]) < first) slot = 1;
   cell.other[slot] = now;
   cell.other_site[slot] = site;
 }
 
-void update(const unsigned char* p, Cell& cell, Event now, Site site) {
+inline void update(const unsigned char* p, Cell& cell, Event now, Site site) {
   if (cell.write.in_flight && cell.write.stamp == own().stamp && !now.is_write) {
     fail(site, "this reads what the cp.async of thread %u at %s has not delivered: no cp_async_wait came between",
          static_cast<unsigned>(cell.write.thread), describe(long_site(cell.write_site)).c_str());
+  }
+  // The same again: no other thread knows of this clock, so what came between is this thread's, or was a race.
+  if (!now.is_write && same(cell.other[0], now)) {
+    cell.other_site[0] = short_site(site);
+    return;
+  }
+  if (!now.is_atomic && same(cell.write, now)) {
+    cell.write_site = short_site(site);
+    return;
   }
   check(p, now, site, cell.write, cell.write_site);
   for (int i = 0; i < 2; ++i) check(p, now, site, cell.other[i], cell.other_site[i]);
@@ -210,9 +233,9 @@ void update(const unsigned char* p, Cell& cell, Event now, Site site) {
 
 void record_access(const void* address, size_t bytes, Access access, Site site) {
   const auto* p = static_cast<const unsigned char*>(address);
-  Cell* cells = history_of(p, bytes, site);
-  if (cells == nullptr) return;
-  looking_at_shared = is_shared(p);
+  const Place* const place = place_of(p, bytes, site);
+  if (place == nullptr) return;
+  looking_at_shared = place->is_shared;
   Event now{};
   now.stamp = own().stamp;
   now.clock = own().clocks[self->rank];
@@ -223,24 +246,16 @@ void record_access(const void* address, size_t bytes, Access access, Site site) 
   if (access == kAtomic) meet_at_counter(address);
   if (access == kAcquire || access == kAcquireRelease) take(released[address]);
   if (access == kAcquireRelease) hand_on(address);
-  // Neighbouring bytes mostly share their history.
-  Cell before{}, after{};
-  for (size_t i = 0; i < bytes; ++i) {
-    if (i > 0 && same(cells[i], before)) {
-      cells[i] = after;
-      continue;
-    }
-    before = cells[i];
-    update(p + i, cells[i], now, site);
-    after = cells[i];
-  }
+  const auto at = static_cast<size_t>(p - place->base);
+  place->history->visit(at, at + bytes, [=](size_t i, Cell& cell) { update(p + (i - at), cell, now, site); });
 }
 
 void races_grid_begin() {
   if (last_stamp > (1u << 22) - 2 - (1u << 20)) {  // the stamps come to their end
     histories.clear();
-    for (BlockClocks& c : all_clocks) c.shared_history.clear();
+    for (BlockClocks& c : all_clocks) c.shared_history.reset();
     last_stamp = 0;
+    ++version;
   }
   first_stamp = last_stamp + 1;
   released.clear();
@@ -251,7 +266,8 @@ void races_block_begin() {
   c.stamp = ++last_stamp;
   c.acquired.clear();
   c.pending.clear();
-  c.shared_history.resize(shared_size());
+  if (c.shared_history == nullptr) c.shared_history = std::make_unique<History>(kArena);
+  ++version;
   for (unsigned t = 0; t < thread_count; ++t) {
     c.clocks[t] = 1;
     c.at_barrier[t] = c.fenced[t] = c.fenced_at_barrier[t] = 0;
@@ -303,6 +319,9 @@ void races_fence() {
 }
 
 // Buffers come and go at the same addresses.
-void races_forget_buffers() { histories.clear(); }
+void races_forget_buffers() {
+  histories.clear();
+  ++version;
+}
 
 }  // namespace emu

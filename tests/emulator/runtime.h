@@ -20,30 +20,41 @@ struct Copy {  // an asynchronous copy that has not landed
   unsigned bytes, group;
 };
 
+// What a warp operation does once all its lanes are there: slots[lane] is what the lane gave.
+using Combine = void (*)(void* const* slots, unsigned mask, Site site);
+
 struct Warp;
-struct Thread {
-  enum State { ready, waiting, spinning, done };
+struct alignas(64) Thread {
+  // What a switch touches: one cache line.
+  void* stack_pointer;
   uint3 index;
   unsigned rank, lane;  // in the block, in the warp
+  unsigned mask;        // this and what follows: what it waits for, if it waits
   Warp* warp;
-  State state;
-  // What it waits for, if it waits.
   const char* operation;
   Site site;
-  unsigned mask;
-  void* slot;
-  void (*combine)(void* const* slots, unsigned mask, Site site);
+  Combine combine;
+
   std::vector<Copy> copies;
   unsigned group;  // of the next copy
-  void* stack_pointer;
   void* stack;
   void* fake_stack;  // AddressSanitizer's
 };
 
 struct Warp {
+  unsigned alive, ready, posted, spinning;  // a bit per lane; posted: waits in a warp operation
+  unsigned number, place;                   // in the block; in the order in which warps run
+  // Those that are posted wait in this, if it is the same for all.
+  bool uniform;
+  unsigned mask;
+  const char* operation;
+  Site site;
+  Combine combine;
   Thread* lanes[32];
-  unsigned alive, ready, posted;  // a bit per lane; posted: waits in a warp operation
-  unsigned number;
+  void* slots[32];
+  // Of shuffles and votes, by lane.
+  unsigned long long values[32], results[32];
+  int sources[32];
 };
 
 struct Block {
@@ -60,7 +71,7 @@ extern Block block;
 // ---- Scheduling.
 // Waits until every thread of the warp in `mask` that has not exited is here; the last one calls combine with a pointer
 // per lane. Same operation, mask and source line for all, or it is an error.
-void warp_operation(const char* name, unsigned mask, void* slot, void (*combine)(void* const*, unsigned, Site));
+void warp_operation(const char* name, unsigned mask, void* slot, Combine combine);
 void block_barrier(const char* name);
 void maybe_yield();  // lets others run here, under a seed other than 0
 // Returns when *counter, in global memory, is `value` or more: other blocks run meanwhile.
@@ -71,7 +82,6 @@ void* shared_array(const void* site, const char* name, size_t bytes);
 void* dynamic_shared();
 // An error unless p .. p + bytes lies in one shared array of this block, aligned to `alignment`.
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, Site site);
-bool is_shared(const void* p);
 void copy_async(void* shared, const void* global, unsigned bytes, bool valid);
 void copy_commit();
 void copy_wait(unsigned allowed);

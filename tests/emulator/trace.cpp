@@ -18,20 +18,21 @@ struct Instruction {
   std::vector<std::array<const void*, 32>> rounds;
 };
 std::vector<Instruction> open[kMaxResidents][32];  // by warp, in the order of their first execution
+unsigned last[kMaxResidents][32][32];              // of each lane, its last one there
 
 void count_bank_access(const void* p, size_t bytes, bool write, Site site) {
   auto& instructions = open[resident][self->warp->number];
-  Instruction* found = nullptr;
-  for (Instruction& i : instructions) {
-    if (i.site == site) found = &i;
+  // Mostly the one behind this lane's last one.
+  size_t at = last[resident][self->warp->number][self->lane] + 1;
+  if (at >= instructions.size() || instructions[at].site != site) {
+    for (at = 0; at < instructions.size() && instructions[at].site != site;) ++at;
+    if (at == instructions.size()) instructions.push_back({site, static_cast<unsigned>(bytes), write, {}, {}});
   }
-  if (found == nullptr) {
-    instructions.push_back({site, static_cast<unsigned>(bytes), write, {}, {}});
-    found = &instructions.back();
-  }
-  const unsigned round = found->count[self->lane]++;
-  if (round == found->rounds.size()) found->rounds.push_back({});
-  found->rounds[round][self->lane] = p;
+  last[resident][self->warp->number][self->lane] = static_cast<unsigned>(at);
+  Instruction& found = instructions[at];
+  const unsigned round = found.count[self->lane]++;
+  if (round == found.rounds.size()) found.rounds.push_back({});
+  found.rounds[round][self->lane] = p;
 }
 
 // The compiler takes the copy of a float4 apart: `next` goes on where `first` ended, in every lane of every round, and
@@ -51,7 +52,7 @@ bool continues(const Instruction& first, unsigned bytes, const Instruction& next
 }
 
 void access(const void* p, size_t bytes, bool write, bool aligned, Site site) {
-  if (self == nullptr || on_stack(p)) return;
+  if (self == nullptr) return;
   if (aligned && reinterpret_cast<uintptr_t>(p) % bytes != 0 && region_of(p).begin != nullptr) {
     fail(site, "a misaligned access of %zu bytes", bytes);
   }
@@ -78,8 +79,10 @@ void trace_warp_met(const Warp& warp) {
 
 }  // namespace emu
 
-#define MOA_HOOK(name, bytes, write, aligned) \
-  extern "C" void name(void* p) { emu::access(p, bytes, write, aligned, MOA_SITE); }
+#define MOA_HOOK(name, bytes, write, aligned)                               \
+  extern "C" void name(void* p) {                                           \
+    if (!emu::on_stack(p)) emu::access(p, bytes, write, aligned, MOA_SITE); \
+  }
 #define MOA_HOOKS(bytes)                                      \
   MOA_HOOK(__tsan_read##bytes, bytes, false, true)            \
   MOA_HOOK(__tsan_write##bytes, bytes, true, true)            \
@@ -91,8 +94,12 @@ MOA_HOOKS(4)
 MOA_HOOKS(8)
 MOA_HOOKS(16)
 extern "C" {
-void __tsan_read_range(void* p, size_t bytes) { emu::access(p, bytes, false, false, MOA_SITE); }
-void __tsan_write_range(void* p, size_t bytes) { emu::access(p, bytes, true, false, MOA_SITE); }
+void __tsan_read_range(void* p, size_t bytes) {
+  if (!emu::on_stack(p)) emu::access(p, bytes, false, false, MOA_SITE);
+}
+void __tsan_write_range(void* p, size_t bytes) {
+  if (!emu::on_stack(p)) emu::access(p, bytes, true, false, MOA_SITE);
+}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

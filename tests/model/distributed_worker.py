@@ -151,6 +151,7 @@ def main() -> None:
     results = {case: run(case, Path(sys.argv[1])) for case in CASES}
     if dist.get_rank() == 0:
         Path(sys.argv[1], "results.json").write_text(json.dumps(results))
+    dist.barrier()  # gloo aborts a process that leaves while the other is still at work with it
     dist.destroy_process_group()
 
 

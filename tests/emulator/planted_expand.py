@@ -175,8 +175,13 @@ plant("csrc/lora/expand_coefficients.cuh", "test_mixture.py -k 'test_tokens and 
 plant("csrc/lora/combine.cuh", "test_mixture.py -k 'test_tokens and f32'", unit=EXPAND)(
     "mixture-planes-of-slots", "at[s * slots * rank]", "at[s * slots]", "plain:0", WRONG
 )
-wild = plant("csrc/lora/expand_coefficients.cuh", "test_expand.py -k wild_order", unit=EXPAND)
-wild("expand-twins-of-chance", "clamp(place[i].twins, 0, p.c.slots - 1)", "place[i].twins", "asan:0", OUT)
+WILD = "test_expand.py -k wild_order"
+plant("csrc/lora/expand_coefficients.cuh", WILD, unit=EXPAND)(
+    "expand-twins-of-chance", "clamp(place[i].twins, 0, p.c.slots - 1)", "place[i].twins", "asan:0", OUT
+)
+plant("csrc/lora/expand_wide.cu", WILD)(
+    "wide-twins-of-chance", "clamp(at.twins, 0, c.slots - 1)", "at.twins", "asan:0", OUT
+)
 plant("csrc/lora/expand_tile.cuh", "test_offsets.py -k 'adapters and bf16'", unit=EXPAND)(
     "expand-offset-of-32-bits",
     "s.expert * p.c.rank * p.width",

@@ -299,8 +299,12 @@ def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-def test_wild_order_leaves_places_to_chance(emulator: ModuleType, rng, dtype: np.dtype) -> None:
-    """Slots that no position names are looked up in memory that holds anything, such as 2313 twins."""
+@pytest.mark.parametrize("rank", [4, 132])
+def test_wild_order_leaves_places_to_chance(emulator: ModuleType, rng, rank: int, dtype: np.dtype) -> None:
+    """Slots that no position names are looked up in memory that holds anything, such as 2313 twins.
+
+    Rank 4 takes the tile of many tokens, rank 132 that of few.
+    """
     if not isinstance(emulator, ModuleType):
         pytest.skip("the memory is the allocator's")
     if "tsan" in emulator.__name__:
@@ -310,10 +314,11 @@ def test_wild_order_leaves_places_to_chance(emulator: ModuleType, rng, dtype: np
     order = np.full(2 * tokens, 2**31 - 1, np.int32)
     order[::3] = rng.permutation(2 * tokens)[: len(order[::3])]
     offsets = np.minimum(np.arange(experts + 1), 2 * tokens).astype(np.int32)
-    y, values = unwritten(tokens, width, dtype=dtype), normal(rng, 2 * tokens, 4)
-    panels, dz = normal(rng, experts, width, 4, dtype=dtype), normal(rng, 2 * tokens)
-    assert not emulator.expand_plan(tokens, 2, experts, 4, width, False)["inside"]
+    y, values = unwritten(tokens, width, dtype=dtype), normal(rng, 2 * tokens, rank)
+    panels, dz = normal(rng, experts, width, rank, dtype=dtype), normal(rng, 2 * tokens)
+    assert emulator.expand_wide_plan(tokens, 2, experts, rank, width, False)["fits"] == (rank == 4)
+    assert not emulator.expand_plan(tokens, 2, experts, rank, width, False)["inside"]
     given = (offsets, order, normal(rng, tokens, 2), None, 1.0, None)
     emulator.expand(values, panels, *given, None, None, y)
     router = normal(rng, experts, width)
-    emulator.backward_expand(values, panels.reshape(experts, 4, width), *given, dz, router, y)
+    emulator.backward_expand(values, panels.reshape(experts, rank, width), *given, dz, router, y)

@@ -193,7 +193,7 @@ def run_everything(module: ModuleType, rng: np.random.Generator) -> None:
     test_routing.test_backward(module, rng, F32, *FLAGS[0])
     test_routing.test_backward(module, rng, F32, *FLAGS[1])
     test_routing.test_backward(module, rng, F64, *FLAGS[1])
-    test_routing.test_sort(module, rng, 64, 20011)
+    test_routing.test_sort(module, rng, 20011, 64)
 
 
 def test_every_kernel_of_the_budget_runs(plain: ModuleType, rng) -> None:

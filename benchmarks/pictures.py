@@ -53,8 +53,9 @@ def title(figure: Any, text: str) -> None:
 def caption(record: dict[str, Any]) -> str:
     """The machine and the commit, for the foot of a picture."""
     machine = record["machine"]
+    cpu = " ".join(filter(None, (machine["cpu"], machine["microarchitecture"])))
     text = (
-        f"{machine['cpu']} {machine['microarchitecture'] or ''}, {machine['threads']} threads, "
+        f"{cpu}, {machine['threads']} threads, "
         f"{machine['isa']}, torch {record['versions']['torch']}, commit {record['commit']}, "
         f"{record['date']}; r=16 and k=2 where nothing is said, own router included"
     )

@@ -92,7 +92,7 @@ def steps(python: str, results: Path, device: str, budget: float) -> list[Step]:
             )
             for check, more in (("memcheck", ()), ("racecheck", ()), ("initcheck", ("--alone",)))
         ),
-        # nine cases, their making, and a look at their kernels
+        # nine cases, their making, and, by estimate, a second for a look at their kernels
         Step("benchmarks", "bench", bench, 180, expected=9 * (budget + 4), alone=True),
     ]
 

@@ -15,7 +15,6 @@ import gc
 import random
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -125,38 +124,35 @@ def graphed(function: Callable[[torch.Tensor], torch.Tensor], inputs: list[torch
 
 
 def kernels(function: Function, device: torch.device, calls: int = 4) -> list[dict[str, Any]]:
-    """What one call has the device do, by torch's profiler: every kernel with its launches and seconds, the
+    """What one call has the device do, by torch's profiler: every kernel's name, launches and seconds, the
     longest first; the cache is flushed before each call. On a CPU: our operators.
     """
     clock = Clock(device)
 
-    def seen(call: Function | None) -> tuple[Counter[str], Counter[str]]:
-        launches: Counter[str] = Counter()
-        seconds: Counter[str] = Counter()
+    def seen(call: Function | None) -> list[tuple[str, float]]:
         with profile(activities=[ProfilerActivity.CUDA if clock.cuda else ProfilerActivity.CPU]) as profiler:
             for number in range(calls):
                 clock.prepare()
                 if call is not None:
                     call(number)
             clock.wait()
-        for event in profiler.events() or ():
-            if clock.cuda and event.device_type == DeviceType.CUDA:
-                name, took = kernel_name(event.name), event.device_time
-            elif not clock.cuda and event.name.startswith("moa_ops::"):
-                name, took = event.name, event.cpu_time
-            else:
-                continue
-            launches[name] += 1
-            seconds[name] += 1e-6 * took
-        return launches, seconds
+        events = profiler.events() or ()
+        if clock.cuda:
+            return [(e.name, 1e-6 * e.device_time) for e in events if e.device_type == DeviceType.CUDA]
+        return [(e.name, 1e-6 * e.cpu_time) for e in events if e.name.startswith("moa_ops::")]
 
-    flushes = seen(None)[0]
-    launches, seconds = seen(function)
-    return [
-        {"name": name, "launches": launches[name] / calls, "seconds": took / calls}
-        for name, took in seconds.most_common()
-        if name not in flushes
-    ]
+    flushes = {signature for signature, _ in seen(None)}
+    return summed([launch for launch in seen(function) if launch[0] not in flushes], calls)
+
+
+def summed(launches: list[tuple[str, float]], calls: int) -> list[dict[str, Any]]:
+    """Launches, signature and seconds, of so many calls, by the kernel's name; the longest first."""
+    times: dict[str, list[float]] = {}
+    for signature, seconds in launches:
+        name = signature if signature.startswith("moa_ops::") else kernel_name(signature)
+        times.setdefault(name, []).append(seconds)
+    found = [{"name": n, "launches": len(t) / calls, "seconds": sum(t) / calls} for n, t in times.items()]
+    return sorted(found, key=lambda kernel: -kernel["seconds"])
 
 
 def kernel_name(signature: str) -> str:

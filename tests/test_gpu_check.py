@@ -71,6 +71,22 @@ def test_kernels_have_short_names(signature: str, name: str) -> None:
     assert gpu_timer.kernel_name(signature) == name
 
 
+def test_launches_of_a_kernel_are_summed() -> None:
+    launches = [("void a<int>(int)", 1.0), ("b", 4.0), ("void a<float>(int)", 2.0), ("b", 6.0)]
+    assert gpu_timer.summed(launches, 2) == [
+        {"name": "b", "launches": 1, "seconds": 5.0},
+        {"name": "a", "launches": 1, "seconds": 1.5},
+    ]
+
+
+def test_what_flushes_the_cache_is_no_kernel_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(8, 4)
+    route = torch.ops.moa_ops.topk_routing
+    monkeypatch.setattr(gpu_timer.Clock, "prepare", lambda self: route(logits, 1, 0, False, None, None))
+    ours = lambda _: torch.ops.moa_ops.few_tokens(logits, logits)  # noqa: E731
+    assert [kernel["name"] for kernel in gpu_timer.kernels(ours, CPU)] == ["moa_ops::few_tokens"]
+
+
 def test_bytes_of_a_mixture() -> None:
     shape = Shape(10, 100, 200, 4, r=2, top_k=2)
     assert gpu.extra_bytes(shape, 2, train=False) == 2 * (10 * (100 + 2 * 200) + 4 * 2 * 300)

@@ -24,13 +24,12 @@ static inline int64_t first_slot(const int32_t* order, int64_t begin, int64_t en
   }
   return begin;
 }
-// The token of a position, order[p] / top_k, without the division, which takes as long as six multiplications: exact for
-// every slot below 2^31.
+// The token of a position, order[p] / top_k, by a multiplication: exact for every slot below 2^31.
 class TokenAt {
  public:
-  explicit TokenAt(const Segments& s)
-      : order_(s.order), inverse_((uint64_t{1} << 63) / static_cast<uint64_t>(s.top_k > 0 ? s.top_k : 1)) {
-    inverse_ += (uint64_t{1} << 63) % static_cast<uint64_t>(s.top_k > 0 ? s.top_k : 1) != 0;
+  explicit TokenAt(const Segments& s) : order_(s.order) {
+    const uint64_t top_k = s.top_k > 0 ? static_cast<uint64_t>(s.top_k) : 1;
+    inverse_ = ((uint64_t{1} << 63) + top_k - 1) / top_k;
   }
   int64_t operator()(int64_t p) const {
     return static_cast<int64_t>(static_cast<unsigned __int128>(order_[p]) * inverse_ >> 63);

@@ -323,6 +323,7 @@ static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int
     const int here = static_cast<int>(rows - j < 16 ? rows - j : 16);
     const uint32_t* from = src + j * lds;
     if (here == 16) {
+      // The next sixteen rows are asked for line after line, which the columns across them do not do.
       const char* const soon = reinterpret_cast<const char*>(from + 16 * lds);
       const bool more = lds == cols && j + 16 < rows;
       for (int64_t i = 0; i < quads; i += 4) {

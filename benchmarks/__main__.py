@@ -143,6 +143,8 @@ def run(words: list[str]) -> None:
     trials = [trial for section in only for trial in SECTIONS[section](options)]
     compiling.ahead(options, trials)
     options.run(trials)
+    if options.too_slow:
+        document["too_slow"] = [" ".join(key) for key in options.too_slow]
     order = {trial.case.key: number for number, trial in enumerate(trials)}
     cases = sorted(options.done.values(), key=lambda case: order.get(case.key, len(order)))
     document["noise"] = noise.state(cases)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.alternatives import ALTERNATIVES, COMPILABLE, COMPILED, YARDSTICKS, Alternative
 from benchmarks.inputs import CACHE, DTYPES, Problem, Shape, check
+from benchmarks.machine import SLOW_GEMM, library_rate
 from benchmarks.options import Functions, Trial
 from benchmarks.record import BASE, OURS, Case
 
@@ -55,7 +56,13 @@ def trial(
     names = NAMES if compile else NAMES[:-1]
     job = (shape, dtype, train) if compile else None
     prepare = lambda: _prepare(case, shape, train, compile)  # noqa: E731
-    return Trial(case, prepare, names, share, train, sure, job, visits)
+    return Trial(case, prepare, names, share, train, sure, job, visits, _slow(shape, dtype, train))
+
+
+def _slow(shape: Shape, dtype: str, train: bool) -> float:
+    """Seconds of a call of nn.Linear, as :class:`Trial` wants them."""
+    rates = [library_rate(dtype, gradient) for gradient in ((False, True) if train else (False,))]
+    return sum(1e-9 * shape.base_flop / rate for rate in rates if rate < SLOW_GEMM)
 
 
 class Point:

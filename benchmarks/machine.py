@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import moa_ops
 from benchmarks.timer import measure
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_GEMM = 25.0  # GF/s of a small product, below which a library has no instructions for the type
 DISTURBED = 10.0  # per cent of all cores taken by others, beyond which a measurement is repeated and marked
 ZEN = {23: {range(0x31): "zen", range(0x31, 0x100): "zen2"}, 26: {range(0x100): "zen5"}}
 ZEN[25] = {
@@ -87,12 +89,15 @@ def commit() -> dict[str, Any]:
 def ceilings(budget: float) -> dict[str, float]:
     """The best measured here and now: GF/s of large GEMMs, GB/s (read and written) of a large copy.
 
-    Measured up to three times if other processes are at work meanwhile: a ceiling is what is possible.
+    Measured up to three times if other processes are at work meanwhile: a ceiling is what is possible. What
+    has no fast GEMM in bfloat16 can convert, and has float32's.
     """
     functions: dict[str, Callable[[], object]] = {}
     flop: dict[str, float] = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        for n in (1024, 2048):
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    for name, dtype in dtypes.items():
+        sizes = (1024, 2048) if library_rate(name) > SLOW_GEMM else (128,)
+        for n in sizes:
             a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
             functions[f"{name} {n}"] = lambda a=a, b=b: a @ b
             flop[f"{name} {n}"] = 2.0 * n**3
@@ -106,12 +111,27 @@ def ceilings(budget: float) -> dict[str, float]:
             least[name] = min(timing.seconds.least, least.get(name, float("inf")))
         if (company.percent()["others_percent"] or 0) < DISTURBED:
             break
-    rate = {name: 1e-9 * flop[name] / least[name] for name in flop}
+    rate = {
+        dtype: max(1e-9 * flop[name] / least[name] for name in flop if name.startswith(dtype))
+        for dtype in dtypes
+    }
     return {
-        "gemm_float32_gflops": max(rate["float32 1024"], rate["float32 2048"]),
-        "gemm_bfloat16_gflops": max(rate["bfloat16 1024"], rate["bfloat16 2048"]),
+        "gemm_float32_gflops": rate["float32"],
+        "gemm_bfloat16_gflops": max(rate.values()),
         "copy_gbytes_per_s": 2e-9 * source.nbytes / least["copy"],
     }
+
+
+@cache
+def library_rate(dtype: str, gradient: bool = False) -> float:
+    """GF/s of the library in a small ``F.linear``, or of the product that is its gradient: which is far from its
+    best, but tells 100 from 1, as bfloat16 has without instructions for it.
+    """
+    n = 128
+    a, b = (torch.randn(n, n).to(getattr(torch, dtype)) for _ in range(2))
+    function = (lambda: a @ b) if gradient else (lambda: torch.nn.functional.linear(a, b))
+    least = measure({"gemm": function}, "gemm", budget=0.02)["gemm"].seconds.least
+    return 2e-9 * n**3 / least
 
 
 class Company:

@@ -22,6 +22,7 @@ QUICK_AGAIN = (
     "expand",
     "gram",
 )  # sections that a quick run visits twice
+TOO_SLOW = 0.6  # seconds of one call of the baseline; it is called some twenty times, and every form after it
 KEPT = 20.0  # seconds of measuring that a run that is ended may lose
 
 Functions = dict[str, Callable[[], object]]
@@ -37,6 +38,7 @@ class Trial:
     compiled: what ``compiling.ahead`` is to compile for it, if anything.
     visits: how often it is measured, all other cases in between; each visit makes its tensors anew and has
         its part of the budget.
+    slow: seconds of one call of nn.Linear where the library has no fast product of the dtype, else 0.
     """
 
     case: Case
@@ -47,6 +49,7 @@ class Trial:
     sure: bool = False
     compiled: tuple[Any, ...] | None = None
     visits: int = 2
+    slow: float = 0.0
 
 
 @dataclass
@@ -69,12 +72,15 @@ class Options:
     keep: Callable[[], None] = lambda: None
     build: bool = False
     left: int = 0  # visits that the limit cut off
+    too_slow: list[tuple[str, ...]] = field(default_factory=list)  # keys of what was left out for it
     started: float = field(default_factory=time.perf_counter)
 
     def select(self, trials: Iterable[Trial]) -> list[Trial]:
-        """Those whose label is asked for by ``points``."""
+        """Those whose label is asked for by ``points``, and that are not too slow."""
         numbered = enumerate(trials)
-        return [t for i, t in numbered if not self.points or any(_asked(t, i, p) for p in self.points)]
+        asked = [t for i, t in numbered if not self.points or any(_asked(t, i, p) for p in self.points)]
+        self.too_slow = [t.case.key for t in asked if t.slow > TOO_SLOW]
+        return [t for t in asked if t.slow <= TOO_SLOW]
 
     def run(self, trials: Iterable[Trial]) -> list[Case]:
         """The cases of the trials that are asked for, measured as far as the time limit allows.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.alternatives import PlainLora
+from benchmarks.options import TOO_SLOW
 from benchmarks.record import BASE, OURS, Case, Loss, losses
 
 BAR = 0.97  # best alternative ÷ ours: no point may be under it
@@ -47,6 +48,8 @@ def verdict(cases: list[Case], record: dict[str, Any]) -> str:
     ):
         items = [f"- {item}" for item in found]
         lines += [f"{title}:" if items else f"{title}: none", *items]
+    if left := record.get("too_slow"):
+        lines += [f"Left out, as a call of nn.Linear takes over {TOO_SLOW:g} s here:", *(f"- {key}" for key in left)]
     return "\n".join(lines)
 
 

@@ -46,11 +46,11 @@ def _own_kernels(x: Tensor) -> bool:
 
 def linear_first(x: Tensor, weight: Tensor) -> bool:
     """Whether W x comes before the mixture: in half precision on a CPU, where adding to y would slow W x down
-    and round y twice; but not for few tokens, whose product is our own.
+    and round y twice; but not where the product is our own.
     """
     if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cpu:
         return False
-    return not (_own_kernels(x) and torch.ops.moa_ops.few_tokens.default(x, weight))
+    return not (_own_kernels(x) and torch.ops.moa_ops.own_linear.default(x, weight))
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -362,6 +362,6 @@ def _add_linear_backward_(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> Non
     _check_devices(grad_x, grad_y, weight)
 
 
-@torch.library.register_fake("moa_ops::few_tokens")
-def _few_tokens(x: Tensor, weight: Tensor) -> bool:
+@torch.library.register_fake("moa_ops::own_linear")
+def _own_linear(x: Tensor, weight: Tensor) -> bool:
     return False  # nothing is computed, in whatever order

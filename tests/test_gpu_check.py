@@ -83,8 +83,8 @@ def test_what_flushes_the_cache_is_no_kernel_of_ours(monkeypatch: pytest.MonkeyP
     logits = torch.randn(8, 4)
     route = torch.ops.moa_ops.topk_routing
     monkeypatch.setattr(gpu_timer.Clock, "prepare", lambda self: route(logits, 1, 0, False, None, None))
-    ours = lambda _: torch.ops.moa_ops.few_tokens(logits, logits)  # noqa: E731
-    assert [kernel["name"] for kernel in gpu_timer.kernels(ours, CPU)] == ["moa_ops::few_tokens"]
+    ours = lambda _: torch.ops.moa_ops.own_linear(logits, logits)  # noqa: E731
+    assert [kernel["name"] for kernel in gpu_timer.kernels(ours, CPU)] == ["moa_ops::own_linear"]
 
 
 def test_bytes_of_a_mixture() -> None:

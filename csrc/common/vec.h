@@ -4,6 +4,7 @@
 //   Acc     element that is accumulated         kAcc   lanes of one accumulator
 //   kPack   products summed into a lane by one multiply-add: 1, or 2 for bfloat16 pairs
 //   kLinearTokens   up to how many tokens a product with W is faster here than in most GEMMs (plan.h)
+//   kPacks  whether a product with W of more tokens may be our own as well (plan::linear)
 //   kTiles  whether whole tiles are multiplied at once (lora/tiles.h), what is left over as in the struct it derives from
 //   kPanels whether rows can be multiplied by a panel (lora/panel.h)
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
@@ -29,7 +30,7 @@ struct Plain {
     T v[W];
   };
   using AccVec = InVec;
-  static constexpr bool kTiles = false, kPanels = false;
+  static constexpr bool kTiles = false, kPanels = false, kPacks = false;
   static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN, kLinearTokens = 0;
 
   static inline InVec load(const T* p) {
@@ -90,8 +91,8 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
-  static constexpr bool kTiles = false, kPanels = false;
-  static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 6, kAxpyN = 2, kLinearTokens = 32;
+  static constexpr bool kTiles = false, kPanels = false, kPacks = true;
+  static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 4, kAxpyN = 3, kLinearTokens = 32;
 
   static inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -100,11 +101,16 @@ struct F32 {
   static inline InVec load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static inline InVec splat(const float* p) { return _mm256_broadcast_ss(p); }
   static inline AccVec zero() { return _mm256_setzero_ps(); }
+  static inline AccVec add(AccVec a, AccVec b) { return _mm256_add_ps(a, b); }
   static inline AccVec load_acc(const float* p) { return _mm256_loadu_ps(p); }
   static inline AccVec load_acc_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static inline void store_acc(float* p, AccVec a) { _mm256_storeu_ps(p, a); }
   static inline void store_acc_n(float* p, AccVec a, int n) { _mm256_maskstore_ps(p, first(n), a); }
-  static inline AccVec fma(InVec a, InVec b, AccVec c) { return _mm256_fmadd_ps(a, b, c); }
+  // By its own name: around the intrinsic GCC 12 copies accumulators, and spills some where all registers are in use.
+  static inline AccVec fma(InVec a, InVec b, AccVec c) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+    return c;
+  }
   static inline void reduce4(AccVec a, AccVec b, AccVec c, AccVec d, float* out) {
     const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
@@ -116,7 +122,7 @@ struct F32 {
 struct Acc512 {
   using Acc = float;
   using AccVec = __m512;
-  static constexpr bool kTiles = false, kPanels = false;
+  static constexpr bool kTiles = false, kPanels = false, kPacks = false;
   static constexpr int kAcc = 16, kDotM = 6, kDotN = 4, kAxpyM = 6, kAxpyN = 4;
 
   static inline AccVec zero() { return _mm512_setzero_ps(); }

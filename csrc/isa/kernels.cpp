@@ -54,12 +54,13 @@ static void for_types(const LoraParams& p, const F& fn) {
 static void forward(const ForwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.forward(p); });
 }
-static bool few_tokens(DType type, int64_t tokens, int64_t in) {
+static bool own_linear(DType type, int64_t tokens, int64_t in) {
+  constexpr plan::Linear library = plan::Linear::library;
   switch (type) {
-    case DType::f32: return few_tokens<F32, float>(type, tokens, in);
-    case DType::f64: return few_tokens<F64, double>(type, tokens, in);
-    case DType::bf16: return few_tokens<Bf16Arithmetic, bf16_t>(type, tokens, in);
-    case DType::f16: return few_tokens<F32, f16_t>(type, tokens, in);
+    case DType::f32: return linear_form<F32, float>(type, tokens, in) != library;
+    case DType::f64: return linear_form<F64, double>(type, tokens, in) != library;
+    case DType::bf16: return linear_form<Bf16Arithmetic, bf16_t>(type, tokens, in) != library;
+    case DType::f16: return linear_form<F32, f16_t>(type, tokens, in) != library;
   }
   return false;
 }
@@ -122,7 +123,7 @@ static void router_backward(const RouterBackwardParams& p) {
 
 extern const KernelTable kTable;
 const KernelTable kTable = {MOA_STRING(MOA_ISA), topk,   topk_backward,   router,          router_backward, forward,
-                            few_tokens,          linear, linear_backward, backward_shrink, backward_outer};
+                            own_linear,          linear, linear_backward, backward_shrink, backward_outer};
 
 }  // namespace MOA_ISA
 }  // namespace moa

@@ -12,9 +12,8 @@ struct KernelTable {
   void (*router)(const RouterParams&);
   void (*router_backward)(const RouterBackwardParams&);
   void (*forward)(const ForwardParams&);
-  // The base's product where tokens are so few that a GEMM is slower, and its gradient: false, and nothing done, where
-  // one is not.
-  bool (*few_tokens)(DType type, int64_t tokens, int64_t in);
+  // The base's product where the library's GEMM is slower, and its gradient: false, and nothing done, where it is not.
+  bool (*own_linear)(DType type, int64_t tokens, int64_t in);
   void (*linear)(const LinearParams&);
   bool (*linear_backward)(const LinearBackwardParams&);
   void (*backward_shrink)(const BackwardParams&);

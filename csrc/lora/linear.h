@@ -1,8 +1,9 @@
-// The base's product for few tokens on a CPU, y += x W^T, and its gradient, dx += dy W. Included only by
-// csrc/isa/kernels.cpp.
+// The base's product on a CPU, y += x W^T, and its gradient, dx += dy W, where the library's GEMM is slower
+// (plan::linear). Included only by csrc/isa/kernels.cpp.
 //
 // A GEMM packs its operands before it multiplies: that pays for hundreds of tokens. With a few, reading W is the whole
-// work, so every row of W is read once, as it lies, against all tokens. A task owns columns of the result.
+// work, so every row of W is read once, as it lies, against all tokens. With many, blocks of W are packed here too. A
+// task owns columns of the result.
 #pragma once
 #include "lora/kernels.h"
 
@@ -55,25 +56,6 @@ static void linear_tokens(const LinearParams& p, int64_t t0, int64_t tokens) {
       convert_row(sum, out, end - begin);
     }
   });
-}
-
-template <class V, class T>
-static void linear(const LinearParams& p) {
-  for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
-    linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
-}
-
-// The most tokens that are few, by instruction set and processor.
-template <class V, class T>
-static int64_t most_tokens(DType type) {
-  if (V::kLinearTokens == 0) return 0;
-  const int64_t most = Same<T, typename V::In>::value ? V::kLinearTokens : INT64_MAX;
-  return min64(most, plan::most_beside_library(type, processor()));
-}
-
-template <class V, class T>
-static bool few_tokens(DType type, int64_t tokens, int64_t in) {
-  return plan::few_tokens(tokens, in, most_tokens<V, T>(type), Same<T, typename V::In>::value);
 }
 
 // ---- dx += dy W for tokens [t0, t0 + tokens): axpy tiles over panels of W's rows --------------------------------------
@@ -133,12 +115,124 @@ static void linear_backward_tokens(const LinearBackwardParams& p, int64_t t0, in
   });
 }
 
+// ---- many tokens: blocks of W packed, x broadcast against them (panel.h) --------------------------------------------
+// y[t][:] += sum_k x[t][k] w[k][:] of `depth` products, y `width` wide. pack(c0, cols, k0, count, to) packs columns
+// [c0, c0 + cols) of w, at most kStrip, for products [k0, k0 + count): rows of kStrip.
+template <class V>
+static constexpr int64_t kStrip = V::kAxpyN * V::kIn;
+
+template <class V, class T, class Pack>
+static void packed_product(const T* x, int64_t ldx, int64_t tokens, int64_t depth, T* y, int64_t width,
+                           const Pack& pack) {
+  using In = typename V::In;
+  using Acc = typename V::Acc;
+  constexpr bool direct = Same<T, In>::value;  // then y is its own accumulator
+  const int64_t col_blocks = plan::ceil_div(width, plan::kPackedCols);
+  const int64_t most = direct ? tokens : plan::kPackedConverted;
+  for (int64_t first = 0; first < tokens; first += most) {
+    const int64_t now = min64(most, tokens - first), blocks = plan::ceil_div(now, plan::kPackedTokens);
+    const In** rows = scratch<const In*>(Scratch::call_pointers, now);
+    In* buffer = direct ? nullptr : scratch<In>(Scratch::call_first, now * depth);
+    parallel_tasks(plan::ceil_div(now, plan::kPackedBlock), !direct, [&](int64_t task) {
+      for (int64_t t = task * plan::kPackedBlock, end = min64(t + plan::kPackedBlock, now); t < end; ++t)
+        rows[t] = row_as<V, T>(x + (first + t) * ldx, depth, direct ? nullptr : buffer + t * depth);
+    });
+    parallel_tasks(blocks * col_blocks, true, [&](int64_t task) {
+      const int64_t t0 = task / col_blocks * plan::kPackedTokens, t1 = min64(t0 + plan::kPackedTokens, now);
+      const int64_t c0 = task % col_blocks * plan::kPackedCols, cols = min64(plan::kPackedCols, width - c0);
+      In* packed = scratch<In>(Scratch::panel, plan::kPackedRun * plan::kPackedCols);
+      Acc* sums = direct ? nullptr : scratch<Acc>(Scratch::tile, (t1 - t0) * cols);
+      T* out = y + (first + t0) * width + c0;
+      for (int64_t k0 = 0; k0 < depth; k0 += plan::kPackedRun) {
+        const int64_t count = min64(plan::kPackedRun, depth - k0);
+        for (int64_t c = 0; c < cols; c += kStrip<V>)
+          pack(c0 + c, min64(kStrip<V>, cols - c), k0, count, packed + c * count);
+        for (int64_t b0 = t0; b0 < t1; b0 += plan::kPackedBlock)
+          for (int64_t c = 0; c < cols; c += kStrip<V>)
+            for (int64_t t = b0, end = min64(b0 + plan::kPackedBlock, t1); t < end; t += V::kAxpyM) {
+              const int64_t n = min64(V::kAxpyM, end - t), strip = min64(kStrip<V>, cols - c);
+              const In* from = packed + c * count;
+              if constexpr (direct) {
+                panel_rows<V>(rows + t, n, k0, k0 + count, from, kStrip<V>, strip, true, out + (t - t0) * width + c,
+                              width);
+              } else {
+                panel_rows<V>(rows + t, n, k0, k0 + count, from, kStrip<V>, strip, k0 > 0, sums + (t - t0) * cols + c,
+                              cols);
+              }
+            }
+      }
+      for (int64_t t = 0; !direct && t < t1 - t0; ++t) {
+        add_row(out + t * width, sums + t * cols, cols);
+        convert_row(sums + t * cols, out + t * width, cols);
+      }
+    });
+  }
+}
+
+template <class V, class T>
+static void linear_packed(const LinearParams& p) {
+  const T* weight = static_cast<const T*>(p.weight);
+  packed_product<V>(static_cast<const T*>(p.x), p.ldx, p.tokens, p.in, static_cast<T*>(p.y), p.out,
+                    [&](int64_t c0, int64_t cols, int64_t k0, int64_t count, typename V::In* to) {
+                      using In = typename V::In;
+                      const T* w = weight + c0 * p.ldw + k0;
+                      if constexpr (Same<T, In>::value) {
+                        transpose(w, p.ldw, cols, count, to, kStrip<V>);
+                      } else {
+                        In* wide = scratch<In>(Scratch::convert, cols * count);
+                        for (int64_t i = 0; i < cols; ++i) convert_row(w + i * p.ldw, wide + i * count, count);
+                        transpose(wide, count, cols, count, to, kStrip<V>);
+                      }
+                    });
+}
+
+template <class V, class T>
+static void linear_backward_packed(const LinearBackwardParams& p) {
+  const T* weight = static_cast<const T*>(p.weight);
+  packed_product<V>(static_cast<const T*>(p.dy), p.lddy, p.tokens, p.out, static_cast<T*>(p.dx), p.in,
+                    [&](int64_t c0, int64_t cols, int64_t k0, int64_t count, typename V::In* to) {
+                      const T* w = weight + k0 * p.ldw + c0;
+                      for (int64_t k = 0; k < count; ++k) convert_row(w + k * p.ldw, to + k * kStrip<V>, cols);
+                    });
+}
+
+// ---- the choice ------------------------------------------------------------------------------------------------------
+// The most tokens whose W is streamed, by instruction set and processor.
+template <class V, class T>
+static int64_t most_tokens(DType type) {
+  const int64_t most = Same<T, typename V::In>::value ? V::kLinearTokens : INT64_MAX;
+  return min64(most, plan::most_beside_library(type, processor()));
+}
+
+template <class V, class T>
+static plan::Linear linear_form(DType type, int64_t tokens, int64_t in) {
+  constexpr bool direct = Same<T, typename V::In>::value;
+  if (V::kLinearTokens == 0) return plan::Linear::library;
+  if (V::kPacks && plan::packs(tokens, direct, processor())) return plan::Linear::packed;
+  return plan::few_tokens(tokens, in, most_tokens<V, T>(type), direct) ? plan::Linear::streamed
+                                                                       : plan::Linear::library;
+}
+
+template <class V, class T>
+static void linear(const LinearParams& p) {
+  if constexpr (V::kPacks)
+    if (linear_form<V, T>(p.type, p.tokens, p.in) == plan::Linear::packed) return linear_packed<V, T>(p);
+  for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
+    linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
+}
+
 // False, and nothing done, where the library's GEMM is as fast.
 template <class V, class T>
 static bool linear_backward(const LinearBackwardParams& p) {
-  if (!plan::few_tokens_backward(p.tokens, p.out, most_tokens<V, T>(p.type), Same<T, typename V::In>::value,
-                                 plan::fast_gemv(p.type, processor())))
-    return false;
+  constexpr bool direct = Same<T, typename V::In>::value;
+  if (V::kLinearTokens == 0) return false;
+  if constexpr (V::kPacks)
+    if (plan::packs_backward(p.tokens, direct, processor())) {
+      linear_backward_packed<V, T>(p);
+      return true;
+    }
+  const bool fast_gemv = plan::fast_gemv(p.type, processor());
+  if (!plan::few_tokens_backward(p.tokens, p.out, most_tokens<V, T>(p.type), direct, fast_gemv)) return false;
   if (p.out % V::kPack != 0) return false;  // the last pair would reach into the next row of dy
   for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
     linear_backward_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));

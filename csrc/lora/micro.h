@@ -13,6 +13,7 @@ namespace moa {
 namespace MOA_ISA {
 
 #define MOA_UNROLL _Pragma("GCC unroll 8")
+#define MOA_UNROLL_4 _Pragma("GCC unroll 4")
 
 #if defined(MOA_HAS_AVX512)
 // 16 rows of four 32-bit units, or `rows` of them, through registers: each takes the four units of rows i, i + 4, i + 8
@@ -43,6 +44,28 @@ static inline void transpose_16x4(const uint32_t* src, int64_t lds, int rows, ui
     } else {
       _mm512_mask_storeu_epi32(dst + i * ldd, mask, r[i]);
     }
+  }
+}
+#elif defined(MOA_HAS_AVX2)
+// Eight rows of eight 32-bit units through registers: each takes half of rows i and i + 4, so that only the squares in
+// its lanes are left to turn over.
+static inline void transpose_8x8(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  __m256 r[8];
+  MOA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const float* from = src + i % 4 * lds + i / 4 * 4;
+    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * lds), 1);
+  }
+  MOA_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    const __m256d lo[2] = {_mm256_castps_pd(_mm256_unpacklo_ps(r[i], r[i + 1])),
+                           _mm256_castps_pd(_mm256_unpacklo_ps(r[i + 2], r[i + 3]))};
+    const __m256d hi[2] = {_mm256_castps_pd(_mm256_unpackhi_ps(r[i], r[i + 1])),
+                           _mm256_castps_pd(_mm256_unpackhi_ps(r[i + 2], r[i + 3]))};
+    _mm256_storeu_ps(dst + i * ldd, _mm256_castpd_ps(_mm256_unpacklo_pd(lo[0], lo[1])));
+    _mm256_storeu_ps(dst + (i + 1) * ldd, _mm256_castpd_ps(_mm256_unpackhi_pd(lo[0], lo[1])));
+    _mm256_storeu_ps(dst + (i + 2) * ldd, _mm256_castpd_ps(_mm256_unpacklo_pd(hi[0], hi[1])));
+    _mm256_storeu_ps(dst + (i + 3) * ldd, _mm256_castpd_ps(_mm256_unpackhi_pd(hi[0], hi[1])));
   }
 }
 #endif
@@ -81,6 +104,9 @@ static constexpr bool kDotFetch = false, kDotRuns = true;
 static constexpr bool kDotFetch = true, kDotRuns = false;
 #endif
 static constexpr int64_t kDotRun = 512, kDotWhole = 1024;  // columns of a run; up to so many are one
+// Columns of a step: a whole cache line, so that none is asked for twice.
+template <class V>
+static constexpr int64_t kDotStep = V::kIn * sizeof(typename V::In) < 64 ? 64 / sizeof(typename V::In) : V::kIn;
 
 // Columns [begin, end) of all `size`; the lanes' sums between two runs.
 template <class Acc>
@@ -108,13 +134,22 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   for (int m = 0; m < M; ++m) MOA_UNROLL
   for (int n = 0; n < N; ++n) acc[m][n] = begin == 0 ? V::zero() : V::load_acc(columns.sums + (m * N + n) * V::kAcc);
   // `pace` new lines a step, as long as there are any: a line asked for again costs nothing but its slot.
-  const int64_t step = ahead->end - ahead->at >= ahead->pace * ((end - begin) / V::kIn) ? ahead->pace : 0;
+  constexpr int64_t kStep = kDotStep<V>;
+  const int64_t step = ahead->end - ahead->at >= ahead->pace * ((end - begin) / kStep) ? ahead->pace : 0;
   const char* soon = ahead->at;
-  int64_t k = begin;
-  for (; k + V::kIn <= end; k += V::kIn, soon += step) {
+  auto vectors = [&](int64_t k) {
     typename V::InVec av[N];
     MOA_UNROLL
     for (int n = 0; n < N; ++n) av[n] = V::load(ap[n] + k);
+    MOA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const typename V::InVec xv = V::load(xp[m] + k);
+      MOA_UNROLL
+      for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, av[n], acc[m][n]);
+    }
+  };
+  int64_t k = begin;
+  for (; k + kStep <= end; k += kStep, soon += step) {
     if constexpr (kDotFetch) {
       MOA_UNROLL
       for (int n = 0; n < 4; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
@@ -122,12 +157,9 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
       __builtin_prefetch(soon_1 + k, 0, 2);
     }
     MOA_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const typename V::InVec xv = V::load(xp[m] + k);
-      MOA_UNROLL
-      for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, av[n], acc[m][n]);
-    }
+    for (int64_t i = 0; i < kStep; i += V::kIn) vectors(k + i);
   }
+  for (; kStep > V::kIn && k + V::kIn <= end; k += V::kIn) vectors(k);
   ahead->at = soon;
   if (kDotRuns && end < columns.size) {
     MOA_UNROLL
@@ -179,7 +211,7 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   static constexpr Tile kTiles[6][4] = {MOA_ROW(1), MOA_ROW(2), MOA_ROW(3), MOA_ROW(4), MOA_ROW(5), MOA_ROW(6)};
 #undef MOA_ROW
   const int64_t tiles = ((m_size + M - 1) / M) * ((n_size + N - 1) / N);
-  ahead.spread(tiles * (k_size / V::kIn), 4);
+  ahead.spread(tiles * (k_size / kDotStep<V>), 4);
   // Tiles of equal height, as far as they can be: a low one at the end loads a for few products.
   auto height = [&](int64_t m, int64_t m_end) {
     const int64_t left = m_end - m, tiles = (left + M - 1) / M;
@@ -338,6 +370,18 @@ static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int
     }
     transpose_plain(from + quads, lds, here, cols - quads, dst + quads * ldd + j, ldd);
   }
+}
+#elif defined(MOA_HAS_AVX2)
+static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
+  const int64_t whole = cols / 8 * 8;
+  int64_t j = 0;
+  for (; j + 8 <= rows; j += 8) {
+    const uint32_t* from = src + j * lds;
+    for (int64_t i = 0; i < whole; i += 8)
+      transpose_8x8(reinterpret_cast<const float*>(from + i), lds, reinterpret_cast<float*>(dst + i * ldd + j), ldd);
+    transpose_plain(from + whole, lds, 8, cols - whole, dst + whole * ldd + j, ldd);
+  }
+  transpose_plain(src + j * lds, lds, rows - j, cols, dst + j, ldd);
 }
 #else
 static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {

@@ -4,17 +4,18 @@
 //
 // It needs no sum across lanes and reads two lines less from L2 per step than a dot_tile, but whole vectors of columns,
 // which routers of many experts and large ranks have (plan::panel_pays), and the weight, or A, turned over first. Sums go
-// in runs of kPanelRun products, added in order: the same whatever tile an output falls into. Included only by kernels.h.
+// in runs of kPanelRun products, added in order: the same whatever tile an output falls into. The base's product of many
+// tokens (linear.h) is made of the same tiles. Included only by kernels.h.
 #pragma once
 
 namespace moa {
 namespace MOA_ISA {
 
 // Columns [k0, k1) of M rows x against as many rows p of the panel, `ldp` apart, N vectors each, the last one with `last`
-// columns. Only `rows` of the M are stored: added to what is there, unless k0 is 0.
+// columns. Only `rows` of the M are stored, or added to what is there.
 template <class V, int M, int N, bool Tail>
 static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int64_t k1, const typename V::In* p,
-                       int64_t ldp, int last, typename V::Acc* out, int64_t ldo) {
+                       int64_t ldp, int last, bool add, typename V::Acc* out, int64_t ldo) {
   using In = typename V::In;
   typename V::AccVec acc[M][N];
   const In* xp[M];
@@ -23,6 +24,8 @@ static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int
   MOA_UNROLL
   for (int m = 0; m < M; ++m) MOA_UNROLL
   for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
+  for (int m = 0; add && m < rows; ++m) prefetch_row(out + m * ldo, N * V::kAcc);
+  MOA_UNROLL_4
   for (int64_t k = k0; k < k1; ++k, p += ldp) {
     typename V::InVec pv[N];
     MOA_UNROLL
@@ -39,41 +42,52 @@ static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int
     if (m >= rows) break;
     MOA_UNROLL
     for (int n = 0; n < N; ++n) {
-      const int lanes = Tail && n == N - 1 ? last : V::kAcc;
       typename V::Acc* o = out + m * ldo + n * V::kAcc;
-      V::store_acc_n(o, k0 > 0 ? V::add(V::load_acc_n(o, lanes), acc[m][n]) : acc[m][n], lanes);
+      if (Tail && n == N - 1) {
+        V::store_acc_n(o, add ? V::add(V::load_acc_n(o, last), acc[m][n]) : acc[m][n], last);
+      } else {
+        V::store_acc(o, add ? V::add(V::load_acc(o), acc[m][n]) : acc[m][n]);
+      }
     }
   }
 }
 
-// out[m][n] = sum_k x_m[k] panel_k[n], in tiles of six rows and four vectors; fewer rows are filled up.
+// Rows [0, rows) of x, at most kAxpyM, against `cols` columns, at most kAxpyN vectors of them: one tile.
+template <class V>
+static inline void panel_rows(const typename V::In* const* x, int64_t rows, int64_t k0, int64_t k1,
+                              const typename V::In* p, int64_t ldp, int64_t cols, bool add, typename V::Acc* out,
+                              int64_t ldo) {
+  constexpr int M = V::kAxpyM, N = V::kAxpyN;
+  static_assert(N <= 4, "the table below");
+  using Tile = void (*)(const typename V::In* const*, int, int64_t, int64_t, const typename V::In*, int64_t, int, bool,
+                        typename V::Acc*, int64_t);
+  constexpr int kThree = N >= 3 ? 3 : 1, kFour = N >= 4 ? 4 : 1;  // past N they are never asked for
+  static constexpr Tile kWhole[4] = {panel_tile<V, M, 1, false>, panel_tile<V, M, 2, false>,
+                                     panel_tile<V, M, kThree, false>, panel_tile<V, M, kFour, false>};
+  static constexpr Tile kTail[4] = {panel_tile<V, M, 1, true>, panel_tile<V, M, 2, true>,
+                                    panel_tile<V, M, kThree, true>, panel_tile<V, M, kFour, true>};
+  const typename V::In* filled[M];
+  for (int i = 0; i < M; ++i) filled[i] = x[i < rows ? i : rows - 1];
+  const int64_t vectors = plan::ceil_div(cols, V::kIn);
+  const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
+  const Tile tile = (last < V::kIn ? kTail : kWhole)[vectors - 1];
+  tile(filled, static_cast<int>(rows), k0, k1, p, ldp, last, add, out, ldo);
+}
+
+// out[m][n] = sum_k x_m[k] panel_k[n], in tiles; fewer rows are filled up.
 // panel(k0, count, &ld): rows [k0, k0 + count) of the panel, `ld` apart.
 template <class V, class Panel>
 static void panel_block(const typename V::In* const* x, int64_t m_size, int64_t n_size, int64_t k_size,
                         typename V::Acc* out, int64_t ldo, const Panel& panel) {
-  constexpr int M = 6;
-  constexpr int64_t kWide = 4 * V::kIn;
-  using Tile = void (*)(const typename V::In* const*, int, int64_t, int64_t, const typename V::In*, int64_t, int,
-                        typename V::Acc*, int64_t);
-  static constexpr Tile kWhole[4] = {panel_tile<V, M, 1, false>, panel_tile<V, M, 2, false>, panel_tile<V, M, 3, false>,
-                                     panel_tile<V, M, 4, false>};
-  static constexpr Tile kTail[4] = {panel_tile<V, M, 1, true>, panel_tile<V, M, 2, true>, panel_tile<V, M, 3, true>,
-                                    panel_tile<V, M, 4, true>};
+  constexpr int64_t M = V::kAxpyM, kWide = V::kAxpyN * V::kIn;
   for (int64_t k0 = 0; k0 < k_size; k0 += plan::kPanelRun) {
     const int64_t k1 = min64(k0 + plan::kPanelRun, k_size);
     int64_t ld = 0;
     const typename V::In* run = panel(k0, k1 - k0, &ld);
-    for (int64_t m = 0; m < m_size; m += M) {  // a tile of x stays in L1 while the panel streams from L2
-      const int rows = static_cast<int>(min64(M, m_size - m));
-      const typename V::In* filled[M];
-      for (int i = 0; i < M; ++i) filled[i] = x[m + (i < rows ? i : rows - 1)];
-      for (int64_t n = 0; n < n_size; n += kWide) {
-        const int64_t cols = min64(kWide, n_size - n), vectors = plan::ceil_div(cols, V::kIn);
-        const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
-        const Tile tile = (last < V::kIn ? kTail : kWhole)[vectors - 1];
-        tile(filled, rows, k0, k1, run + n, ld, last, out + m * ldo + n, ldo);
-      }
-    }
+    for (int64_t m = 0; m < m_size; m += M)  // a tile of x stays in L1 while the panel streams from L2
+      for (int64_t n = 0; n < n_size; n += kWide)
+        panel_rows<V>(x + m, min64(M, m_size - m), k0, k1, run + n, ld, min64(kWide, n_size - n), k0 > 0,
+                      out + m * ldo + n, ldo);
   }
 }
 

@@ -130,9 +130,26 @@ inline int64_t most_beside_library(DType type, const Processor& cpu) {
 inline bool linear_fetch(const Processor& cpu) { return !cpu.intel; }
 constexpr int64_t kLinearBlock = 256;  // tokens at a time, where there are more
 constexpr int64_t kLinearPanel = 8;    // rows of W, or pairs of them, between two looks at dx
-// Rows of W, which are columns of y, that a task owns; and columns of dx.
+// Rows of W, which are columns of y, that a task owns; and columns of dx, where W is streamed.
 inline int64_t linear_rows(int64_t out) { return clamp(ceil_div(out, 8 * 4) * 4, 4, 64); }
 inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 64) * 64, 64, 512); }
+
+// On AVX2 the base's product of more tokens is our own too, from packed blocks of W: half types, which no library
+// multiplies there, and float32 beside what MKL has for processors that are not Intel's. Two Zen 3 cores, GF/s, library,
+// streamed, packed, W 2048 x 2048: float32 T = 4 21, 70, 48, T = 16 48, 90, 93, T = 24 62, 98, 108, T = 512 150, -, 162,
+// W 1024 x 1024 T = 64 82 to 105, -, 135 to 153, T = 512 121 to 131, -, 153 to 158; gradient T = 8 28, 63, 42, T = 16 50, -,
+// 61, T = 512 151, -, 156. bfloat16 T = 4 20, 50, 32, T = 16 20, 72, 76, T = 512 20, -, 149; its gradient 1, -, 143.
+enum class Linear { library, streamed, packed };
+inline bool packs(int64_t tokens, bool direct, const Processor& cpu) {
+  return direct ? tokens >= 16 && !cpu.intel : tokens >= 8;
+}
+inline bool packs_backward(int64_t tokens, bool direct, const Processor& cpu) {
+  return tokens > 8 && !(direct && cpu.intel);
+}
+// Columns and tokens of a task, and of these the tokens that meet the whole block before the next ones: the block of a run
+// is 96 KB, their part of it 192 KB. Half or twice as much of each is no faster. Products of a run: they bound float32
+// rounding too. Tokens at a time where x is converted first.
+constexpr int64_t kPackedCols = 48, kPackedTokens = 512, kPackedBlock = 96, kPackedRun = 512, kPackedConverted = 1024;
 
 // Gram: columns per task; its x panel is gathered again for every tile of ranks.
 inline int64_t gram_cols(int64_t width) {

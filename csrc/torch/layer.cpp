@@ -1,7 +1,8 @@
 // The layer without gradients, whole and in one call, on the CPU: mixture and base, with h and the routing in work
 // memory. In full precision y holds bias and mixture first, and F.linear's own product is added to it: one pass less
 // over y. In half precision that addition slows the product itself by 4 %, and would round y twice: there the product
-// comes first, and the mixture is added in float32. For few tokens the product is our own (linear.h), and comes last.
+// comes first, and the mixture is added in float32. Where the product is our own (linear.h) it
+// comes last.
 // Where no token has an adapter only the product is left.
 #include "common/scratch.h"
 #include "isa/table.h"
@@ -16,7 +17,7 @@ namespace {
 void mixture_and_linear(ForwardParams* p, const Tensor& y, const Tensor& x, const OptionalTensor& weight,
                         const OptionalTensor& bias) {
   const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
-  const bool linear_first = half && weight.has_value() && p->base == nullptr && !few_tokens(x, *weight);
+  const bool linear_first = half && weight.has_value() && p->base == nullptr && !own_linear(x, *weight);
   if (linear_first) {
     library_linear(y, bias, x, *weight);
     p->base = p->y;

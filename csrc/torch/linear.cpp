@@ -53,8 +53,8 @@ int64_t rows_of_bias(const Tensor& y, const OptionalTensor& bias) {
 
 }  // namespace
 
-bool few_tokens(const Tensor& x, const Tensor& weight) {
-  return rows_are_dense(x) && rows_are_dense(weight) && kernels().few_tokens(dtype_of(x, "x"), x.size(0), x.size(1));
+bool own_linear(const Tensor& x, const Tensor& weight) {
+  return rows_are_dense(x) && rows_are_dense(weight) && kernels().own_linear(dtype_of(x, "x"), x.size(0), x.size(1));
 }
 
 void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
@@ -67,7 +67,7 @@ void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& 
 }
 
 void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, const Tensor& weight) {
-  if (!few_tokens(x, weight)) return library_linear(y, y, x, weight);
+  if (!own_linear(x, weight)) return library_linear(y, y, x, weight);
   const int64_t rows = rows_of_bias(y, bias);
   if (rows == y.size(0)) return library_linear(y, bias, x, weight);
   if (rows > 0) return library_linear(y, y, x, weight);
@@ -84,9 +84,9 @@ void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, co
   kernels().linear(p);
 }
 
-bool few_tokens_cpu(const Tensor& x, const Tensor& weight) {
+bool own_linear_cpu(const Tensor& x, const Tensor& weight) {
   check_linear(x, weight, place_of(x));
-  return few_tokens(x, weight);
+  return own_linear(x, weight);
 }
 
 void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {

@@ -1,11 +1,12 @@
-// The base's product beside the mixture, on the CPU: our own kernel for few tokens, else the library's GEMM.
+// The base's product beside the mixture, on the CPU: our own kernel where that is faster, else the
+// library's GEMM.
 #pragma once
 #include "torch/tensors.h"
 
 namespace moa {
 
 // Whether add_linear takes our own kernel.
-bool few_tokens(const Tensor& x, const Tensor& weight);
+bool own_linear(const Tensor& x, const Tensor& weight);
 
 // y = start + x W^T as F.linear computes it, the start being y itself, a bias [out] or nothing.
 void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight);

@@ -12,9 +12,9 @@
 //   segment_lora_backward   all gradients; with router_weight and logits also the router's (score_func: 0 softmax,
 //                           1 sigmoid). What is not needed comes back empty.
 //   add_linear_             y += x W^T, y holding bias and mixture; on the CPU alone, as the two after it: by a kernel of
-//                           our own for few tokens, else by the library's GEMM
+//                           our own where that is faster, else by the library's GEMM
 //   add_linear_backward_    grad_x += grad_y W
-//   few_tokens              whether x has so few that add_linear_ takes our own
+//   own_linear              whether add_linear_ takes our own
 #include "torch/ops.h"
 
 #include "isa/table.h"
@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY(moa_ops, m) {
       "int top_k, int score_func, bool norm_topk_prob, float scaling) -> Tensor");
   m.def("add_linear_(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias) -> ()");
   m.def("add_linear_backward_(Tensor(a!) grad_x, Tensor grad_y, Tensor weight) -> ()");
-  m.def("few_tokens(Tensor x, Tensor weight) -> bool");
+  m.def("own_linear(Tensor x, Tensor weight) -> bool");
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");
   m.def("set_cpu_isa(str name) -> ()");
@@ -86,7 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(moa_ops, CPU, m) {
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cpu));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cpu));
   m.impl("add_linear_", TORCH_BOX(&moa::add_linear_cpu));
-  m.impl("few_tokens", TORCH_BOX(&moa::few_tokens_cpu));
+  m.impl("own_linear", TORCH_BOX(&moa::own_linear_cpu));
   m.impl("add_linear_backward_", TORCH_BOX(&moa::add_linear_backward_cpu));
 }
 

@@ -33,7 +33,7 @@ Tensor segment_linear_cpu(const Tensor& x, const OptionalTensor& weight, const O
 Tensor routed_linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
                          const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
                          bool norm_topk_prob, double scaling);
-bool few_tokens_cpu(const Tensor& x, const Tensor& weight);
+bool own_linear_cpu(const Tensor& x, const Tensor& weight);
 void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 void add_linear_backward_cpu(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight);
 Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,

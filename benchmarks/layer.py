@@ -16,7 +16,7 @@ POINTS = (
     Shape(16, 2048, 2048, 8),
     Shape(1, 2048, 2048, 8),
 )
-AIMS = {  # the layer / nn.Linear that two AVX-512 cores should reach
+AIMS = {  # the layer / nn.Linear that two cores should reach
     "float32": dict(zip(POINTS, (1.055, 1.095, 1.20, 1.45, 1.09, 1.12), strict=True)),
     "bfloat16": {POINTS[0]: 1.08},
 }

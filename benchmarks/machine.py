@@ -124,8 +124,9 @@ def ceilings(budget: float) -> dict[str, float]:
 
 @cache
 def library_rate(dtype: str, gradient: bool = False) -> float:
-    """GF/s of the library in a small ``F.linear``, or of the product that is its gradient: which is far from its
-    best, but tells 100 from 1, as bfloat16 has without instructions for it.
+    """GF/s of the library in a small ``F.linear``, or of the product that is its gradient.
+
+    That is far from its best, but tells 100 from the 1 that bfloat16 has without instructions for it.
     """
     n = 128
     a, b = (torch.randn(n, n).to(getattr(torch, dtype)) for _ in range(2))

@@ -14,8 +14,9 @@ from benchmarks.record import BASE, GEMMS, NOT_OPPONENTS, OURS, PEFT, PLAIN, Cas
 
 LAYER_NOTE = (
     "Times relative to nn.Linear: medians of paired ratios, for ours with the 95 % interval. floor: 1 + "
-    "extra arithmetic, or extra bytes at the rate of the copy if that is more. aim: what two AVX-512 cores "
-    "should reach. best ÷ ours: the fastest PyTorch form over ours."
+    "extra arithmetic, or extra bytes at the rate of the copy if that is more; ours is under it where our "
+    "product with the weight is faster than nn.Linear's. aim: what two cores should reach. best ÷ ours: the "
+    "fastest PyTorch form over ours."
 )
 
 

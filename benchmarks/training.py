@@ -9,7 +9,7 @@ from benchmarks.inputs import Shape
 from benchmarks.options import Options, Trial
 
 POINTS = (Shape(512, 2048, 2048, 8), Shape(512, 1024, 1024, 64))
-AIMS = {"float32": dict(zip(POINTS, (1.12, 1.32), strict=True)), "bfloat16": {}}  # two AVX-512 cores
+AIMS = {"float32": dict(zip(POINTS, (1.12, 1.32), strict=True)), "bfloat16": {}}  # two cores
 
 
 def trials(options: Options) -> Iterator[Trial]:

@@ -1,6 +1,7 @@
 """The base's product, ``y += x Wᵀ``, and its gradient, ``dx += dy W``, by kernels of our own.
 
-The reference is the same in float64. For how many tokens they are used hangs on the instruction set: all are tested.
+The reference is the same in float64. For how many tokens they are used hangs on the instruction set: all are
+tested.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def test_where_the_product_is_our_own() -> None:
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     best = moa.cpu_isa()
     most = {
-        torch.float32: {"scalar": 0, "avx2": 10**9}.get(best, 128),  # 8 tokens and more for each of 1024 inputs
+        torch.float32: {"scalar": 0, "avx2": 10**9}.get(best, 128),  # 8 tokens for each of 1024 inputs
         torch.bfloat16: {"scalar": 0, "avx512_bf16": 32, "amx_bf16": 32}.get(best, 10**9),
         torch.float16: 0 if best == "scalar" else 10**9,
         torch.float64: 0,

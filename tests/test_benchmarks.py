@@ -9,7 +9,8 @@ import time
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import noise, options, readme, record, report, timer, verdict
+from benchmarks import beside, machine, noise, options, readme, record, report, timer, verdict
+from benchmarks.inputs import Shape
 from benchmarks.record import BASE, OURS, Case
 from benchmarks.timer import Spread, measure
 
@@ -242,6 +243,38 @@ def test_points_are_words_parts_or_fractions(points, chosen):
     labels = ["T=1 E=8 forward", "T=16 E=8 forward", "T=1 E=8 step", "T=16 E=8 step"]
     found = options.Options(points=points).select(trials_of(labels, []))
     assert [trial.case.label for trial in found] == [labels[i] for i in chosen]
+
+
+def test_what_the_library_takes_too_long_for_is_left_out_and_listed(monkeypatch):
+    trials = trials_of(["a", "b"], [])
+    trials[1].slow = 1.01 * options.TOO_SLOW
+    chosen = options.Options()
+    assert chosen.select(trials) == trials[:1]
+    assert chosen.too_slow == [trials[1].case.key]
+    text = verdict.verdict([layer_case(1.2, 1.5)], {"too_slow": ["layer b float32 warm"]})
+    assert text.endswith("a call of nn.Linear takes over 0.6 s here:\n- layer b float32 warm")
+    # 2·10⁹ operations: of 1 GF/s 2 s more for the gradient, of 100 nothing to speak of.
+    shape, rates = Shape(1000, 1000, 1000, 8), {False: 10.0, True: 1.0}
+    monkeypatch.setattr(beside, "library_rate", lambda dtype, gradient: rates[gradient])
+    slow = {train: beside.trial("layer", shape, "bfloat16", train=train).slow for train in (False, True)}
+    assert slow == {False: pytest.approx(0.2), True: pytest.approx(2.2)}
+    rates[True] = 100.0
+    assert beside.trial("layer", shape, "bfloat16", train=True).slow == pytest.approx(0.2)
+
+
+def test_a_slow_bfloat16_has_the_ceiling_of_float32(monkeypatch):
+    monkeypatch.setattr(machine, "library_rate", lambda dtype: 1.0 if dtype == "bfloat16" else 100.0)
+    timed: list[str] = []
+    spread = timer.Spread.of([1e-3])
+
+    def measure(functions, baseline, budget):
+        timed.extend(functions)
+        return {name: timer.Timing(spread, spread, 1, 1) for name in functions}
+
+    monkeypatch.setattr(machine, "measure", measure)
+    found = machine.ceilings(1.0)
+    assert timed[:4] == ["float32 1024", "float32 2048", "bfloat16 128", "copy"]
+    assert found["gemm_bfloat16_gflops"] == found["gemm_float32_gflops"] == pytest.approx(2e-6 * 2048**3)
 
 
 def test_a_run_stops_at_its_limit_and_goes_on(tmp_path):

@@ -91,7 +91,7 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
-  static constexpr bool kTiles = false, kPanels = false, kPacks = true;
+  static constexpr bool kTiles = false, kPanels = true, kPacks = true;
   static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 4, kAxpyN = 3, kLinearTokens = 32;
 
   static inline __m256i first(int n) {

@@ -118,9 +118,6 @@ static void linear_backward_tokens(const LinearBackwardParams& p, int64_t t0, in
 // ---- many tokens: blocks of W packed, x broadcast against them (panel.h) --------------------------------------------
 // y[t][:] += sum_k x[t][k] w[k][:] of `depth` products, y `width` wide. pack(c0, cols, k0, count, to) packs columns
 // [c0, c0 + cols) of w, at most kStrip, for products [k0, k0 + count): rows of kStrip.
-template <class V>
-static constexpr int64_t kStrip = V::kAxpyN * V::kIn;
-
 template <class V, class T, class Pack>
 static void packed_product(const T* x, int64_t ldx, int64_t tokens, int64_t depth, T* y, int64_t width,
                            const Pack& pack) {

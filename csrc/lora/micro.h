@@ -137,15 +137,26 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   constexpr int64_t kStep = kDotStep<V>;
   const int64_t step = ahead->end - ahead->at >= ahead->pace * ((end - begin) / kStep) ? ahead->pace : 0;
   const char* soon = ahead->at;
-  auto vectors = [&](int64_t k) {
-    typename V::InVec av[N];
-    MOA_UNROLL
-    for (int n = 0; n < N; ++n) av[n] = V::load(ap[n] + k);
-    MOA_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const typename V::InVec xv = V::load(xp[m] + k);
+  auto vectors = [&](int64_t k) {  // the fewer operands stay in registers, the others come one after the other
+    typename V::InVec kept[M < N ? M : N];
+    if constexpr (M < N) {
       MOA_UNROLL
-      for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, av[n], acc[m][n]);
+      for (int m = 0; m < M; ++m) kept[m] = V::load(xp[m] + k);
+      MOA_UNROLL
+      for (int n = 0; n < N; ++n) {
+        const typename V::InVec av = V::load(ap[n] + k);
+        MOA_UNROLL
+        for (int m = 0; m < M; ++m) acc[m][n] = V::fma(av, kept[m], acc[m][n]);
+      }
+    } else {
+      MOA_UNROLL
+      for (int n = 0; n < N; ++n) kept[n] = V::load(ap[n] + k);
+      MOA_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const typename V::InVec xv = V::load(xp[m] + k);
+        MOA_UNROLL
+        for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, kept[n], acc[m][n]);
+      }
     }
   };
   int64_t k = begin;

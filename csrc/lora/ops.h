@@ -71,7 +71,11 @@ struct Lora : Operands<V, TA> {
         if constexpr (V::kPanels)
           if (!done && plan::shrink_panel(stop - pos, used - j0, turned, processor())) {
             panel_block<V>(rows + (pos - begin), stop - pos, used - j0, k_size, out + pos * p.rank + j0, p.rank,
-                           [&](int64_t k0, int64_t count, int64_t* ld) { return across(e, j0, used, k0, count, ld); });
+                           [&](int64_t k0, int64_t count) -> PanelRun<In> {
+                             int64_t ld = 0;
+                             const In* rows_across = across(e, j0, used, k0, count, &ld);
+                             return {rows_across, ld};
+                           });
             done = true;
           }
         if (!done)

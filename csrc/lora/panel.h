@@ -74,20 +74,28 @@ static inline void panel_rows(const typename V::In* const* x, int64_t rows, int6
   tile(filled, static_cast<int>(rows), k0, k1, p, ldp, last, add, out, ldo);
 }
 
-// out[m][n] = sum_k x_m[k] panel_k[n], in tiles; fewer rows are filled up.
-// panel(k0, count, &ld): rows [k0, k0 + count) of the panel, `ld` apart.
+// Rows of a panel, `ld` apart; of its columns every kStrip-th begins `step` times as far from the first.
+template <class In>
+struct PanelRun {
+  const In* rows;
+  int64_t ld, step = 1;
+};
+// Columns of a tile. A panel in strips of so many, each with all rows of its run, meets no cache set twice.
+template <class V>
+static constexpr int64_t kStrip = V::kAxpyN * V::kIn;
+
+// out[m][n] = sum_k x_m[k] panel_k[n], in tiles; fewer rows are filled up. panel(k0, count): rows [k0, k0 + count).
 template <class V, class Panel>
 static void panel_block(const typename V::In* const* x, int64_t m_size, int64_t n_size, int64_t k_size,
                         typename V::Acc* out, int64_t ldo, const Panel& panel) {
-  constexpr int64_t M = V::kAxpyM, kWide = V::kAxpyN * V::kIn;
+  constexpr int64_t M = V::kAxpyM, kWide = kStrip<V>;
   for (int64_t k0 = 0; k0 < k_size; k0 += plan::kPanelRun) {
     const int64_t k1 = min64(k0 + plan::kPanelRun, k_size);
-    int64_t ld = 0;
-    const typename V::In* run = panel(k0, k1 - k0, &ld);
+    const PanelRun<typename V::In> run = panel(k0, k1 - k0);
     for (int64_t m = 0; m < m_size; m += M)  // a tile of x stays in L1 while the panel streams from L2
       for (int64_t n = 0; n < n_size; n += kWide)
-        panel_rows<V>(x + m, min64(M, m_size - m), k0, k1, run + n, ld, min64(kWide, n_size - n), k0 > 0,
-                      out + m * ldo + n, ldo);
+        panel_rows<V>(x + m, min64(M, m_size - m), k0, k1, run.rows + n * run.step, run.ld, min64(kWide, n_size - n),
+                      k0 > 0, out + m * ldo + n, ldo);
   }
 }
 

@@ -112,12 +112,15 @@ static void router_logits_panel(const RouterParams& p) {
   const In* weight = static_cast<const In*>(p.weight);
   const T* x = static_cast<const T*>(p.x);
   In* logits = static_cast<In*>(p.logits);
-  const int64_t ld = round_up(p.experts, V::kIn), run = plan::kPanelRun;
+  // Of AVX2, whose tiles are narrow, in strips; else in one.
+  const int64_t ld = round_up(p.experts, V::kPacks ? kStrip<V> : V::kIn), strip = V::kPacks ? kStrip<V> : ld;
+  const int64_t run = plan::kPanelRun;
   In* turned = scratch<In>(Scratch::call_packed, p.in * ld);
   const bool wide = plan::worth_threads((p.tokens + p.experts) * p.in * static_cast<int64_t>(sizeof(In)));
   parallel_tasks(plan::ceil_div(p.in, run), wide, [&](int64_t task) {
-    const int64_t k0 = task * run;
-    transpose(weight + k0, p.in, p.experts, min64(run, p.in - k0), turned + k0 * ld, ld);
+    const int64_t k0 = task * run, count = min64(run, p.in - k0);
+    for (int64_t e = 0; e < p.experts; e += strip)
+      transpose(weight + e * p.in + k0, p.in, min64(strip, p.experts - e), count, turned + k0 * ld + e * count, strip);
   });
   parallel_tasks(plan::ceil_div(p.tokens, plan::kPanelTokens), wide, [&](int64_t task) {
     const int64_t t0 = task * plan::kPanelTokens, m = min64(plan::kPanelTokens, p.tokens - t0);
@@ -126,9 +129,8 @@ static void router_logits_panel(const RouterParams& p) {
     for (int64_t i = 0; i < m; ++i)
       rows[i] = row_as<V, T>(x + (t0 + i) * p.ldx, p.in, direct ? nullptr : buffer + i * p.in);
     panel_block<V>(rows, m, p.experts, p.in, logits + t0 * p.experts, p.experts,
-                   [&](int64_t k0, int64_t, int64_t* apart) {
-                     *apart = ld;
-                     return turned + k0 * ld;
+                   [&](int64_t k0, int64_t count) -> PanelRun<In> {
+                     return {turned + k0 * ld, strip, strip == ld ? 1 : count};
                    });
   });
 }
@@ -140,7 +142,8 @@ static void router_logits(const RouterParams& p) {
     if (plan::router_tiles(p.tokens, p.experts)) return router_logits_tiles(p);
 #endif
   if constexpr (V::kPanels)
-    if (plan::panel_pays(p.tokens, p.experts, processor())) return router_logits_panel<V, T>(p);
+    if (V::kPacks ? plan::strips_pay(p.tokens, p.experts) : plan::panel_pays(p.tokens, p.experts, processor()))
+      return router_logits_panel<V, T>(p);
   using In = typename V::In;
   constexpr bool direct = Same<T, In>::value;
   const In* weight = static_cast<const In*>(p.weight);

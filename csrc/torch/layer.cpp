@@ -1,8 +1,7 @@
 // The layer without gradients, whole and in one call, on the CPU: mixture and base, with h and the routing in work
 // memory. In full precision y holds bias and mixture first, and F.linear's own product is added to it: one pass less
 // over y. In half precision that addition slows the product itself by 4 %, and would round y twice: there the product
-// comes first, and the mixture is added in float32. Where the product is our own (linear.h) it
-// comes last.
+// comes first, and the mixture is added in float32. A product of our own (linear.h) comes last.
 // Where no token has an adapter only the product is left.
 #include "common/scratch.h"
 #include "isa/table.h"

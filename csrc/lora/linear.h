@@ -206,8 +206,7 @@ static plan::Linear linear_form(DType type, int64_t tokens, int64_t in) {
   constexpr bool direct = Same<T, typename V::In>::value;
   if (V::kLinearTokens == 0) return plan::Linear::library;
   if (V::kPacks && plan::packs(tokens, direct, processor())) return plan::Linear::packed;
-  return plan::few_tokens(tokens, in, most_tokens<V, T>(type), direct) ? plan::Linear::streamed
-                                                                       : plan::Linear::library;
+  return plan::few_tokens(tokens, in, most_tokens<V, T>(type), direct) ? plan::Linear::streamed : plan::Linear::library;
 }
 
 template <class V, class T>

@@ -128,10 +128,9 @@ static void router_logits_panel(const RouterParams& p) {
     In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
     for (int64_t i = 0; i < m; ++i)
       rows[i] = row_as<V, T>(x + (t0 + i) * p.ldx, p.in, direct ? nullptr : buffer + i * p.in);
-    panel_block<V>(rows, m, p.experts, p.in, logits + t0 * p.experts, p.experts,
-                   [&](int64_t k0, int64_t count) -> PanelRun<In> {
-                     return {turned + k0 * ld, strip, strip == ld ? 1 : count};
-                   });
+    panel_block<V>(
+        rows, m, p.experts, p.in, logits + t0 * p.experts, p.experts,
+        [&](int64_t k0, int64_t count) -> PanelRun<In> { return {turned + k0 * ld, strip, strip == ld ? 1 : count}; });
   });
 }
 

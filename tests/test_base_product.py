@@ -50,6 +50,18 @@ def test_product_and_gradient(isa: str, tokens: int, shape: tuple[int, int], dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 24), (24, 0), (0, 0)])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_empty_sums_add_nothing(isa: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    width, out = shape
+    x, grad, weight = (torch.randn(n).to(dtype) for n in ((tokens, width), (tokens, out), (out, width)))
+    y, dx = grad.clone(), x.clone()
+    moa.add_linear_(y, x, weight, None)
+    moa.add_linear_backward_(dx, grad, weight)
+    assert torch.equal(y, grad) and torch.equal(dx, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_long_sums_keep_their_accuracy(isa: str, dtype: torch.dtype) -> None:
     """Sums of 8192 products, all of one sign: the worst for a single running sum."""
     if isa == "scalar":

@@ -4,9 +4,9 @@
 //   Acc     element that is accumulated         kAcc   lanes of one accumulator
 //   kPack   products summed into a lane by one multiply-add: 1, or 2 for bfloat16 pairs
 //   kLinearTokens   up to how many tokens a product with W is faster here than in most GEMMs (plan.h)
-//   kPacks  whether a product with W of more tokens may be our own as well (plan::linear)
 //   kTiles  whether whole tiles are multiplied at once (lora/tiles.h), what is left over as in the struct it derives from
 //   kPanels whether rows can be multiplied by a panel (lora/panel.h)
+//   kPacks  whether they stand in strips as wide as a tile, and a product with W of more tokens may be our own (plan::packs)
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
 //
 // Included only by csrc/isa/kernels.cpp, once per instruction set, inside that set's own namespace: the linker must

@@ -309,16 +309,18 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
           }
         }
         Ahead none(x, 0);
-        for (int64_t j = 0; j < rank; j += V::kAxpyM) {
-          const Acc* from[V::kAxpyM];
-          Acc* to[V::kAxpyM];
-          const int m = static_cast<int>(min64(V::kAxpyM, rank - j));
-          for (int i = 0; i < m; ++i) {
-            from[i] = zeros;
-            to[i] = p == p0 ? total(e, j + i) : run_tile + (j + i) * cols;
+        const int64_t block = V::kPacks ? plan::kGramBlock : steps;  // sums go on from block to block
+        for (int64_t s0 = 0; s0 < steps; s0 += block)
+          for (int64_t j = 0; j < rank; j += V::kAxpyM) {
+            const Acc* from[V::kAxpyM];
+            Acc* to[V::kAxpyM];
+            const int m = static_cast<int>(min64(V::kAxpyM, rank - j));
+            for (int i = 0; i < m; ++i) {
+              to[i] = p == p0 ? total(e, j + i) : run_tile + (j + i) * cols;
+              from[i] = s0 == 0 ? zeros : to[i];
+            }
+            axpy_block<V>(m, from, to, w + j * cm + s0 * ck, cm, ck, rows + s0, min64(block, steps - s0), cols, &none);
           }
-          axpy_block<V>(m, from, to, w + j * cm, cm, ck, rows, steps, cols, &none);
-        }
         if (p != p0)
           for (int64_t j = 0; j < rank; ++j) add_row(run_tile + j * cols, total(e, j), cols);
       }

@@ -124,17 +124,19 @@ static void packed_product(const T* x, int64_t ldx, int64_t tokens, int64_t dept
   using In = typename V::In;
   using Acc = typename V::Acc;
   constexpr bool direct = Same<T, In>::value;  // then y is its own accumulator
+  if (depth == 0) return;                      // nothing to add
+  const bool wide = plan::worth_threads(width * depth * static_cast<int64_t>(sizeof(T)));
   const int64_t col_blocks = plan::ceil_div(width, plan::kPackedCols);
   const int64_t most = direct ? tokens : plan::kPackedConverted;
   for (int64_t first = 0; first < tokens; first += most) {
     const int64_t now = min64(most, tokens - first), blocks = plan::ceil_div(now, plan::kPackedTokens);
     const In** rows = scratch<const In*>(Scratch::call_pointers, now);
     In* buffer = direct ? nullptr : scratch<In>(Scratch::call_first, now * depth);
-    parallel_tasks(plan::ceil_div(now, plan::kPackedBlock), !direct, [&](int64_t task) {
+    parallel_tasks(plan::ceil_div(now, plan::kPackedBlock), wide && !direct, [&](int64_t task) {
       for (int64_t t = task * plan::kPackedBlock, end = min64(t + plan::kPackedBlock, now); t < end; ++t)
         rows[t] = row_as<V, T>(x + (first + t) * ldx, depth, direct ? nullptr : buffer + t * depth);
     });
-    parallel_tasks(blocks * col_blocks, true, [&](int64_t task) {
+    parallel_tasks(blocks * col_blocks, wide, [&](int64_t task) {
       const int64_t t0 = task / col_blocks * plan::kPackedTokens, t1 = min64(t0 + plan::kPackedTokens, now);
       const int64_t c0 = task % col_blocks * plan::kPackedCols, cols = min64(plan::kPackedCols, width - c0);
       In* packed = scratch<In>(Scratch::panel, plan::kPackedRun * plan::kPackedCols);

@@ -45,25 +45,36 @@ struct Operands {
     }
     return dst;
   }
-  // Ranks [j0, j1) of A_e as rows along them (panel.h), `count` from input k0 on, `ld` apart; and of B_e, where they lie
-  // so already.
-  const In* a_across(int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t* ld) const {
-    *ld = round_up(j1 - j0, V::kIn);
+  // Ranks [j0, j1) of A_e as rows along them, a run of a panel (panel.h): `count` from input k0 on. On AVX2 in strips.
+  PanelRun<In> a_across(int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count) const {
+    const int64_t ld = round_up(j1 - j0, V::kIn), strip = V::kPacks ? kStrip<V> : ld;
     const TA* a = A + (e * p.rank + j0) * p.in + k0;
-    In* dst = scratch<In>(Scratch::panel, *ld * count);
-    if constexpr (kDirect) {
-      transpose(a, p.in, j1 - j0, count, dst, *ld);
-    } else {
-      In* wide = scratch<In>(Scratch::convert, (j1 - j0) * count);
-      for (int64_t j = 0; j < j1 - j0; ++j) convert_row(a + j * p.in, wide + j * count, count);
-      transpose(wide, count, j1 - j0, count, dst, *ld);
+    In* dst = scratch<In>(Scratch::panel, round_up(ld, strip) * count);
+    In* wide = kDirect ? nullptr : scratch<In>(Scratch::convert, strip * count);
+    for (int64_t j = 0; j < j1 - j0; j += strip) {
+      const int64_t n = min64(strip, j1 - j0 - j);
+      if constexpr (kDirect) {
+        transpose(a + j * p.in, p.in, n, count, dst + j * count, strip);
+      } else {
+        for (int64_t i = 0; i < n; ++i) convert_row(a + (j + i) * p.in, wide + i * count, count);
+        transpose(wide, count, n, count, dst + j * count, strip);
+      }
     }
-    return dst;
+    return {dst, strip, V::kPacks ? count : 1};
   }
-  const In* b_across(int64_t e, int64_t j0, int64_t o0, int64_t count, int64_t* ld) const {
-    *ld = p.rank;
+  // The same of B_e, `count` from output o0 on, where it lies so already; but in strips it is copied.
+  PanelRun<In> b_across(int64_t e, int64_t j0, int64_t j1, int64_t o0, int64_t count) const {
     const TA* b = B + (e * p.out + o0) * p.rank;
-    return row_as<V, TA>(b, count * p.rank, kDirect ? nullptr : scratch<In>(Scratch::panel, count * p.rank)) + j0;
+    if constexpr (V::kPacks) {
+      In* dst = scratch<In>(Scratch::panel, round_up(j1 - j0, kStrip<V>) * count);
+      for (int64_t j = j0; j < j1; j += kStrip<V>)
+        for (int64_t o = 0; o < count; ++o)
+          convert_row(b + o * p.rank + j, dst + (j - j0) * count + o * kStrip<V>, min64(kStrip<V>, j1 - j));
+      return {dst, kStrip<V>, count};
+    } else {
+      return {row_as<V, TA>(b, count * p.rank, kDirect ? nullptr : scratch<In>(Scratch::panel, count * p.rank)) + j0,
+              p.rank};
+    }
   }
   // Rows of packs over ranks for `cols` outputs of B_e: [rank / kPack][cols].
   int64_t b_panel(int64_t e, int64_t c0, int64_t cols, const In** rows) const {

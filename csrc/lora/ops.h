@@ -26,7 +26,7 @@ struct Lora : Operands<V, TA> {
   }
 
   // ---- shrink over all slots: out[pos][j] = <row of pos, panel row j>; unused ranks are zero ----
-  // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; across(e, j0, j1, k0, count, &ld): `count` rows of
+  // panel(e, j0, j1): rows j0 to j1 of the expert, ld_panel apart; across(e, j0, j1, k0, count): `count` rows of
   // their transpose, which lies ready where it is `turned`; fetch(e, j0, j1): the memory they will read. finish(e, pos):
   // what is then done to a slot, while its row is in the cache where a task has all of it; its bytes: each_slot's.
   template <class PanelRows, class Across, class Fetch, class Finish>
@@ -69,13 +69,9 @@ struct Lora : Operands<V, TA> {
         const bool more = next < s.experts && rank_of(next) > j0;
         bool done = used <= j0;
         if constexpr (V::kPanels)
-          if (!done && plan::shrink_panel(stop - pos, used - j0, turned, processor())) {
+          if (!done && by_panel(stop - pos, used - j0, turned)) {
             panel_block<V>(rows + (pos - begin), stop - pos, used - j0, k_size, out + pos * p.rank + j0, p.rank,
-                           [&](int64_t k0, int64_t count) -> PanelRun<In> {
-                             int64_t ld = 0;
-                             const In* rows_across = across(e, j0, used, k0, count, &ld);
-                             return {rows_across, ld};
-                           });
+                           [&](int64_t k0, int64_t count) { return across(e, j0, used, k0, count); });
             done = true;
           }
         if (!done)
@@ -89,6 +85,11 @@ struct Lora : Operands<V, TA> {
       }
     });
     if (splits > 1) each_slot(finish_bytes, finish);
+  }
+
+  static bool by_panel(int64_t slots, int64_t ranks, bool turned) {
+    if (V::kPacks) return plan::shrink_strips(slots, ranks);
+    return V::kPanels && plan::shrink_panel(slots, ranks, turned, processor());
   }
 
   // fn(expert, position) for every slot, which reads or writes so many bytes.
@@ -138,15 +139,13 @@ struct Lora : Operands<V, TA> {
     const Segments& s = p.seg;
     Acc* h = static_cast<Acc*>(f.h);
     const int64_t n = s.slots();
-    const bool turned = V::kPanels && plan::shrink_panel(n, p.rank, false, processor());
+    const bool turned = by_panel(n, p.rank, false);
     const int64_t most = turned ? plan::kSlotsTurned : V::kTiles ? plan::kSlotsRepacked : plan::kSlotsInPlace;
     In* coef = scratch<In>(Scratch::call_first, (n + kSpare) * coef_ld(false));
     shrink(
         static_cast<const TX*>(p.x), p.ldx, p.in, h, plan::shrink(n, p.rank, most), p.in, /*turned=*/false,
         [&](int64_t e, int64_t j0, int64_t j1) { return a_rows(e, j0, j1); },
-        [&](int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count, int64_t* ld) {
-          return a_across(e, j0, j1, k0, count, ld);
-        },
+        [&](int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count) { return a_across(e, j0, j1, k0, count); },
         [&](int64_t e, int64_t j0, int64_t j1) {
           return Ahead(A + (e * p.rank + j0) * p.in, (j1 - j0) * p.in * static_cast<int64_t>(sizeof(TA)));
         },
@@ -208,9 +207,7 @@ struct Lora : Operands<V, TA> {
       shrink(
           static_cast<const TX*>(b.dy), b.lddy, p.out, u, plan, b_ld(), /*turned=*/true,
           [&](int64_t e, int64_t j0, int64_t j1) { return b_columns(e, j0, j1); },
-          [&](int64_t e, int64_t j0, int64_t, int64_t o0, int64_t count, int64_t* ld) {
-            return b_across(e, j0, o0, count, ld);
-          },
+          [&](int64_t e, int64_t j0, int64_t j1, int64_t o0, int64_t count) { return b_across(e, j0, j1, o0, count); },
           [&](int64_t e, int64_t, int64_t) {  // the ranks of a row stand side by side
             return Ahead(B + e * p.out * p.rank, p.rank * p.out * static_cast<int64_t>(sizeof(TA)));
           },

@@ -1,11 +1,11 @@
-// A third register tile beside those of micro.h, for processors with two 512-bit multiply-adds a cycle:
+// A third register tile beside those of micro.h, for processors with two 512-bit multiply-adds a cycle, and for AVX2:
 //
 //   panel_tile  out[m][:] = sum_k x_m[k] panel_k[:]     x broadcast, the panel contiguous along its columns
 //
 // It needs no sum across lanes and reads two lines less from L2 per step than a dot_tile, but whole vectors of columns,
-// which routers of many experts and large ranks have (plan::panel_pays), and the weight, or A, turned over first. Sums go
-// in runs of kPanelRun products, added in order: the same whatever tile an output falls into. The base's product of many
-// tokens (linear.h) is made of the same tiles. Included only by kernels.h.
+// which routers of many experts and large ranks have (plan::panel_pays, strips_pay), and the weight, or A, turned over
+// first. Sums go in runs of kPanelRun products, added in order: the same whatever tile an output falls into. The base's
+// product of many tokens (linear.h) is made of the same tiles. Included only by kernels.h.
 #pragma once
 
 namespace moa {

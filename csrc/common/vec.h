@@ -18,6 +18,9 @@
 #include <immintrin.h>
 #endif
 
+#define MOA_UNROLL _Pragma("GCC unroll 8")
+#define MOA_UNROLL_4 _Pragma("GCC unroll 4")
+
 namespace moa {
 namespace MOA_ISA {
 

@@ -64,6 +64,19 @@ static inline const typename V::In* row_as(const T* row, int64_t n, typename V::
   }
 }
 
+// dst[i][j] = src[j][i] for `rows` x `cols` elements of storage type T, as the In elements of V.
+template <class V, class T>
+static inline void transpose_as(const T* src, int64_t lds, int64_t rows, int64_t cols, typename V::In* dst,
+                                int64_t ldd) {
+  if constexpr (Same<T, typename V::In>::value) {
+    transpose(src, lds, rows, cols, dst, ldd);
+  } else {
+    typename V::In* wide = scratch<typename V::In>(Scratch::convert, rows * cols);
+    for (int64_t j = 0; j < rows; ++j) convert_row(src + j * lds, wide + j * cols, cols);
+    transpose(wide, cols, rows, cols, dst, ldd);
+  }
+}
+
 // Sum of products of two rows of accumulators: sixteen sums, which the compiler takes abreast, then those in pairs.
 template <class Acc>
 static inline Acc dot_row(const Acc* a, const Acc* b, int64_t n) {

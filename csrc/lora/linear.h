@@ -173,15 +173,7 @@ static void linear_packed(const LinearParams& p) {
   const T* weight = static_cast<const T*>(p.weight);
   packed_product<V>(static_cast<const T*>(p.x), p.ldx, p.tokens, p.in, static_cast<T*>(p.y), p.out,
                     [&](int64_t c0, int64_t cols, int64_t k0, int64_t count, typename V::In* to) {
-                      using In = typename V::In;
-                      const T* w = weight + c0 * p.ldw + k0;
-                      if constexpr (Same<T, In>::value) {
-                        transpose(w, p.ldw, cols, count, to, kStrip<V>);
-                      } else {
-                        In* wide = scratch<In>(Scratch::convert, cols * count);
-                        for (int64_t i = 0; i < cols; ++i) convert_row(w + i * p.ldw, wide + i * count, count);
-                        transpose(wide, count, cols, count, to, kStrip<V>);
-                      }
+                      transpose_as<V>(weight + c0 * p.ldw + k0, p.ldw, cols, count, to, kStrip<V>);
                     });
 }
 

@@ -1,4 +1,4 @@
-// The two register tiles under every kernel, and the repacking they need.
+// The two register tiles under every kernel.
 //
 //   dot_tile    out[m][n]  = sum_k x_m[k] a_n[k]              both operands contiguous along k: shrink, router logits
 //   axpy_tile   to_m[:]    = from_m[:] + sum_k coef[m][k] panel_k[:]   one operand broadcast: expand-combine, gram
@@ -8,67 +8,10 @@
 #include "common/convert.h"
 #include "common/scratch.h"
 #include "lora/plan.h"
+#include "lora/repack.h"
 
 namespace moa {
 namespace MOA_ISA {
-
-#define MOA_UNROLL _Pragma("GCC unroll 8")
-#define MOA_UNROLL_4 _Pragma("GCC unroll 4")
-
-#if defined(MOA_HAS_AVX512)
-// 16 rows of four 32-bit units, or `rows` of them, through registers: each takes the four units of rows i, i + 4, i + 8
-// and i + 12 from memory, so that only the squares in its lanes are left to turn over.
-template <bool Whole>
-static inline void transpose_16x4(const uint32_t* src, int64_t lds, int rows, uint32_t* dst, int64_t ldd) {
-  auto four = [&](int row) {
-    return Whole || row < rows ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + row * lds))
-                               : _mm_setzero_si128();
-  };
-  __m512i r[4];
-  MOA_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(four(i)), four(i + 4), 1);
-    r[i] = _mm512_inserti32x4(_mm512_inserti32x4(r[i], four(i + 8), 2), four(i + 12), 3);
-  }
-  const __m512i lo[2] = {_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpacklo_epi32(r[2], r[3])};
-  const __m512i hi[2] = {_mm512_unpackhi_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[2], r[3])};
-  r[0] = _mm512_unpacklo_epi64(lo[0], lo[1]);
-  r[1] = _mm512_unpackhi_epi64(lo[0], lo[1]);
-  r[2] = _mm512_unpacklo_epi64(hi[0], hi[1]);
-  r[3] = _mm512_unpackhi_epi64(hi[0], hi[1]);
-  const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
-  MOA_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (Whole) {
-      _mm512_storeu_si512(dst + i * ldd, r[i]);
-    } else {
-      _mm512_mask_storeu_epi32(dst + i * ldd, mask, r[i]);
-    }
-  }
-}
-#elif defined(MOA_HAS_AVX2)
-// Eight rows of eight 32-bit units through registers: each takes half of rows i and i + 4, so that only the squares in
-// its lanes are left to turn over.
-static inline void transpose_8x8(const float* src, int64_t lds, float* dst, int64_t ldd) {
-  __m256 r[8];
-  MOA_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const float* from = src + i % 4 * lds + i / 4 * 4;
-    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4 * lds), 1);
-  }
-  MOA_UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    const __m256d lo[2] = {_mm256_castps_pd(_mm256_unpacklo_ps(r[i], r[i + 1])),
-                           _mm256_castps_pd(_mm256_unpacklo_ps(r[i + 2], r[i + 3]))};
-    const __m256d hi[2] = {_mm256_castps_pd(_mm256_unpackhi_ps(r[i], r[i + 1])),
-                           _mm256_castps_pd(_mm256_unpackhi_ps(r[i + 2], r[i + 3]))};
-    _mm256_storeu_ps(dst + i * ldd, _mm256_castpd_ps(_mm256_unpacklo_pd(lo[0], lo[1])));
-    _mm256_storeu_ps(dst + (i + 1) * ldd, _mm256_castpd_ps(_mm256_unpackhi_pd(lo[0], lo[1])));
-    _mm256_storeu_ps(dst + (i + 2) * ldd, _mm256_castpd_ps(_mm256_unpacklo_pd(hi[0], hi[1])));
-    _mm256_storeu_ps(dst + (i + 3) * ldd, _mm256_castpd_ps(_mm256_unpackhi_pd(hi[0], hi[1])));
-  }
-}
-#endif
 
 // Memory wanted soon, brought into L2 line by line between the arithmetic: rows are too short, and experts too far
 // apart, for the hardware to foresee.
@@ -138,24 +81,18 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   const int64_t step = ahead->end - ahead->at >= ahead->pace * ((end - begin) / kStep) ? ahead->pace : 0;
   const char* soon = ahead->at;
   auto vectors = [&](int64_t k) {  // the fewer operands stay in registers, the others come one after the other
-    typename V::InVec kept[M < N ? M : N];
-    if constexpr (M < N) {
+    constexpr bool kKeepX = M < N;
+    constexpr int kKept = kKeepX ? M : N, kStreamed = kKeepX ? N : M;
+    typename V::InVec kept[kKept];
+    MOA_UNROLL
+    for (int i = 0; i < kKept; ++i) kept[i] = V::load((kKeepX ? xp[i] : ap[i]) + k);
+    MOA_UNROLL
+    for (int j = 0; j < kStreamed; ++j) {
+      const typename V::InVec streamed = V::load((kKeepX ? ap[j] : xp[j]) + k);
       MOA_UNROLL
-      for (int m = 0; m < M; ++m) kept[m] = V::load(xp[m] + k);
-      MOA_UNROLL
-      for (int n = 0; n < N; ++n) {
-        const typename V::InVec av = V::load(ap[n] + k);
-        MOA_UNROLL
-        for (int m = 0; m < M; ++m) acc[m][n] = V::fma(av, kept[m], acc[m][n]);
-      }
-    } else {
-      MOA_UNROLL
-      for (int n = 0; n < N; ++n) kept[n] = V::load(ap[n] + k);
-      MOA_UNROLL
-      for (int m = 0; m < M; ++m) {
-        const typename V::InVec xv = V::load(xp[m] + k);
-        MOA_UNROLL
-        for (int n = 0; n < N; ++n) acc[m][n] = V::fma(xv, kept[n], acc[m][n]);
+      for (int i = 0; i < kKept; ++i) {
+        typename V::AccVec& sum = kKeepX ? acc[i][j] : acc[j][i];
+        sum = V::fma(streamed, kept[i], sum);
       }
     }
   };
@@ -349,106 +286,6 @@ static inline void axpy_block(int m, const typename V::Acc* const* from, typenam
     case 5: return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
     default: return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
   }
-}
-
-// ---- repacking -------------------------------------------------------------------------------------------------------
-// dst[i][j] = src[j][i]: src is `rows` x `cols`, dst `cols` x `rows` with leading dimension ldd. Units of U.
-template <class U>
-static inline void transpose_plain(const U* src, int64_t lds, int64_t rows, int64_t cols, U* dst, int64_t ldd) {
-  for (int64_t j = 0; j < rows; ++j)
-    for (int64_t i = 0; i < cols; ++i) dst[i * ldd + j] = src[j * lds + i];
-}
-
-#if defined(MOA_HAS_AVX512)
-static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
-  const int64_t quads = cols / 4 * 4;
-  for (int64_t j = 0; j < rows; j += 16) {
-    const int here = static_cast<int>(rows - j < 16 ? rows - j : 16);
-    const uint32_t* from = src + j * lds;
-    if (here == 16) {
-      // The next sixteen rows are asked for line after line, which the columns across them do not do.
-      const char* const soon = reinterpret_cast<const char*>(from + 16 * lds);
-      const bool more = lds == cols && j + 16 < rows;
-      for (int64_t i = 0; i < quads; i += 4) {
-        if (more) {
-          MOA_UNROLL
-          for (int64_t n = 0; n < 4; ++n) __builtin_prefetch(soon + (i + n) * 64);
-        }
-        transpose_16x4<true>(from + i, lds, 16, dst + i * ldd + j, ldd);
-      }
-    } else {
-      for (int64_t i = 0; i < quads; i += 4) transpose_16x4<false>(from + i, lds, here, dst + i * ldd + j, ldd);
-    }
-    transpose_plain(from + quads, lds, here, cols - quads, dst + quads * ldd + j, ldd);
-  }
-}
-#elif defined(MOA_HAS_AVX2)
-static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
-  const int64_t whole = cols / 8 * 8;
-  int64_t j = 0;
-  for (; j + 8 <= rows; j += 8) {
-    const uint32_t* from = src + j * lds;
-    for (int64_t i = 0; i < whole; i += 8)
-      transpose_8x8(reinterpret_cast<const float*>(from + i), lds, reinterpret_cast<float*>(dst + i * ldd + j), ldd);
-    transpose_plain(from + whole, lds, 8, cols - whole, dst + whole * ldd + j, ldd);
-  }
-  transpose_plain(src + j * lds, lds, rows - j, cols, dst + j, ldd);
-}
-#else
-static inline void transpose(const uint32_t* src, int64_t lds, int64_t rows, int64_t cols, uint32_t* dst, int64_t ldd) {
-  for (int64_t j = 0; j < rows; j += 16)  // blocks of 16 rows keep the written lines in L1
-    transpose_plain(src + j * lds, lds, rows - j < 16 ? rows - j : 16, cols, dst + j, ldd);
-}
-#endif
-static inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
-  transpose(reinterpret_cast<const uint32_t*>(src), lds, rows, cols, reinterpret_cast<uint32_t*>(dst), ldd);
-}
-static inline void transpose(const double* src, int64_t lds, int64_t rows, int64_t cols, double* dst, int64_t ldd) {
-  transpose_plain(src, lds, rows, cols, dst, ldd);
-}
-
-// Pairs for kPack == 2: dst = a0 b0 a1 b1 ...; a null b counts as zeros.
-static inline void interleave(const bf16_t* a, const bf16_t* b, int64_t n, bf16_t* dst) {
-  int64_t i = 0;
-#if defined(MOA_HAS_AVX512_BF16)
-  for (; i + 16 <= n; i += 16) {
-    const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i)));
-    const __m256i bits =
-        b != nullptr ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i)) : _mm256_setzero_si256();
-    _mm512_storeu_si512(dst + 2 * i, _mm512_or_si512(lo, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
-  }
-#endif
-  for (; i < n; ++i) {
-    dst[2 * i] = a[i];
-    dst[2 * i + 1] = b != nullptr ? b[i] : bf16_t{0};
-  }
-}
-
-// dst[j][i] = src[i][j] for `cols` <= 16 columns of 16-bit elements, through pairs of columns as 32-bit units.
-static inline void transpose(const bf16_t* src, int64_t lds, int64_t rows, int64_t cols, bf16_t* dst, int64_t ldd) {
-  int64_t i = 0;
-#if defined(MOA_HAS_AVX512_BF16)
-  for (; i + 16 <= rows; i += 16) {
-    for (int64_t j = 0; j < cols; j += 16) {
-      const int n = static_cast<int>(cols - j < 16 ? cols - j : 16);
-      uint32_t units[16 * 8], turned[8 * 16];
-      const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
-      for (int k = 0; k < 16; ++k)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(units + k * 8),
-                            _mm256_maskz_loadu_epi16(mask, src + (i + k) * lds + j));
-      for (int k = 0; k < 8; k += 4) transpose_16x4<true>(units + k, 8, 16, turned + k * 16, 16);
-      for (int k = 0; k < n; ++k) {
-        const __m512i pair = _mm512_loadu_si512(turned + k / 2 * 16);
-        const __m256i half = _mm512_cvtepi32_epi16(k % 2 == 0 ? pair : _mm512_srli_epi32(pair, 16));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + (j + k) * ldd + i), half);
-      }
-    }
-  }
-#endif
-  if (i < rows) transpose_plain(src + i * lds, lds, rows - i, cols, dst + i, ldd);
-}
-static inline void transpose(const f16_t* src, int64_t lds, int64_t rows, int64_t cols, f16_t* dst, int64_t ldd) {
-  transpose_plain(src, lds, rows, cols, dst, ldd);
 }
 
 }  // namespace MOA_ISA

@@ -50,16 +50,8 @@ struct Operands {
     const int64_t ld = round_up(j1 - j0, V::kIn), strip = V::kPacks ? kStrip<V> : ld;
     const TA* a = A + (e * p.rank + j0) * p.in + k0;
     In* dst = scratch<In>(Scratch::panel, round_up(ld, strip) * count);
-    In* wide = kDirect ? nullptr : scratch<In>(Scratch::convert, strip * count);
-    for (int64_t j = 0; j < j1 - j0; j += strip) {
-      const int64_t n = min64(strip, j1 - j0 - j);
-      if constexpr (kDirect) {
-        transpose(a + j * p.in, p.in, n, count, dst + j * count, strip);
-      } else {
-        for (int64_t i = 0; i < n; ++i) convert_row(a + (j + i) * p.in, wide + i * count, count);
-        transpose(wide, count, n, count, dst + j * count, strip);
-      }
-    }
+    for (int64_t j = 0; j < j1 - j0; j += strip)
+      transpose_as<V>(a + j * p.in, p.in, min64(strip, j1 - j0 - j), count, dst + j * count, strip);
     return {dst, strip, V::kPacks ? count : 1};
   }
   // The same of B_e, `count` from output o0 on, where it lies so already; but in strips it is copied.

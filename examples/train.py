@@ -26,9 +26,9 @@ class Settings:
     layers: int = 3
     intermediate_size: int = 640
     rank: int = 8
-    pretrain_steps: int = 450
-    adapter_steps: int = 120
-    router_steps: int = 140
+    pretrain_steps: int = 370
+    adapter_steps: int = 100
+    router_steps: int = 112
     pretrain_batch: int = 4  # windows of CONTEXT bytes a step, or as many bytes in shorter ones
     adapter_batch: int = 2
     router_batch: int = 32
@@ -117,7 +117,7 @@ def train_adapter(
     settings: Settings,
     progress: Progress,
     *,
-    lr: float = 5e-3,
+    lr: float = 7e-3,
     seed: int = 2,
 ) -> None:
     """Trains the adapter that is set (``set_adapter``) on windows drawn evenly from ``streams``."""
@@ -145,8 +145,8 @@ def train_router(
 ) -> None:
     """Trains the routers alone, teacher-forced.
 
-    Every row is as long as a prompt and runs through its domain's adapter. On every fifth step the adapter is
-    weighted with the probability the router gave it, so that the LM loss reaches the router too, whose
+    Every row is as long as a prompt and runs through its domain's adapter. On every eighth step the adapter
+    is weighted with the probability the router gave it, so that the LM loss reaches the router too, whose
     gradient has to come back through the whole model; on the others its weight is 1, and only the router's
     cross-entropy counts.
     """
@@ -160,7 +160,7 @@ def train_router(
         windows = torch.cat(
             [random_windows(corpus.domains[names[e]].adapt, 1, PROMPT, generator) for e in ids]
         )
-        labels = windows if step % 5 == 0 else None
+        labels = windows if step % 8 == 0 else None
         model.update_routing(norm_topk_prob=labels is None)
         out = model(windows, labels=labels, domain_ids=ids, routing_mode="teacher_forced")
         out.loss.backward()

@@ -83,9 +83,10 @@ def test_sizes_people_use(tokens: int, experts: int, dtype: torch.dtype) -> None
     check_mixture(make_mixture(tokens, 512, 768, experts, 2, 16, dtype, bias=True, base=False))
 
 
-def test_many_tokens_on_one_expert(edge_isa: str) -> None:
-    """The gradients of A and B are long sums here."""
-    check_mixture(make_mixture(3000, 48, 32, 4, 1, 8, kind="one"))
+@pytest.mark.parametrize("r", [8, 30])
+def test_many_tokens_on_one_expert(edge_isa: str, r: int) -> None:
+    """The gradients of A and B are long sums here, of larger ranks in strips of 24 columns on AVX2."""
+    check_mixture(make_mixture(3000, 52, 32, 4, 1, r, kind="one"))
 
 
 ROUTED = [
@@ -105,12 +106,20 @@ def test_large_ranks_of_many_rows(isa: str, dtype: torch.dtype, r: int, ranks: b
     check_mixture(make_mixture(150, 1030, 1061, 3, 2, r, dtype, ranks=ranks))
 
 
+@pytest.mark.parametrize(("tokens", "r"), [(77, 8), (400, 30)])
 @pytest.mark.parametrize("in_features, ranks", [(130, False), (128, True)])
 @pytest.mark.parametrize(("dtype", "experts", "flags"), ROUTED)
 def test_router_part_of_the_backward(
-    isa: str, dtype: torch.dtype, experts: int, flags: tuple[int, bool], in_features: int, ranks: bool
+    isa: str,
+    dtype: torch.dtype,
+    experts: int,
+    flags: tuple[int, bool],
+    in_features: int,
+    ranks: bool,
+    tokens: int,
+    r: int,
 ) -> None:
-    p = make_mixture(77, in_features, 60, experts, 2, 8, dtype, base=False, ranks=ranks)
+    p = make_mixture(tokens, in_features, 60, experts, 2, r, dtype, base=False, ranks=ranks)
     weight = torch.randn(experts, in_features, dtype=reference.accumulation_dtype(dtype))
     logits, p.weights, p.indices, p.expert_offsets, p.order = reference.linear_routing(p.x, weight, 2, *flags)
 

@@ -135,7 +135,7 @@ static bool dense_expand(const Segments& s, const bf16_t* coef, int64_t packs, i
   const bf16_t** rows = scratch<const bf16_t*>(Scratch::pointers, ldc);
   for (int64_t e = 0; e < s.experts && finite; ++e) {
     if (depth(e) == 0) continue;
-    const int64_t k_size = panel(e, c0, cols, rows);
+    const int64_t k_size = panel(e, c0, cols, rows).count;
     for (int64_t k = 0; k < k_size; ++k) put(rows[k]);
   }
   if (!finite) return false;

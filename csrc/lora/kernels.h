@@ -77,6 +77,18 @@ static inline void transpose_as(const T* src, int64_t lds, int64_t rows, int64_t
   }
 }
 
+// n elements, at most N, which as a rule they are: then without a call.
+template <int64_t N, class T, class In>
+static inline void copy_part(const T* from, int64_t n, In* to) {
+  if constexpr (!Same<T, In>::value) {
+    convert_row(from, to, n);
+  } else if (n == N) {
+    memcpy(to, from, N * sizeof(In));
+  } else {
+    memcpy(to, from, n * sizeof(In));
+  }
+}
+
 // Sum of products of two rows of accumulators: sixteen sums, which the compiler takes abreast, then those in pairs.
 template <class Acc>
 static inline Acc dot_row(const Acc* a, const Acc* b, int64_t n) {
@@ -111,7 +123,7 @@ namespace MOA_ISA {
 // ---- expand-combine --------------------------------------------------------------------------------------------------
 // y[t][:] = base[t] + bias + sum over the token's slots of coef[p][:] times the expert's panel.
 // Experts with depth(e) = 0 take no part. panel(e, col, cols, rows) sets the pointers to the expert's rows of packs,
-// each `cols` packs long, and returns how many there are; fetch(e, col, cols) is the memory it will read, prefetched
+// each `cols` packs long, and returns what they are; fetch(e, col, cols) is the memory it will read, prefetched
 // while the expert before is at work. coef: [slots, ldc] in sorted order, weight and scale folded in.
 //
 // A token's sum goes from its start (base, bias or zeros) through a tile of accumulators to y: its first expert reads
@@ -196,13 +208,13 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
       int64_t next0 = 0, next1 = 0;
       for (; e < s.experts && next0 == next1; ++e) segment(e, &next0, &next1);
       const In** b = scratch<const In*>(Scratch::pointers, ldc);
-      const int64_t k_size = panel(expert, c0, cols, b);
+      const PanelRows rows = panel(expert, c0, cols, b);
       // The next expert of this task, else the first of the next task, which is this thread's as a rule.
       const bool wrap = next0 == next1;
       Ahead ahead = wrap && c0 + cols >= width ? Ahead(coef, 0)
                                                : fetch(wrap ? first : e - 1, wrap ? c0 + cols : c0,
                                                        wrap ? min64(plan.col_block, width - c0 - cols) : cols);
-      ahead.spread(plan::ceil_div(p1 - p0, V::kAxpyM) * plan::ceil_div(cols, V::kAxpyN * V::kAcc) * k_size, 2);
+      ahead.spread(plan::ceil_div(p1 - p0, V::kAxpyM) * plan::ceil_div(cols, V::kAxpyN * V::kAcc) * rows.count, 2);
       for (int64_t p = p0; p < p1;) {
         const Acc* from[V::kAxpyM];
         Acc* to[V::kAxpyM];
@@ -235,7 +247,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
             if (begun[next - t0] == 0) prefetch_row(base + next * ldbase + c0, cols);
           }
         }
-        axpy_block<V>(m, from, to, coef + p * ldc, ldc, V::kPack, b, k_size, cols, &ahead);
+        axpy_block<V>(m, from, to, coef + p * ldc, ldc, V::kPack, b, rows.count, cols, &ahead, 0, rows.step);
         for (int i = 0; i < done; ++i) convert_row(summed[i], ready[i], cols);
         p += m;
       }
@@ -257,7 +269,9 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
   using Acc = typename V::Acc;
   using In = typename V::In;
   const TokenAt token_at(s);
-  const int64_t block = plan::gram_cols(width), col_blocks = plan::ceil_div(width, block);
+  const bool strips = V::kPacks && plan::gram_strips(ldc);
+  const int64_t block = strips ? plan::gram_strip_cols(width, kStrip<V>) : plan::gram_cols(width);
+  const int64_t col_blocks = plan::ceil_div(width, block);
   const int64_t clearing = min64(s.experts, plan::kGramClearTasks);
   const int64_t bytes = (s.slots() + s.experts * ldc) * width * 4;  // the zeros of empty experts are written too
   parallel_tasks(clearing + col_blocks, plan::worth_threads(bytes), [&](int64_t task) {
@@ -285,8 +299,25 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
         // Rows of the panel: slots, or pairs of slots interleaved; coefficients to match.
         const In** rows = scratch<const In*>(Scratch::pointers, steps);
         const In* w = coef + p * ldc;
-        int64_t cm = 1, ck = ldc;
-        if constexpr (V::kPack == 1) {
+        int64_t cm = 1, ck = ldc, cj = 1;  // from rank to rank of a tile, from step to step, from tile to tile per rank
+        const int64_t apart = run + 4;     // rows from strip to strip, which would share cache sets otherwise
+        const int64_t step = strips ? apart * kStrip<V> : kStrip<V>;
+        if (strips) {  // x in strips of columns, coefficients in strips of ranks
+          In* buffer = scratch<In>(Scratch::rows, apart * round_up(cols, kStrip<V>));
+          In* turned = scratch<In>(Scratch::convert, apart * round_up(ldc, V::kAxpyM));
+          for (int64_t i = 0; i < run; ++i) {
+            const T* from = x + token_at(p + i) * ldx + c0;
+            rows[i] = buffer + i * kStrip<V>;
+            if (p + i + 8 < p1) prefetch_row(x + token_at(p + i + 8) * ldx + c0, cols);
+            for (int64_t c = 0; c < cols; c += kStrip<V>)
+              copy_part<kStrip<V>>(from + c, min64(kStrip<V>, cols - c), buffer + c * apart + i * kStrip<V>);
+            for (int64_t j = 0; j < rank; j += V::kAxpyM)
+              copy_part<V::kAxpyM>(w + i * ldc + j, min64(V::kAxpyM, rank - j), turned + j * apart + i * V::kAxpyM);
+          }
+          w = turned;
+          ck = V::kAxpyM;
+          cj = apart;
+        } else if constexpr (V::kPack == 1) {
           const bool copied = !Same<T, In>::value || plan::gram_copied(rank, ldx * static_cast<int64_t>(sizeof(T)));
           In* buffer = copied ? scratch<In>(Scratch::rows, run * cols) : nullptr;
           for (int64_t i = 0; i < run; ++i) {
@@ -310,30 +341,33 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
             rows[i] = buffer + i * cols * 2;
           }
           w = pairs;
-          cm = 2;
+          cm = cj = 2;
           ck = 2 * ldc;
           if constexpr (V::kTiles) {  // they want the pairs of a rank side by side
             In* turned = scratch<In>(Scratch::tiles, steps * ldc * 2);
             transpose(reinterpret_cast<const uint32_t*>(pairs), ldc, steps, ldc, reinterpret_cast<uint32_t*>(turned),
                       steps);
             w = turned;
-            cm = 2 * steps;
+            cm = cj = 2 * steps;
             ck = 2;
           }
         }
         Ahead none(x, 0);
         const int64_t block = V::kPacks ? plan::kGramBlock : steps;  // sums go on from block to block
+        const int64_t wide = strips ? kStrip<V> : cols;              // columns that all ranks meet before the next ones
         for (int64_t s0 = 0; s0 < steps; s0 += block)
-          for (int64_t j = 0; j < rank; j += V::kAxpyM) {
-            const Acc* from[V::kAxpyM];
-            Acc* to[V::kAxpyM];
-            const int m = static_cast<int>(min64(V::kAxpyM, rank - j));
-            for (int i = 0; i < m; ++i) {
-              to[i] = p == p0 ? total(e, j + i) : run_tile + (j + i) * cols;
-              from[i] = s0 == 0 ? zeros : to[i];
+          for (int64_t c = 0; c < cols; c += wide)
+            for (int64_t j = 0; j < rank; j += V::kAxpyM) {
+              const Acc* from[V::kAxpyM];
+              Acc* to[V::kAxpyM];
+              const int m = static_cast<int>(min64(V::kAxpyM, rank - j));
+              for (int i = 0; i < m; ++i) {
+                to[i] = p == p0 ? total(e, j + i) : run_tile + (j + i) * cols;
+                from[i] = s0 == 0 ? zeros : to[i];
+              }
+              axpy_block<V>(m, from, to, w + j * cj + s0 * ck, cm, ck, rows + s0, min64(block, steps - s0),
+                            min64(c + wide, cols), &none, c, step);
             }
-            axpy_block<V>(m, from, to, w + j * cm + s0 * ck, cm, ck, rows + s0, min64(block, steps - s0), cols, &none);
-          }
         if (p != p0)
           for (int64_t j = 0; j < rank; ++j) add_row(run_tile + j * cols, total(e, j), cols);
       }

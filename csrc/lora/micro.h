@@ -203,10 +203,19 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
 }
 
 // ---- axpy ------------------------------------------------------------------------------------------------------------
+// A panel's elements of a tile's columns. A panel in strips of so many, each with all its rows, meets no cache set twice.
+template <class V>
+static constexpr int64_t kStrip = V::kAxpyN * V::kIn;
+// How many rows a panel has, and how far apart its strips begin; kStrip where a row lies in one piece.
+struct PanelRows {
+  int64_t count, step;
+};
+
 // to_m[:] = from_m[:] + sum_k coef[m][k] panel_k[:], each N * kAcc wide from column col on (the last vector `last`
-// lanes). panel: k_size row pointers. coef: the pack of In for (m, k) stands at coef + m * cm + k * ck.
+// lanes), which stands at panel_k + at. panel: k_size row pointers. coef: the pack of In for (m, k) stands at
+// coef + m * cm + k * ck.
 template <class V, int M, int N, bool Tail>
-static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const* to, int64_t col,
+static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const* to, int64_t col, int64_t at,
                       const typename V::In* coef, int64_t cm, int64_t ck, const typename V::In* const* panel,
                       int64_t k_size, int last, Ahead* ahead) {
   typename V::AccVec acc[M][N];
@@ -220,7 +229,7 @@ static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const
   const int64_t step = ahead->end - ahead->at >= ahead->pace * k_size ? ahead->pace : 0;
   const char* soon = ahead->at;
   for (int64_t k = 0; k < k_size; ++k, soon += step) {
-    const typename V::In* p = panel[k] + col * V::kPack;
+    const typename V::In* p = panel[k] + at;
     typename V::InVec pv[N];
     MOA_UNROLL
     for (int n = 0; n < N; ++n)
@@ -253,22 +262,24 @@ static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const
 template <class V, int M>
 static void axpy_rows(const typename V::Acc* const* from, typename V::Acc* const* to, const typename V::In* coef,
                       int64_t cm, int64_t ck, const typename V::In* const* panel, int64_t k_size, int64_t col,
-                      int64_t width, Ahead* ahead) {
+                      int64_t width, int64_t step, Ahead* ahead) {
   constexpr int N = V::kAxpyN;
-  for (; col + N * V::kAcc <= width; col += N * V::kAcc)
-    axpy_tile<V, M, N, false>(from, to, col, coef, cm, ck, panel, k_size, 0, ahead);
-  for (; N > 2 && col + 2 * V::kAcc <= width; col += 2 * V::kAcc)
-    axpy_tile<V, M, 2, false>(from, to, col, coef, cm, ck, panel, k_size, 0, ahead);
-  for (; col < width; col += V::kAcc)
-    axpy_tile<V, M, 1, true>(from, to, col, coef, cm, ck, panel, k_size,
+  int64_t at = col / (N * V::kAcc) * step;
+  for (; col + N * V::kAcc <= width; col += N * V::kAcc, at += step)
+    axpy_tile<V, M, N, false>(from, to, col, at, coef, cm, ck, panel, k_size, 0, ahead);
+  for (; N > 2 && col + 2 * V::kAcc <= width; col += 2 * V::kAcc, at += 2 * V::kIn)
+    axpy_tile<V, M, 2, false>(from, to, col, at, coef, cm, ck, panel, k_size, 0, ahead);
+  for (; col < width; col += V::kAcc, at += V::kIn)
+    axpy_tile<V, M, 1, true>(from, to, col, at, coef, cm, ck, panel, k_size,
                              static_cast<int>(width - col < V::kAcc ? width - col : V::kAcc), ahead);
 }
 
-// Columns [col, width) of m <= kAxpyM rows, k_size rows of the panel. A row of `to` may be that of `from`.
+// Columns [col, width) of m <= kAxpyM rows, k_size rows of the panel, whose strips begin `step` elements apart; col is
+// where one begins. A row of `to` may be that of `from`.
 template <class V>
 static inline void axpy_block(int m, const typename V::Acc* const* from, typename V::Acc* const* to,
                               const typename V::In* coef, int64_t cm, int64_t ck, const typename V::In* const* panel,
-                              int64_t k_size, int64_t width, Ahead* ahead, int64_t col = 0) {
+                              int64_t k_size, int64_t width, Ahead* ahead, int64_t col = 0, int64_t step = kStrip<V>) {
 #if defined(MOA_HAS_AMX_BF16)
   if constexpr (V::kTiles) {
     if (ck == V::kPack) col = axpy_tiles(m, from, to, coef, cm, panel, k_size, width);
@@ -279,12 +290,15 @@ static inline void axpy_block(int m, const typename V::Acc* const* from, typenam
   }
 #endif
   switch (m) {
-    case 1: return axpy_rows<V, 1>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
-    case 2: return axpy_rows<V, 2>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
-    case 3: return axpy_rows<V, 3>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
-    case 4: return axpy_rows<V, (V::kAxpyM > 3 ? 4 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
-    case 5: return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
-    default: return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, ahead);
+    case 1: return axpy_rows<V, 1>(from, to, coef, cm, ck, panel, k_size, col, width, step, ahead);
+    case 2: return axpy_rows<V, 2>(from, to, coef, cm, ck, panel, k_size, col, width, step, ahead);
+    case 3: return axpy_rows<V, 3>(from, to, coef, cm, ck, panel, k_size, col, width, step, ahead);
+    case 4:
+      return axpy_rows<V, (V::kAxpyM > 3 ? 4 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, step, ahead);
+    case 5:
+      return axpy_rows<V, (V::kAxpyM > 4 ? 5 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, step, ahead);
+    default:
+      return axpy_rows<V, (V::kAxpyM > 5 ? 6 : 1)>(from, to, coef, cm, ck, panel, k_size, col, width, step, ahead);
   }
 }
 

@@ -61,7 +61,7 @@ struct Operands {
       In* dst = scratch<In>(Scratch::panel, round_up(j1 - j0, kStrip<V>) * count);
       for (int64_t j = j0; j < j1; j += kStrip<V>)
         for (int64_t o = 0; o < count; ++o)
-          convert_row(b + o * p.rank + j, dst + (j - j0) * count + o * kStrip<V>, min64(kStrip<V>, j1 - j));
+          copy_part<kStrip<V>>(b + o * p.rank + j, min64(kStrip<V>, j1 - j), dst + (j - j0) * count + o * kStrip<V>);
       return {dst, kStrip<V>, count};
     } else {
       return {row_as<V, TA>(b, count * p.rank, kDirect ? nullptr : scratch<In>(Scratch::panel, count * p.rank)) + j0,
@@ -69,9 +69,16 @@ struct Operands {
     }
   }
   // Rows of packs over ranks for `cols` outputs of B_e: [rank / kPack][cols].
-  int64_t b_panel(int64_t e, int64_t c0, int64_t cols, const In** rows) const {
+  PanelRows b_panel(int64_t e, int64_t c0, int64_t cols, const In** rows) const {
     const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
     const TA* b = B + (e * p.out + c0) * p.rank;
+    if constexpr (V::kPacks) {
+      In* dst = scratch<In>(Scratch::panel, rank * round_up(cols, kStrip<V>));
+      for (int64_t c = 0; c < cols; c += kStrip<V>)
+        transpose_as<V>(b + c * p.rank, p.rank, min64(kStrip<V>, cols - c), rank, dst + c * rank, kStrip<V>);
+      for (int64_t k = 0; k < rank; ++k) rows[k] = dst + k * kStrip<V>;
+      return {rank, rank * kStrip<V>};
+    }
     In* dst = scratch<In>(Scratch::panel, packs * cols * V::kPack);
     if constexpr (V::kPack == 2) {
       const TA* src = b;
@@ -94,13 +101,30 @@ struct Operands {
       transpose(wide, p.rank, cols, rank, dst, cols);
     }
     for (int64_t k = 0; k < packs; ++k) rows[k] = dst + k * cols * V::kPack;
-    return packs;
+    return {packs, kStrip<V>};
   }
   // The same for `cols` inputs of A_e, and after it the router's row where it takes part.
-  int64_t a_panel(int64_t e, int64_t c0, int64_t cols, const In** rows, const Acc* router) const {
+  PanelRows a_panel(int64_t e, int64_t c0, int64_t cols, const In** rows, const Acc* router) const {
     const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
     const TA* a = A + e * p.rank * p.in + c0;
     const int64_t all = round_up(p.rank, V::kPack) / V::kPack;
+    if (V::kPacks && plan::expand_strips(p.seg.offsets[e + 1] - p.seg.offsets[e], rank)) {
+      const int64_t count = router != nullptr ? all + 1 : rank;
+      In* dst = scratch<In>(Scratch::panel, count * round_up(cols, kStrip<V>));
+      for (int64_t k = 0; k < count; ++k) {
+        rows[k] = dst + k * kStrip<V>;
+        for (int64_t c = 0; c < cols; c += kStrip<V>) {
+          const int64_t n = min64(kStrip<V>, cols - c);
+          In* to = dst + c * count + k * kStrip<V>;
+          if (k < rank) {
+            copy_part<kStrip<V>>(a + k * p.in + c, n, to);
+          } else {
+            copy_part<kStrip<V>>(router + e * p.in + c0 + c, n, to);
+          }
+        }
+      }
+      return {count, count * kStrip<V>};
+    }
     In* buffer = scratch<In>(Scratch::panel, (all + 1) * cols * V::kPack);
     for (int64_t k = 0; k < packs; ++k) {
       In* dst = buffer + k * cols * V::kPack;
@@ -112,7 +136,7 @@ struct Operands {
         rows[k] = row_as<V, TA>(a + k * p.in, cols, dst);
       }
     }
-    if (router == nullptr) return packs;
+    if (router == nullptr) return {packs, kStrip<V>};
     // The router's coefficient stands after all p.rank ones; the ranks between have zero coefficients, so any row does.
     if constexpr (V::kPack == 2) {
       In* narrow = scratch<In>(Scratch::convert, cols);
@@ -124,7 +148,7 @@ struct Operands {
     } else {
       for (int64_t k = packs; k <= all; ++k) rows[k] = router + e * p.in + c0;
     }
-    return all + 1;
+    return {all + 1, kStrip<V>};
   }
 };
 

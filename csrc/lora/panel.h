@@ -80,9 +80,6 @@ struct PanelRun {
   const In* rows;
   int64_t ld, step = 1;
 };
-// Columns of a tile. A panel in strips of so many, each with all rows of its run, meets no cache set twice.
-template <class V>
-static constexpr int64_t kStrip = V::kAxpyN * V::kIn;
 
 // out[m][n] = sum_k x_m[k] panel_k[n], in tiles; fewer rows are filled up. panel(k0, count): rows [k0, k0 + count).
 template <class V, class Panel>

@@ -91,7 +91,7 @@ static void expand_strips(const Segments& s, const bf16_t* coef, int64_t ldc, in
   for (int64_t e = 0, p0 = 0, p1 = 0; e < s.experts; ++e) {
     segment(e, &p0, &p1);
     if (p0 == p1) continue;
-    const int64_t k_size = panel(e, c0, cols, b), pitch = panel_pitch(b, k_size);
+    const int64_t k_size = panel(e, c0, cols, b).count, pitch = panel_pitch(b, k_size);
     const int64_t ahead = all ? s.slots() : p1;
     for (int64_t p = p0; p < p1;) {
       TileRow rows[16];

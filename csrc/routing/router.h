@@ -187,7 +187,7 @@ static void router_backward(const RouterBackwardParams& p) {
         all, dz, p.experts, p.in, dx, dx, p.in, nullptr, [&](int64_t) { return p.experts; },
         [&](int64_t, int64_t col, int64_t, const In** rows) {
           for (int64_t e = 0; e < p.experts; ++e) rows[e] = weight + e * p.in + col;
-          return p.experts;
+          return PanelRows{p.experts, kStrip<V>};
         },
         [&](int64_t, int64_t, int64_t) { return Ahead(weight, 0); });
   In* dw = static_cast<In*>(p.d_weight);

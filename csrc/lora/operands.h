@@ -70,17 +70,16 @@ struct Operands {
   }
   // Rows of packs over ranks for `cols` outputs of B_e: [rank / kPack][cols].
   PanelRows b_panel(int64_t e, int64_t c0, int64_t cols, const In** rows) const {
-    const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
+    [[maybe_unused]] const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
     const TA* b = B + (e * p.out + c0) * p.rank;
-    if constexpr (V::kPacks) {
-      In* dst = scratch<In>(Scratch::panel, rank * round_up(cols, kStrip<V>));
-      for (int64_t c = 0; c < cols; c += kStrip<V>)
-        transpose_as<V>(b + c * p.rank, p.rank, min64(kStrip<V>, cols - c), rank, dst + c * rank, kStrip<V>);
-      for (int64_t k = 0; k < rank; ++k) rows[k] = dst + k * kStrip<V>;
-      return {rank, rank * kStrip<V>};
-    }
-    In* dst = scratch<In>(Scratch::panel, packs * cols * V::kPack);
-    if constexpr (V::kPack == 2) {
+    if constexpr (V::kPack == 1) {  // on AVX2 in strips
+      const int64_t strip = V::kPacks ? kStrip<V> : cols;
+      In* dst = scratch<In>(Scratch::panel, rank * round_up(cols, strip));
+      for (int64_t c = 0; c < cols; c += strip)
+        transpose_as<V>(b + c * p.rank, p.rank, min64(strip, cols - c), rank, dst + c * rank, strip);
+      for (int64_t k = 0; k < rank; ++k) rows[k] = dst + k * strip;
+      return {rank, V::kPacks ? rank * strip : kStrip<V>};
+    } else {
       const TA* src = b;
       int64_t lds = p.rank;
       if (rank % 2 != 0 || p.rank % 2 != 0) {  // pad to whole pairs
@@ -92,16 +91,11 @@ struct Operands {
         }
         src = padded;
       }
+      In* dst = scratch<In>(Scratch::panel, packs * cols * V::kPack);
       transpose(reinterpret_cast<const uint32_t*>(src), lds / 2, cols, packs, reinterpret_cast<uint32_t*>(dst), cols);
-    } else if constexpr (kDirect) {
-      transpose(b, p.rank, cols, rank, dst, cols);
-    } else {
-      In* wide = scratch<In>(Scratch::convert, cols * p.rank);
-      convert_row(b, wide, cols * p.rank);
-      transpose(wide, p.rank, cols, rank, dst, cols);
+      for (int64_t k = 0; k < packs; ++k) rows[k] = dst + k * cols * V::kPack;
+      return {packs, kStrip<V>};
     }
-    for (int64_t k = 0; k < packs; ++k) rows[k] = dst + k * cols * V::kPack;
-    return {packs, kStrip<V>};
   }
   // The same for `cols` inputs of A_e, and after it the router's row where it takes part.
   PanelRows a_panel(int64_t e, int64_t c0, int64_t cols, const In** rows, const Acc* router) const {

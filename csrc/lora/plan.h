@@ -174,9 +174,9 @@ constexpr int64_t kGramClearTasks = 16;
 // On AVX2 the rows that all tiles of ranks meet before the next ones: their lines of coefficients, and a tile's of x, fit
 // into L1. A training step, two Zen 3 cores, T = 8192, 256 x 256, E = 2, r = 128 92 to 100 and 80 ms; r = 48 the same.
 constexpr int64_t kGramBlock = 128;
-// There x and the coefficients of large ranks are copied into strips, as wide as a tile and as high, and what a tile reads
-// stays in L1. Two Zen 3 cores, ms without and with: T = 8192, 256 x 256, E = 2, r = 128 u and dA 19 and 17.5, dB 11.4 and 9.6;
-// T = 513, 512 x 512, E = 6, r = 32 dB 0.57 and 0.52; r = 16 dB 0.70 and 0.75.
+// There x and the coefficients of large ranks are copied into strips, as wide as a tile and as high, and what a tile
+// reads stays in L1. Two Zen 3 cores, ms without and with: T = 8192, 256 x 256, E = 2, r = 128 u and dA 19 and 17.5, dB
+// 11.4 and 9.6; T = 513, 512 x 512, E = 6, r = 32 dB 0.57 and 0.52; T = 512, 2048 x 2048, E = 8, r = 16 dB 0.70 and 0.75.
 inline bool gram_strips(int64_t rank) { return rank > 24; }
 // Columns of a task then: whole strips, in an even number of tasks of up to ten.
 inline int64_t gram_strip_cols(int64_t width, int64_t strip) {

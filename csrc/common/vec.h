@@ -7,6 +7,7 @@
 //   kTiles  whether whole tiles are multiplied at once (lora/tiles.h), what is left over as in the struct it derives from
 //   kPanels whether rows can be multiplied by a panel (lora/panel.h)
 //   kPacks  whether they stand in strips as wide as a tile, and a product with W of more tokens may be our own (plan::packs)
+//   kWidens whether load takes elements of 16 bits too
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
 //
 // Included only by csrc/isa/kernels.cpp, once per instruction set, inside that set's own namespace: the linker must
@@ -33,7 +34,7 @@ struct Plain {
     T v[W];
   };
   using AccVec = InVec;
-  static constexpr bool kTiles = false, kPanels = false, kPacks = false;
+  static constexpr bool kTiles = false, kPanels = false, kPacks = false, kWidens = false;
   static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN, kLinearTokens = 0;
 
   static inline InVec load(const T* p) {
@@ -94,14 +95,27 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
-  static constexpr bool kTiles = false, kPanels = true, kPacks = true;
+  static constexpr bool kTiles = false, kPanels = true, kPacks = true, kWidens = true;
   static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 4, kAxpyN = 3, kLinearTokens = 32;
 
   static inline __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static inline InVec load(const float* p) { return _mm256_loadu_ps(p); }
+  static inline InVec load(const bf16_t* p) {  // widened on the way
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+  static inline InVec load(const f16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static inline InVec load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  template <class T>
+  static inline InVec load_n(const T* p, int n) {
+    T some[kIn] = {};
+    memcpy(some, p, n * sizeof(T));
+    return load(some);
+  }
   static inline InVec splat(const float* p) { return _mm256_broadcast_ss(p); }
   static inline AccVec zero() { return _mm256_setzero_ps(); }
   static inline AccVec add(AccVec a, AccVec b) { return _mm256_add_ps(a, b); }
@@ -125,7 +139,7 @@ struct F32 {
 struct Acc512 {
   using Acc = float;
   using AccVec = __m512;
-  static constexpr bool kTiles = false, kPanels = false, kPacks = false;
+  static constexpr bool kTiles = false, kPanels = false, kPacks = false, kWidens = false;
   static constexpr int kAcc = 16, kDotM = 6, kDotN = 4, kAxpyM = 6, kAxpyN = 4;
 
   static inline AccVec zero() { return _mm512_setzero_ps(); }

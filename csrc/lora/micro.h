@@ -58,17 +58,17 @@ struct DotColumns {
   Acc* sums;
 };
 
-// x: M row pointers. a: N rows, `lda` elements apart. out: out[m * ldo + n], when all columns are summed. soon_0, soon_1:
-// two rows of x to come.
-template <class V, int M, int N>
+// x: M row pointers. a: N rows of what V loads, `lda` elements apart. out: out[m * ldo + n], when all columns are summed.
+// soon_0, soon_1: two rows of x to come.
+template <class V, int M, int N, class A>
 static void dot_tile(const typename V::In* const* x, const typename V::In* soon_0, const typename V::In* soon_1,
-                     const typename V::In* a, int64_t lda, const DotColumns<typename V::Acc>& columns,
-                     typename V::Acc* out, int64_t ldo, Ahead* ahead) {
+                     const A* a, int64_t lda, const DotColumns<typename V::Acc>& columns, typename V::Acc* out,
+                     int64_t ldo, Ahead* ahead) {
   using In = typename V::In;
   const int64_t begin = kDotRuns ? columns.begin : 0, end = columns.end;
   typename V::AccVec acc[M][N];
   const In* xp[M];
-  const In* ap[N];
+  const A* ap[N];
   MOA_UNROLL
   for (int m = 0; m < M; ++m) xp[m] = x[m];
   MOA_UNROLL
@@ -85,10 +85,21 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
     constexpr int kKept = kKeepX ? M : N, kStreamed = kKeepX ? N : M;
     typename V::InVec kept[kKept];
     MOA_UNROLL
-    for (int i = 0; i < kKept; ++i) kept[i] = V::load((kKeepX ? xp[i] : ap[i]) + k);
+    for (int i = 0; i < kKept; ++i) {
+      if constexpr (kKeepX) {
+        kept[i] = V::load(xp[i] + k);
+      } else {
+        kept[i] = V::load(ap[i] + k);
+      }
+    }
     MOA_UNROLL
     for (int j = 0; j < kStreamed; ++j) {
-      const typename V::InVec streamed = V::load((kKeepX ? ap[j] : xp[j]) + k);
+      typename V::InVec streamed;
+      if constexpr (kKeepX) {
+        streamed = V::load(ap[j] + k);
+      } else {
+        streamed = V::load(xp[j] + k);
+      }
       MOA_UNROLL
       for (int i = 0; i < kKept; ++i) {
         typename V::AccVec& sum = kKeepX ? acc[i][j] : acc[j][i];
@@ -135,10 +146,9 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
 
 // Any number of rows x against any number of rows a. `x_outer` keeps a tile of x in L1 while a streams from L2,
 // otherwise a group of a's rows stays while x streams. x holds `m_ahead` more row pointers than m_size, for prefetching.
-template <class V>
-static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_ahead, const typename V::In* a,
-                      int64_t lda, int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer,
-                      Ahead ahead) {
+template <class V, class A>
+static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_ahead, const A* a, int64_t lda,
+                      int64_t n_size, int64_t k_size, typename V::Acc* out, int64_t ldo, bool x_outer, Ahead ahead) {
 #if defined(MOA_HAS_AMX_BF16)
   if constexpr (V::kTiles)
     if (m_size > plan::kTileFewRows) return dot_tiles(x, m_size, m_ahead, a, lda, n_size, k_size, out, ldo);
@@ -147,14 +157,14 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   using Acc = typename V::Acc;
   using Columns = DotColumns<Acc>;
   using Tile =
-      void (*)(const In* const*, const In*, const In*, const In*, int64_t, const Columns&, Acc*, int64_t, Ahead*);
+      void (*)(const In* const*, const In*, const In*, const A*, int64_t, const Columns&, Acc*, int64_t, Ahead*);
   constexpr int M = V::kDotM, N = V::kDotN;
   static_assert(M <= 6 && N <= 4, "the table below");
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
-#define MOA_ROW(m)                                                                                       \
-  {                                                                                                      \
-    dot_tile<V, (m <= M ? m : 1), 1>, dot_tile<V, (m <= M ? m : 1), (2 <= N ? 2 : 1)>,                   \
-        dot_tile<V, (m <= M ? m : 1), (3 <= N ? 3 : 1)>, dot_tile<V, (m <= M ? m : 1), (4 <= N ? 4 : 1)> \
+#define MOA_ROW(m)                                                                                             \
+  {                                                                                                            \
+    dot_tile<V, (m <= M ? m : 1), 1, A>, dot_tile<V, (m <= M ? m : 1), (2 <= N ? 2 : 1), A>,                   \
+        dot_tile<V, (m <= M ? m : 1), (3 <= N ? 3 : 1), A>, dot_tile<V, (m <= M ? m : 1), (4 <= N ? 4 : 1), A> \
   }
   static constexpr Tile kTiles[6][4] = {MOA_ROW(1), MOA_ROW(2), MOA_ROW(3), MOA_ROW(4), MOA_ROW(5), MOA_ROW(6)};
 #undef MOA_ROW

@@ -151,7 +151,8 @@ struct Lora : Operands<V, TA> {
         },
         coefficient_bytes(false), [&](int64_t e, int64_t q) { coefficient(h, nullptr, false, coef, e, q); });
     memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
-    if (kDirect && plan::along_ranks(s.tokens, p.rank)) return expand_along_ranks(f, coef);
+    if constexpr (kDirect || V::kWidens)
+      if (plan::along_ranks(s.tokens, p.rank)) return expand_along_ranks(f, coef);
     expand<V, TX>(
         s, coef, coef_ld(false), p.out, static_cast<TX*>(f.y), static_cast<const TX*>(f.base), f.ldbase,
         static_cast<const TX*>(f.bias), [&](int64_t e) { return rank_of(e); },
@@ -179,7 +180,7 @@ struct Lora : Operands<V, TA> {
       for (int64_t e = 0; e < s.experts; ++e)
         for (int64_t q = s.offsets[e]; rank_of(e) > 0 && q < s.offsets[e + 1]; ++q) {
           const In* row = coef + q * ldc;
-          const In* rows_B = reinterpret_cast<const In*>(B + (e * p.out + c0) * p.rank);
+          const TA* rows_B = B + (e * p.out + c0) * p.rank;
           dot_block<V>(&row, 1, 0, rows_B, p.rank, cols, rank_of(e), products, cols, false, Ahead(row, 0));
           add_row(products, sums + s.order[q] / s.top_k * cols, cols);
         }

@@ -112,9 +112,11 @@ constexpr int64_t kShrinkRun = 128;
 // instruction set has (vec.h); short rows have too few products to pay for the sum of their lanes. W 2048 x 2048 against
 // F.linear: float32 T = 1 0.4, T = 16 0.4, T = 64 0.6 to 0.8, T = 192 0.9 to 1.0; bfloat16 T = 1 0.3, T = 16 0.75, T = 32
 // 0.9; the gradient of x float32 T = 1 0.8, T = 4 0.4, T = 32 0.75, bfloat16 T = 1 0.5, T = 8 0.75. A type that is
-// converted to be multiplied (`direct` is false) has no fast GEMM at any T: float16 T = 256 0.3, its gradient 0.005.
-inline bool few_tokens(int64_t tokens, int64_t in, int64_t most, bool direct) {
-  if (!direct) return tokens > 1 && tokens <= most;  // one token has a fast GEMV there
+// converted to be multiplied (`direct` is false) has no fast GEMM at any T: float16 T = 256 0.3, its gradient 0.005. One
+// token has a GEMV, which is slow beside rows that widen as they are loaded (on AVX2 bfloat16 0.3 to 0.45 of its time,
+// float16 0.4 to 0.5), not beside rows that are converted first.
+inline bool few_tokens(int64_t tokens, int64_t in, int64_t most, bool direct, bool fast_gemv) {
+  if (!direct) return (tokens > 1 || !fast_gemv) && tokens <= most;
   return tokens <= most && 8 * tokens <= in;
 }
 inline bool few_tokens_backward(int64_t tokens, int64_t out, int64_t most, bool direct, bool fast_gemv) {
@@ -146,10 +148,11 @@ inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 
 // multiplies there, and float32 beside what MKL has for processors that are not Intel's. Two Zen 3 cores, GF/s, library,
 // streamed, packed, W 2048 x 2048: float32 T = 4 21, 70, 48, T = 16 48, 90, 93, T = 24 62, 98, 108, T = 512 150, -, 162,
 // W 1024 x 1024 T = 64 82 to 105, -, 135 to 153, T = 512 121 to 131, -, 153 to 158; gradient T = 8 28, 63, 42, T = 16 50, -,
-// 61, T = 512 151, -, 156. bfloat16 T = 4 20, 50, 32, T = 16 20, 72, 76, T = 512 20, -, 149; its gradient 1, -, 143.
+// 61, T = 512 151, -, 156. bfloat16 T = 4 20, 90, -, T = 16 20, 120, 90, T = 48 20, 136, 136, T = 512 20, 130, 165; its
+// gradient T = 512 1, -, 143.
 enum class Linear { library, streamed, packed };
 inline bool packs(int64_t tokens, bool direct, const Processor& cpu) {
-  return direct ? tokens >= 16 && !cpu.intel : tokens >= 8;
+  return direct ? tokens >= 16 && !cpu.intel : tokens >= 40;
 }
 inline bool packs_backward(int64_t tokens, bool direct, const Processor& cpu) {
   return tokens > 8 && !(direct && cpu.intel);

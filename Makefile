@@ -23,7 +23,7 @@ SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench wheel lint format clean build cuda-check instruction-check wheel-check gpu-check
+.PHONY: help demo test bench wheel lint format clean build cuda-check instruction-check isa-check wheel-check gpu-check
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -69,6 +69,13 @@ cuda-check: $(VENV)/.cuobjdump  ## every CUDA kernel for every architecture: reg
 instruction-check: build  ## what the CPU kernels execute, counted by valgrind, by the budget
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target moa_instructions
 	$(BIN)/python tests/instructions.py $(if $(UPDATE),--update) build/cmake/moa_instructions
+
+# The tests of every instruction set on those that the machine lacks. Where `make build` compiled: its objects are used.
+isa-check: build  ## the AVX-512 and AMX kernels, emulated on any machine with AVX2
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cmake -DMOA_CUDA=0
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target moa_emulated
+	MOA_TEST_LIBRARY=$(abspath build/cmake/emulated/_C.abi3.so) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	  -k "avx512 or amx" $(ARGS)
 
 # No network: on the machine's own Python (PYTHON=...), with the torch it has. NO_BUILD=1: with the library as it is;
 # else it is built, for the cards of this machine alone.

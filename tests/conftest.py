@@ -1,15 +1,23 @@
 """Fixtures shared by all tests: fixed seeds, and the instruction sets this machine has.
 
-With ``MOA_TEST_DEVICE=cuda`` the tests that make tensors make them there, and run the CUDA kernels.
+With ``MOA_TEST_DEVICE=cuda`` the tests that make tensors make them there, and run the CUDA kernels. With
+``MOA_TEST_LIBRARY`` they run the kernels of that file, whose instruction sets may be emulated.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if library := os.environ.get("MOA_TEST_LIBRARY"):
+    spec = importlib.util.spec_from_file_location("moa_ops._C", library)
+    sys.modules["moa_ops._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["moa_ops._C"])
 
 import moa_ops  # noqa: F401  (loads the operators)
 

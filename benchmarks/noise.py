@@ -53,10 +53,17 @@ def visit(values: dict[str, Any]) -> None:
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """A spread of two visits: geometric means; the least of both. Its interval is given by :func:`state`."""
-    means = {key: math.sqrt(first[key] * second[key]) for key in ("median", "q1", "q3", "low", "high")}
-    both = {**means, "least": min(first["least"], second["least"])}
-    return {**both, "visits": first["visits"] + second["visits"]} if "visits" in first else both
+    """A spread of two visits: geometric means; the least of both. Its interval is given by :func:`state`. Of
+    what a grid's record keeps the median alone, the median.
+    """
+    of_both = first.keys() & second.keys()
+    means = [key for key in ("median", "q1", "q3", "low", "high") if key in of_both]
+    both = {key: math.sqrt(first[key] * second[key]) for key in means}
+    if "least" in of_both:
+        both["least"] = min(first["least"], second["least"])
+    if "visits" in of_both:
+        both["visits"] = first["visits"] + second["visits"]
+    return both
 
 
 def between(pairs: list[list[list[float]]]) -> float:

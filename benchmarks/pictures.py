@@ -322,18 +322,17 @@ def grid(plt: Any, record: dict[str, Any], cases: list[Case]) -> Any:
         low, middle, high = ([case.lead()[key] for case in part] for key in ("low", "median", "high"))
         right.vlines(tokens, low, high, color=colour, lw=1, alpha=0.5)
         right.scatter(tokens, middle, s=16, color=colour, edgecolors="white", linewidths=0.4, zorder=3)
-    mean = mean_lead(chosen)
+    mean, medians = mean_lead(chosen), [case.lead()["median"] for case in chosen]
+    ticks = [t for t in (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 8, 15, 30, 60, 120) if t < max(9, *medians)]
     for axis in (left, right):
         axis.axhline(1, color=INK, lw=1.2, zorder=1)
         axis.axhline(mean, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
         axis.set_yscale("log")
-        ticks = (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 8)
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.tick_params(length=0)
         axis.grid(axis="y", color=FAINT, lw=0.7)
         axis.set_axisbelow(True)
-    medians = [case.lead()["median"] for case in chosen]
     left.set_ylim(min(0.85, 0.95 * min(medians)), 1.15 * max(medians))  # a long interval is cut
     left.set_xlabel("% of the cases")
     left.set_ylabel("best alternative ÷ ours")

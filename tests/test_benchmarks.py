@@ -327,6 +327,17 @@ def test_a_form_that_one_visit_left_out_or_compiled_otherwise_counts_once():
     assert case.variants["other"] == {"absent": "never"}
 
 
+def test_a_visit_of_which_the_median_alone_was_kept_joins_too():
+    """A grid's record is short about what is far from the best; --resume may visit it a second time."""
+    short = {"loop": {of: {"median": 8.0} for of in ("seconds", "ratio", "beside")}}
+    for before, now in ((short, layer_case(1.0, 2.0).variants), (layer_case(1.0, 2.0).variants, short)):
+        case = Case("grid", "a", "float32", BASE, variants=now)
+        case.join(before)
+        for of in ("seconds", "ratio", "beside"):
+            assert case.variants["loop"][of] == {"median": pytest.approx(4.0)}
+        noise.state([case])
+
+
 def test_a_long_run_is_kept_now_and_then(monkeypatch):
     kept: list[int] = []
     run = options.Options(budget=0.001)
@@ -397,7 +408,11 @@ def test_a_whole_grid_is_called_one_and_its_parts_are_given_apart():
         if case.dtype == "bfloat16":
             case.variants = layer_case(1.25, 1.25).variants
         cases.append(case)
+    assert "2 more, where `nn.Linear` alone takes over 0.6 s, are left out." in readme.whole_grid(
+        {**DOCUMENT, "too_slow": ["a", "b"]}, cases[:-2], "a.json"
+    )
     text = readme.whole_grid(DOCUMENT, cases, "a.json")
+    assert "left out" not in text
     assert text.startswith("On a grid of 388 cases (T 1–8192,") and "float32 and bfloat16)" in text
     assert "(float32: forward 1.60, step 2.00; bfloat16: forward 1.00, step 1.00), 1.00 at the least" in text
     assert verdict.parts(cases) in verdict.verdict(cases, {**DOCUMENT, "ceilings": {"copy_gbytes_per_s": 40}})

@@ -130,11 +130,12 @@ def whole_grid(record: dict[str, Any], cases: list[Case], source: str) -> str:
     compiled = sum(case.ratio(COMPILED) is not None for case in chosen)
     beside = f", compiled too at {compiled} of them," if compiled else ""
     left_out = len(record.get("too_slow", ()))
-    slow = f"{left_out} more, where `nn.Linear` alone takes over {TOO_SLOW} s, are left out. " if left_out else ""
+    slow = f"{left_out} more, where `nn.Linear` alone takes over {TOO_SLOW} s, are left out. "
     return (
         f"On {where} (T 1–8192, E 2–256, r 4–128, k 1–4, widths 256–4096, forward and training step, "
         f"{dtypes}) the fastest form in plain PyTorch{beside} takes {mean_lead(chosen):.2f} times as long as "
         f"ours in the geometric mean ({parts(chosen)}), {leads[0]:.2f} at the least; "
-        f"{under or 'none'} of the cases {'is' if under == 1 else 'are'} under {BAR}. {slow}"
+        f"{under or 'none'} of the cases {'is' if under == 1 else 'are'} under {BAR}. "
+        f"{slow if left_out else ''}"
         f"Commit {record['commit']}, {record['date']}; every case is in `{source}`."
     )

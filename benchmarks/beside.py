@@ -79,7 +79,7 @@ class Point:
     def seconds(self, function: Callable[[Tensor], Tensor], parameters: list[Tensor]) -> float:
         """Roughly how long a call takes: the shorter of the first two."""
         call = self.call(function, parameters)
-        return _again(call, _timed(call)[0])
+        return _again(call, timed(call)[0])
 
     @cached_property
     def expected(self) -> dict[str, Tensor]:
@@ -109,23 +109,32 @@ def _prepare(case: Case, shape: Shape, train: bool, compile: bool) -> Functions:
             continue
         alternative = kind(problem, train)
         function = point.call(alternative, alternative.parameters())
-        took, result = _timed(function)
+        took, result = timed(function)
         took = _again(function, took)
         case.variants[kind.name] = _checked(case, point, kind.name, result) if kind.same_result else {}
         functions[kind.name] = function
         if kind.same_result:
             seconds[kind] = took
-    least = min(seconds.values())
-    hopeless = max(HOPELESS * least, WORTH)
-    for kind in [kind for kind, took in seconds.items() if took > hopeless]:
-        again = seconds[kind] < CERTAIN * hopeless  # against chance
-        took = min(seconds[kind], _timed(functions[kind.name])[0]) if again else seconds[kind]
-        if took > hopeless:
-            case.variants[kind.name]["absent"] = f"a call took {took / least:.0f} × the best one's"
-            del functions[kind.name], seconds[kind]
+    leave_out_hopeless(case, functions, {kind.name: took for kind, took in seconds.items()})
     if compile:
+        seconds = {kind: took for kind, took in seconds.items() if kind.name in functions}
         _add_compiled(case, point, functions, seconds)
     return functions
+
+
+def leave_out_hopeless(case: Case, functions: Functions, seconds: dict[str, float]) -> None:
+    """Takes those that would cost much time, and are far behind, out of ``functions``; the case says so.
+
+    seconds: of the forms in plain PyTorch, about what a call took.
+    """
+    least = min(seconds.values(), default=0.0)
+    hopeless = max(HOPELESS * least, WORTH)
+    for name, took in seconds.items():
+        if hopeless < took < CERTAIN * hopeless:  # against chance
+            took = min(took, timed(functions[name])[0])
+        if took > hopeless:
+            case.variants[name]["absent"] = f"a call took {took / least:.0f} × the best one's"
+            del functions[name]
 
 
 def _checked(case: Case, point: Point, name: str, result: object) -> dict[str, float]:
@@ -133,7 +142,8 @@ def _checked(case: Case, point: Point, name: str, result: object) -> dict[str, f
     return {} if case.visits else {"error": point.check(name, result)}
 
 
-def _timed(function: Callable[[], object]) -> tuple[float, object]:
+def timed(function: Callable[[], object]) -> tuple[float, object]:
+    """Seconds of a call, and what it returned."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
@@ -141,7 +151,7 @@ def _timed(function: Callable[[], object]) -> tuple[float, object]:
 
 def _again(function: Callable[[], object], took: float) -> float:
     """The shorter of what it took and what it takes again, if that is not long."""
-    return min(took, _timed(function)[0]) if took < LONG else took
+    return min(took, timed(function)[0]) if took < LONG else took
 
 
 def _add_compiled(
@@ -158,7 +168,7 @@ def _add_compiled(
         except Exception as reason:  # whatever stops the compiler is what is to be reported
             failed.append(f"{kind.name}: {_gist(reason)}")
             continue
-        took = min(_timed(function)[0] for _ in range(COMPARED))
+        took = min(timed(function)[0] for _ in range(COMPARED))
         found[took] = function, {**checked, "of": kind.name}
     if found:
         functions[COMPILED], values = found[min(found)]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.alternatives import DenseMasked, GroupedMM
+from benchmarks.beside import leave_out_hopeless, timed
 from benchmarks.inputs import DTYPES, Problem, Shape, check
 from benchmarks.options import Functions, Options, Trial
 from benchmarks.record import GEMMS, OURS, Case
@@ -52,12 +53,15 @@ def beside_gemms(
 
     def prepare() -> Functions:
         functions, wanted = make(problem())
+        seconds = {}
         for name, function in functions.items():
             if name == GEMMS:
                 continue
-            found = function()
+            seconds[name], found = timed(function)
             errors = [check(f"{label}, {name}", found[i], want, DTYPES[dtype]) for i, want in wanted.items()]
             case.variants[name] = {"error": max(errors)}
+        del seconds[OURS]
+        leave_out_hopeless(case, functions, seconds)
         return functions
 
     return Trial(case, prepare, (GEMMS, OURS, GroupedMM.name, DenseMasked.name), SHARE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_what_is_hopeless_is_not_timed(monkeypatch):
     trial = beside.trial("grid", SMALL, "float32")
     assert "loop" not in prepare(trial)
     assert trial.case.variants["loop"]["absent"].endswith("× the best one's")
+
+
+def test_what_is_hopeless_of_a_kernel_is_not_timed(monkeypatch):
+    monkeypatch.setattr(beside, "WORTH", 0)
+    ours, other, slow = (lambda s=s: (time.sleep(s), (torch.ones(3),))[1] for s in (0, 0.002, 0.1))
+    functions = {GEMMS: ours, OURS: ours, "grouped_mm": other, "dense-masked": slow}
+    wanted = {0: torch.ones(3, dtype=torch.float64)}
+    make = lambda problem: (dict(functions), wanted)  # noqa: E731
+    trial = kernels.beside_gemms("shrink", "a", lambda: None, 1, 1, "float32", make)
+    assert list(prepare(trial)) == [GEMMS, OURS, "grouped_mm"]
+    assert trial.case.variants["dense-masked"]["absent"].endswith("× the best one's")
 
 
 @pytest.mark.parametrize("tokens", [24, 1])  # with one, most experts have none

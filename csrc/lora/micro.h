@@ -83,23 +83,14 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   auto vectors = [&](int64_t k) {  // the fewer operands stay in registers, the others come one after the other
     constexpr bool kKeepX = M < N;
     constexpr int kKept = kKeepX ? M : N, kStreamed = kKeepX ? N : M;
+    auto of_x = [&](int m) { return V::load(xp[m] + k); };
+    auto of_a = [&](int n) { return V::load(ap[n] + k); };
     typename V::InVec kept[kKept];
     MOA_UNROLL
-    for (int i = 0; i < kKept; ++i) {
-      if constexpr (kKeepX) {
-        kept[i] = V::load(xp[i] + k);
-      } else {
-        kept[i] = V::load(ap[i] + k);
-      }
-    }
+    for (int i = 0; i < kKept; ++i) kept[i] = kKeepX ? of_x(i) : of_a(i);
     MOA_UNROLL
     for (int j = 0; j < kStreamed; ++j) {
-      typename V::InVec streamed;
-      if constexpr (kKeepX) {
-        streamed = V::load(ap[j] + k);
-      } else {
-        streamed = V::load(xp[j] + k);
-      }
+      const typename V::InVec streamed = kKeepX ? of_a(j) : of_x(j);
       MOA_UNROLL
       for (int i = 0; i < kKept; ++i) {
         typename V::AccVec& sum = kKeepX ? acc[i][j] : acc[j][i];

@@ -16,12 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moa_ops.ops import (
-    add_linear,
-    add_linear_backward,
-    linear_first,
     linear_routing,
-    mixture,
     routed_lora,
+    segment_lora,
     segment_lora_backward,
     topk_routing,
     topk_routing_backward,
@@ -179,21 +176,9 @@ class LinearRouting(Function):
         return [grad_x, grad_router, *[None] * 5]
 
 
-def _base_grads(
-    grad_y: Tensor, x: Tensor, weight: Tensor | None, grad_x: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """``grad_x`` with the base's part added in its place, and the gradients of weight, bias and base where
-    needed.
-    """
-    if grad_x is not None and weight is not None:
-        grad_x = add_linear_backward(grad_x, grad_y, weight)
-    need_weight, need_bias, need_base = needs
-    return [
-        grad_x,
-        grad_y.t() @ x if need_weight else None,
-        grad_y.sum(0) if need_bias else None,
-        grad_y if need_base else None,
-    ]
+def _base_grads(grad_y: Tensor, x: Tensor, need_weight: bool, need_bias: bool) -> list[Tensor | None]:
+    """Gradients of the base's weight and bias where needed."""
+    return [grad_y.t() @ x if need_weight else None, grad_y.sum(0) if need_bias else None]
 
 
 class MoALinear(Function):
@@ -207,8 +192,8 @@ class MoALinear(Function):
     @_bound_at_once
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         """Calls the operator."""
-        *before, _indices, expert_offsets, order, expert_scaling, scaling, ranks = inputs
-        return mixture(*before, expert_offsets, order, expert_scaling, scaling, ranks)
+        x, weight, bias, base, lora_A, lora_B, weights, _indices, *segments_and_scales = inputs
+        return segment_lora(x, lora_A, lora_B, weights, *segments_and_scales, base, bias, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -227,16 +212,17 @@ class MoALinear(Function):
         if grad_y is None:
             return [None] * 13
         x, weight, *segments_and_h, expert_scaling, ranks = saved
-        need_x, *need_base, need_A, need_B, need_weights = ctx.needs_input_grad[:7]
+        need_x, need_weight, need_bias, need_base, need_A, need_B, need_weights = ctx.needs_input_grad[:7]
         needs = (need_x, need_A, need_B, need_weights, False)
         grads = [None] * 5
         if any(needs):
             router = (None, None, SOFTMAX, False)
             grads = segment_lora_backward(
-                grad_y, x, *segments_and_h, expert_scaling, ctx.scaling, ranks, *router, *needs
+                grad_y, x, *segments_and_h, expert_scaling, ctx.scaling, ranks, *router, *needs, weight
             )
         grad_x, *grad_lora, _ = _needed(grads, needs)
-        return [*_base_grads(grad_y, x, weight, grad_x, need_base), *grad_lora, *[None] * 6]
+        grads_of_base = _base_grads(grad_y, x, need_weight, need_bias)
+        return [grad_x, *grads_of_base, grad_y if need_base else None, *grad_lora, *[None] * 6]
 
 
 class RoutedMoALinear(Function):
@@ -249,15 +235,9 @@ class RoutedMoALinear(Function):
     @staticmethod
     @_bound_at_once
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        """Calls the operators."""
-        x, weight, bias, lora_A, lora_B, *router, scaling = inputs
-        if linear_first(x, weight):
-            logits, *routing = linear_routing(x, *router, None, None)
-            weights, _, *segments = routing
-            y, h = mixture(x, weight, bias, None, lora_A, lora_B, weights, *segments, None, scaling, None)
-            return y, logits, *routing, h
-        y, *routing_and_h = routed_lora(x, lora_A, lora_B, *router, scaling, bias)
-        return add_linear(y, x, weight, bias), *routing_and_h
+        """Calls the operator."""
+        x, weight, bias, *lora_and_router = inputs
+        return routed_lora(x, *lora_and_router, bias, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -285,9 +265,8 @@ class RoutedMoALinear(Function):
                 router_weight = logits = None
             router = (router_weight, logits, *ctx.flags)
             grads = segment_lora_backward(
-                grad_y, x, *segments_and_h, None, ctx.scaling, None, *router, *needs
+                grad_y, x, *segments_and_h, None, ctx.scaling, None, *router, *needs, weight
             )
         grad_x, grad_A, grad_B, _, grad_router = _needed(grads, needs)
-        needs_of_base = need_weight, need_bias, False
-        *grads_of_base, _ = _base_grads(grad_y, x, weight, grad_x, needs_of_base)
-        return [*grads_of_base, grad_A, grad_B, grad_router, *[None] * 4]
+        grads_of_base = _base_grads(grad_y, x, need_weight, need_bias)
+        return [grad_x, *grads_of_base, grad_A, grad_B, grad_router, *[None] * 4]

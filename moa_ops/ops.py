@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moa_ops import _lib, reference  # noqa: F401  (_lib loads the C++ library)
@@ -37,59 +36,6 @@ segment_lora_backward = torch.ops.moa_ops.segment_lora_backward.default
 routed_lora = torch.ops.moa_ops.routed_lora.default
 segment_linear = torch.ops.moa_ops.segment_linear.default
 routed_linear = torch.ops.moa_ops.routed_linear.default
-
-
-def _own_kernels(x: Tensor) -> bool:
-    """Whether x has kernels for the base's product; ``torch.compile`` keeps to the products it knows."""
-    return x.is_cpu and not torch.compiler.is_compiling()
-
-
-def linear_first(x: Tensor, weight: Tensor) -> bool:
-    """Whether W x comes before the mixture: in half precision on a CPU, where adding to y would slow W x down
-    and round y twice; but not where the product is our own.
-    """
-    if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cpu:
-        return False
-    return not (_own_kernels(x) and torch.ops.moa_ops.own_linear.default(x, weight))
-
-
-def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``y + a b``, in place but where it is traced: a ``Function`` whose forward changes what it made has
-    gradients of zero under torch 2.11's ``torch.compile``, which says nothing of it.
-    """
-    return torch.addmm(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
-
-
-def add_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``y + x Wᵀ`` in y's place, y holding ``bias`` and the mixture; without one, it is ``F.linear``."""
-    if not _own_kernels(x):
-        return _add_product(y, x, weight.t())
-    torch.ops.moa_ops.add_linear_.default(y, x, weight, bias)
-    return y
-
-
-def add_linear_backward(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> Tensor:
-    """``grad_x + grad_y W`` in grad_x's place."""
-    if not _own_kernels(grad_y):
-        return _add_product(grad_x, grad_y, weight)
-    torch.ops.moa_ops.add_linear_backward_.default(grad_x, grad_y, weight)
-    return grad_x
-
-
-def mixture(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, *lora: Any
-) -> tuple[Tensor, Tensor]:
-    """y = base or bias + mixture + W x, and h; ``lora`` is what ``segment_lora`` takes between x and base.
-
-    The mixture is written first, bias or base folded in, then W x added: one pass less over y; or where
-    ``linear_first``, the other way round.
-    """
-    if weight is not None and base is None and linear_first(x, weight):
-        return segment_lora(x, *lora, F.linear(x, weight, bias), None)
-    y, h = segment_lora(x, *lora, base, bias)
-    if weight is not None:
-        y = add_linear(y, x, weight, bias) if base is None else _add_product(y, x, weight.t())
-    return y, h
 
 
 def has_kernels(device_type: str) -> bool:
@@ -129,10 +75,12 @@ def _compose_routed_lora(
     norm_topk_prob: bool,
     scaling: float,
     bias: Tensor | None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     logits, *routing = linear_routing(x, router_weight, top_k, score_func, norm_topk_prob, None, None)
     weights, _, expert_offsets, order = routing
-    y, h = segment_lora(x, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, None, bias)
+    lora = (lora_A, lora_B, weights, expert_offsets, order, None, scaling, None)
+    y, h = segment_lora(x, *lora, None, bias, weight)
     return y, logits, *routing, h
 
 
@@ -141,7 +89,7 @@ def _compose_segment_linear(
 ) -> Tensor:
     if base is not None:
         base = base.reshape(-1, base.shape[-1])
-    y, _ = mixture(x.reshape(-1, x.shape[-1]), weight, bias, base, *lora)
+    y, _ = segment_lora(x.reshape(-1, x.shape[-1]), *lora, base, bias, weight)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -159,8 +107,8 @@ def _compose_routed_linear(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     flags = (top_k, score_func, norm_topk_prob)
-    y, *_ = _compose_routed_lora(rows, lora_A, lora_B, router_weight, *flags, scaling, bias)
-    return y.addmm_(rows, weight.t()).view(*x.shape[:-1], y.shape[1])
+    y, *_ = _compose_routed_lora(rows, lora_A, lora_B, router_weight, *flags, scaling, bias, weight)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 torch.library.impl("moa_ops::routed_lora", "default", plain(_compose_routed_lora))
@@ -249,8 +197,11 @@ def _segment_lora(
     ranks: Tensor | None,
     base: Tensor | None,
     bias: Tensor | None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks, base, bias)
+    _check_devices(
+        x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks, base, bias, weight
+    )
     return (
         x.new_empty(x.shape[0], lora_B.shape[1]),
         x.new_empty(order.shape[0], lora_A.shape[1], dtype=accumulation_dtype(x.dtype)),
@@ -268,10 +219,12 @@ def _routed_lora(
     norm_topk_prob: bool,
     scaling: float,
     bias: Tensor | None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     logits, *routing = _linear_routing(x, router_weight, top_k, score_func, norm_topk_prob)
     weights, _, expert_offsets, order = routing
-    y, h = _segment_lora(x, lora_A, lora_B, weights, expert_offsets, order, None, scaling, None, None, bias)
+    lora = (lora_A, lora_B, weights, expert_offsets, order, None, scaling, None)
+    y, h = _segment_lora(x, *lora, None, bias, weight)
     return y, logits, *routing, h
 
 
@@ -298,9 +251,10 @@ def _segment_lora_backward(
     need_B: bool,
     need_weights: bool,
     need_router: bool,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_devices(x, grad_y, lora_A, lora_B, weights, indices, expert_offsets, order, h)
-    _check_devices(x, expert_scaling, ranks, router_weight, logits)
+    _check_devices(x, expert_scaling, ranks, router_weight, logits, weight)
 
     def grad(needed: bool, like: Tensor | None) -> Tensor:
         return x.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
@@ -350,18 +304,3 @@ def _routed_linear(
 ) -> Tensor:
     _check_devices(x, weight, bias, lora_A, lora_B, router_weight)
     return x.new_empty(*x.shape[:-1], lora_B.shape[1])
-
-
-@torch.library.register_fake("moa_ops::add_linear_")
-def _add_linear_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_devices(y, x, weight, bias)
-
-
-@torch.library.register_fake("moa_ops::add_linear_backward_")
-def _add_linear_backward_(grad_x: Tensor, grad_y: Tensor, weight: Tensor) -> None:
-    _check_devices(grad_x, grad_y, weight)
-
-
-@torch.library.register_fake("moa_ops::own_linear")
-def _own_linear(x: Tensor, weight: Tensor) -> bool:
-    return False  # nothing is computed, in whatever order

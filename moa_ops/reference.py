@@ -192,12 +192,13 @@ def segment_lora(
     ranks: Tensor | None = None,
     base: Tensor | None = None,
     bias: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y[t] = base[t] + bias + Σ_j w[t, j]·s[e]·B_e (A_e x[t])`` and ``h``.
+    """``y[t] = W x[t] + base[t] + bias + Σ_j w[t, j]·s[e]·B_e (A_e x[t])`` and ``h``.
 
-    x ``[T, in]``, lora_A ``[E, r, in]``, lora_B ``[E, out, r]``, weights ``[T, k]``; s =
-    scaling·expert_scaling. y ``[T, out]`` has x's dtype. h ``[T·k, r]`` holds A_e x in sorted order (row p
-    belongs to slot ``order[p]``) in the accumulation dtype, zero where a slot has no expert and in columns
+    x ``[T, in]``, lora_A ``[E, r, in]``, lora_B ``[E, out, r]``, weights ``[T, k]``, weight ``[out, in]``;
+    s = scaling·expert_scaling. y ``[T, out]`` has x's dtype. h ``[T·k, r]`` holds A_e x in sorted order (row
+    p belongs to slot ``order[p]``) in the accumulation dtype, zero where a slot has no expert and in columns
     beyond an expert's rank.
     """
     dtype = accumulation_dtype(x.dtype)
@@ -209,6 +210,8 @@ def segment_lora(
         y = y + base.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
+    if weight is not None:
+        y = y + wide @ weight.to(dtype).t()
     scales = _scales(expert_scaling, scaling, wide, num_experts)
     h = wide.new_zeros(order.numel(), r)
     for expert, rows, rank in _segments(expert_offsets, order, ranks, r):
@@ -243,11 +246,13 @@ def segment_lora_backward(
     need_B: bool,
     need_weights: bool,
     need_router: bool,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, lora_A, lora_B, weights and router_weight; those not needed come back empty.
 
     With ``router_weight`` (and the ``logits`` it gave), the gradient of the weights flows on: grad_x gains
-    dlogits·W_r, and grad_router is dlogitsᵀ x. Each gradient has the dtype of what it belongs to.
+    dlogits·W_r, and grad_router is dlogitsᵀ x. With ``weight`` grad_x gains grad_y·W. Each gradient has the
+    dtype of what it belongs to.
     """
     dtype = accumulation_dtype(x.dtype)
     num_experts, r, _ = lora_A.shape
@@ -274,6 +279,8 @@ def segment_lora_backward(
         dz = topk_routing_backward(dw, logits, indices, score_func, norm_topk_prob).to(dtype)
         dx += dz @ router_weight.to(dtype)
         d_router = (dz.t() @ wide).to(router_weight.dtype)
+    if weight is not None:
+        dx += dy @ weight.to(dtype)
 
     def keep(needed: bool, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
         return grad.to(dtype) if needed and grad is not None else x.new_empty(0)
@@ -324,8 +331,6 @@ def moa_linear(
         None if mask is None else mask.flatten(),
     )
     expert_scaling, factor = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, scaling)
-    base = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-    y, _ = segment_lora(
-        rows, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, factor, ranks, base
-    )
+    lora = (lora_A, lora_B, weights, expert_offsets, order, expert_scaling, factor, ranks)
+    y, _ = segment_lora(rows, *lora, bias=bias, weight=weight)
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])

@@ -1,21 +1,22 @@
-"""The base's product, ``y += x Wᵀ``, and its gradient, ``dx += dy W``, by kernels of our own.
+"""The base's product beside a mixture, ``x Wᵀ``, and its gradient, ``dy W``, by kernels of our own.
 
 The reference is the same in float64. For how many tokens they are used hangs on the instruction set: all are
-tested.
+tested. The mixture beside them is one adapter of rank 1 on every token: without one the library multiplies.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moa_ops import MoALinear
-from moa_ops.reference import accumulation_dtype
-from tests.helpers import assert_close
+from moa_ops import MoALinear, reference
+from moa_ops.reference import SOFTMAX, accumulation_dtype
+from tests.helpers import FORWARD, assert_close, make_mixture
 
 moa = torch.ops.moa_ops
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -23,42 +24,64 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((512, 256), (513, 130), (255, 769), (2050, 66), (64, 1), (1, 64))
 
 
-def make(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, W, y and dy; every second row of a wider x, as a view into it would be."""
+def make(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, W, A, B and dy; x every second row of a wider one, as a view into it would be."""
     width, out = shape
     x = torch.randn(tokens, 2 * width).to(dtype)[:, :width]
-    return (
-        x,
-        (torch.randn(out, width) / width**0.5).to(dtype),
-        torch.randn(tokens, out).to(dtype),
-        torch.randn(tokens, out).to(dtype),
-    )
+    scale = max(width, 1) ** 0.5
+    weight, A = ((torch.randn(n, width) / scale).to(dtype) for n in (out, 1))
+    return x, weight, A[None], torch.randn(1, out, 1).to(dtype), torch.randn(tokens, out).to(dtype)
+
+
+def forward(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """y, and the arguments of the operator's backward up to which gradients are needed."""
+    gates = torch.ones(x.shape[0], 1, dtype=accumulation_dtype(x.dtype))
+    indices = torch.zeros(x.shape[0], 1, dtype=torch.int64)
+    offsets, order = moa.sort_by_expert(indices, 1)
+    y, h = moa.segment_lora(x, A, B, gates, offsets, order, None, 1.0, None, None, bias, weight)
+    return y, (x, A, B, gates, indices, offsets, order, h, None, 1.0, None, None, None, SOFTMAX, False)
+
+
+def backward(grad: Tensor, arguments: tuple[Any, ...], weight: Tensor) -> Tensor:
+    """dx."""
+    needs = (True, False, False, False, False)
+    return moa.segment_lora_backward(grad, *arguments, *needs, weight)[0]
+
+
+def run(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """y and dx."""
+    y, arguments = forward(x, weight, A, B)
+    return y, backward(grad, arguments, weight)
+
+
+def exact(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in float64."""
+    merged = weight.double() + B[0].double() @ A[0].double()
+    return x.double() @ merged.t(), grad.double() @ merged
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 16, 33, 300, 1030])
 def test_product_and_gradient(isa: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    x, weight, y, grad = make(tokens, shape, dtype)
-    expected = y.double() + x.double() @ weight.double().t()
-    moa.add_linear_(y, x, weight, None)
-    assert_close(y, expected, "y")
-    dx = torch.randn(tokens, shape[0]).to(dtype)
-    expected = dx.double() + grad.double() @ weight.double()
-    moa.add_linear_backward_(dx, grad, weight)
-    assert_close(dx, expected, "dx")
+    problem = make(tokens, shape, dtype)
+    (y, dx), (expected_y, expected_dx) = run(*problem), exact(*problem)
+    assert_close(y, expected_y, "y")
+    assert_close(dx, expected_dx, "dx")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 24), (24, 0), (0, 0)])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_empty_sums_add_nothing(isa: str, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    width, out = shape
-    x, grad, weight = (torch.randn(n).to(dtype) for n in ((tokens, width), (tokens, out), (out, width)))
-    y, dx = grad.clone(), x.clone()
-    moa.add_linear_(y, x, weight, None)
-    moa.add_linear_backward_(dx, grad, weight)
-    assert torch.equal(y, grad) and torch.equal(dx, x)
+    *problem, grad = make(tokens, shape, dtype)
+    bias = torch.randn(shape[1]).to(dtype)
+    y, arguments = forward(*problem, bias)
+    assert torch.equal(y, bias.expand(tokens, -1))
+    dx = backward(grad, arguments, problem[1])
+    assert torch.equal(dx, torch.zeros(tokens, shape[0], dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,16 +89,11 @@ def test_long_sums_keep_their_accuracy(isa: str, dtype: torch.dtype) -> None:
     """Sums of 8192 products, all of one sign: the worst for a single running sum."""
     if isa == "scalar":
         pytest.skip("the library's GEMM, which may sum in one run")
-    x, weight = torch.rand(3, 8192).to(dtype), torch.rand(70, 8192).to(dtype)
-    y = torch.ones(3, 70, dtype=dtype)
-    expected = 1 + x.double() @ weight.double().t()
-    moa.add_linear_(y, x, weight, None)
-    assert_close(y, expected, "y")
-    grad, weight = torch.rand(3, 8192).to(dtype), torch.rand(8192, 70).to(dtype)
-    dx = torch.ones(3, 70, dtype=dtype)
-    expected = 1 + grad.double() @ weight.double()
-    moa.add_linear_backward_(dx, grad, weight)
-    assert_close(dx, expected, "dx")
+    for width, out in ((8192, 70), (70, 8192)):
+        x, weight, grad = (torch.rand(*shape).to(dtype) for shape in ((3, width), (out, width), (3, out)))
+        A, B = torch.full((1, 1, width), 1 / 8192, dtype=dtype), torch.ones(1, out, 1, dtype=dtype)
+        for actual, expected in zip(run(x, weight, A, B, grad), exact(x, weight, A, B, grad), strict=True):
+            assert_close(actual, expected, f"{width} to {out}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,36 +102,29 @@ def test_same_bits_for_any_threads_and_in_any_company(
     isa: str, threads: None, tokens: int, fewer: int, dtype: torch.dtype
 ) -> None:
     """A token's result depends neither on the threads nor on the tokens beside it."""
-    x, weight, _, grad = make(tokens, (1024, 515), dtype)
-    grad, weight = grad[:, :514].contiguous(), weight[:514]
+    x, *rest, grad = make(tokens, (1024, 514), dtype)
     results = []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
-        y, dx = torch.zeros(tokens, 514, dtype=dtype) + 1, torch.zeros(tokens, 1024, dtype=dtype)
-        moa.add_linear_(y, x, weight, None)
-        moa.add_linear_backward_(dx, grad, weight)
-        results.append((y, dx))
+        results.append(run(x, *rest, grad))
     for y, dx in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(dx, results[0][1])
-    if moa.own_linear(x, weight) and moa.own_linear(x[:fewer], weight):
-        y = torch.ones(fewer, 514, dtype=dtype)
-        moa.add_linear_(y, x[1 : 1 + fewer], weight, None)
-        assert torch.equal(y, results[0][0][1 : 1 + fewer])
+    if moa.own_linear(x, rest[0]) and moa.own_linear(x[:fewer], rest[0]):
+        assert torch.equal(forward(x[1 : 1 + fewer], *rest)[0], results[0][0][1 : 1 + fewer])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_a_mixture_it_is_the_library(dtype: torch.dtype, bias: bool) -> None:
-    """What holds the bias alone, zeros of either sign included, becomes ``F.linear`` bit for bit."""
-    x, weight, y, _ = make(3, (256, 40), dtype)
+    """Where the bias alone is added, zeros of either sign included, it is ``F.linear`` bit for bit."""
+    x, weight, A, B, _ = make(3, (256, 40), dtype)
     added = torch.randn(40).to(dtype) if bias else None
     if bias:
         added[::3] = -0.0
-    y[:] = added if bias else -0.0
-    y[1] = y[1] + 0.0
-    moa.add_linear_(y, x, weight, added)
-    assert torch.equal(y, F.linear(x, weight, added))
+    for zero in (0.0, -0.0):
+        y, _ = forward(x, weight, A, torch.full_like(B, zero), added)
+        assert torch.equal(y, F.linear(x, weight, added))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,13 +132,15 @@ def test_without_a_mixture_it_is_the_library(dtype: torch.dtype, bias: bool) -> 
 @pytest.mark.parametrize("tokens", [2, 3, 17])
 def test_a_token_without_a_mixture_is_the_library(dtype: torch.dtype, bias: bool, tokens: int) -> None:
     """So is one row of the base model in a batch by id, whatever is beside it."""
-    x, weight, y, _ = make(tokens, (256, 40), dtype)
+    x, weight, A, B, grad = make(tokens, (256, 40), dtype)
     added = torch.randn(40).to(dtype) if bias else None
-    y[1] = added if bias else 0.0
-    start = y.double().clone()
-    moa.add_linear_(y, x, weight, added)
+    x = x.clone()
+    A[..., 128:] = 0
+    x[1, :128] = 0
+    y, _ = forward(x, weight, A, B, added)
     assert torch.equal(y[1], F.linear(x, weight, added)[1])
-    assert_close(y, start + x.double() @ weight.double().t(), "y")
+    expected, _ = exact(x, weight, A, B, grad)
+    assert_close(y, expected + added.double() if bias else expected, "y")
 
 
 def test_where_the_product_is_our_own() -> None:
@@ -186,34 +199,28 @@ def test_layer_with_and_without_gradients(isa: str, dtype: torch.dtype, tokens: 
         layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
-@pytest.mark.parametrize(
-    ("y", "x", "weight", "message"),
-    [
-        ((3, 4), (3, 8), (4, 9), "weight has shape"),
-        ((3, 5), (3, 8), (4, 8), "y has shape"),
-        ((2, 4), (3, 8), (4, 8), "y has shape"),
-    ],
-)
-def test_wrong_shapes(y: tuple[int, int], x: tuple[int, int], weight: tuple[int, int], message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        moa.add_linear_(torch.zeros(y), torch.zeros(x), torch.zeros(weight), None)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_base_and_a_weight_are_both_added(dtype: torch.dtype) -> None:
+    p = make_mixture(9, 24, 16, 5, 2, 4, dtype, kind="holes", base=True, bias=True)
+    weight = torch.randn(16, 24).to(dtype)
+    arguments = [getattr(p, name) for name in FORWARD]
+    y, h = moa.segment_lora(*arguments, weight)
+    wide = [getattr(p.double(), name) for name in FORWARD]
+    assert_close(y, reference.segment_lora(*wide, weight.double())[0], "y")
+    assert torch.equal(h, p.forward()[1])
 
 
-def test_wrong_kinds() -> None:
-    x, weight, y = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(3, 4)
-    with pytest.raises(RuntimeError, match="weight is float64, expected float32"):
-        moa.add_linear_(y, x, weight.double(), None)
-    with pytest.raises(RuntimeError, match="x is int64"):
-        moa.add_linear_(y, x.long(), weight, None)
-    with pytest.raises(RuntimeError, match="y is not contiguous"):
-        moa.add_linear_(torch.zeros(4, 3).t(), x, weight, None)
-    with pytest.raises(RuntimeError, match="grad_x has shape"):
-        moa.add_linear_backward_(torch.zeros(3, 9), y, weight)
-    with pytest.raises(RuntimeError, match="bias has shape"):
-        moa.add_linear_(y, x, weight, torch.zeros(5))
-
-
-def test_operators_fit_their_schemas() -> None:
-    x, weight, y = torch.randn(3, 64), torch.randn(16, 64), torch.randn(3, 16)
-    torch.library.opcheck(moa.add_linear_.default, (y, x, weight, torch.randn(16)))
-    torch.library.opcheck(moa.add_linear_backward_.default, (torch.randn(3, 64), y, weight))
+def test_wrong_weights() -> None:
+    x, weight, A, B, grad = make(3, (8, 4), torch.float32)
+    _, arguments = forward(x, weight, A, B)
+    for wrong, message in (
+        (torch.zeros(4, 9), r"weight has shape \[4, 9\], expected \[4, 8\]"),
+        (torch.zeros(5, 8), r"weight has shape \[5, 8\], expected \[4, 8\]"),
+        (weight.double(), "weight is float64, expected float32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            forward(x, wrong, A, B)
+        with pytest.raises(RuntimeError, match=message):
+            backward(grad, arguments, wrong)
+        with pytest.raises(RuntimeError, match=message):
+            moa.routed_lora(x, A, B, torch.zeros(1, 8), 1, SOFTMAX, False, 1.0, None, wrong)

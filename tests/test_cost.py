@@ -129,15 +129,18 @@ def test_a_call_without_gradients_is_few_calls_in_python() -> None:
     assert {"forward", "moa_linear"} <= set(calls)
 
 
-def test_training_reads_x_in_one_operator_beside_the_base() -> None:
-    """Forward, the router and the shrink are one operator, which can read x once."""
+def test_a_training_step_is_an_operator_forward_and_one_backward() -> None:
+    """Router, mixture and base together: they can read x once, and the base's product can be our own."""
     layer = MoALinear(32, 24)
     with CountCalls() as counter:
-        layer(torch.randn(40, 32))
-    assert [name for name in counter.calls if "moa_ops" in name or "mm" in name] == [
-        "moa_ops.routed_lora.default",
-        "moa_ops.add_linear_.default",
+        y = layer(torch.randn(40, 32, requires_grad=True))
+        forward = list(counter.calls)
+        y.backward(torch.ones_like(y))
+    operators = [
+        [name for name in names if "moa_ops" in name or "mm" in name] for names in (forward, counter.calls)
     ]
+    assert operators[0] == ["moa_ops.routed_lora.default"]
+    assert operators[1] == [*operators[0], "moa_ops.segment_lora_backward.default"]
 
 
 def test_a_function_is_entered_only_for_gradients() -> None:

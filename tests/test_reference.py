@@ -81,16 +81,17 @@ def test_segment_lora_backward_is_the_derivative(ranks: bool) -> None:
 @pytest.mark.parametrize("score_func, norm_topk_prob", FLAGS)
 def test_router_part_of_the_backward_is_the_derivative(score_func: int, norm_topk_prob: bool) -> None:
     p = make_mixture(dtype=torch.float64)
+    weight = torch.randn(80, 96, dtype=torch.float64)
     x, router_weight = p.x.requires_grad_(), torch.randn(5, 96, dtype=torch.float64, requires_grad=True)
     flags = (score_func, norm_topk_prob)
     logits, weights, indices, expert_offsets, order = reference.linear_routing(x, router_weight, 2, *flags)
-    y, h = reference.segment_lora(x, p.lora_A, p.lora_B, weights, expert_offsets, order)
+    y, h = reference.segment_lora(x, p.lora_A, p.lora_B, weights, expert_offsets, order, weight=weight)
     expected = torch.autograd.grad(y, (x, router_weight), p.grad_y)
     with torch.no_grad():
         segments = (weights, indices, expert_offsets, order, h, None, 1.0, None)
         need = (True, False, False, False, True)
         grads = reference.segment_lora_backward(
-            p.grad_y, x, p.lora_A, p.lora_B, *segments, router_weight, logits, *flags, *need
+            p.grad_y, x, p.lora_A, p.lora_B, *segments, router_weight, logits, *flags, *need, weight
         )
     assert_close(grads[0], expected[0], "x")
     assert_close(grads[4], expected[1], "router")

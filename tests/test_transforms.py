@@ -44,15 +44,20 @@ def operator_calls(dtype: torch.dtype, tokens: int, optional: bool) -> list[tupl
         ("topk_routing_backward", (torch.randn_like(weights), logits.to(dtype), ids, SIGMOID, True)),
         ("sort_by_expert", (ids, 5)),
         ("linear_routing", (p.x, router, 2, SIGMOID, False, *extra)),
-        ("segment_lora", (*lora, p.expert_offsets, p.order, *scale, p.base, p.bias)),
+        (
+            "segment_lora",
+            (*lora, p.expert_offsets, p.order, *scale, p.base, p.bias, weight if optional else None),
+        ),
         ("segment_lora_backward", (*backward, None, None, SOFTMAX, False, True, True, True, True, False)),
         ("segment_lora_backward", (*backward, None, None, SOFTMAX, False, False, True, False, True, False)),
         ("segment_lora_backward", (*routed, True, True, True, False, True)),
+        ("segment_lora_backward", (*routed, True, True, True, False, True, weight)),
         (
             "segment_linear",
             (p.x, weight if optional else None, p.bias, p.base, *lora[1:], p.expert_offsets, p.order, *scale),
         ),
         ("routed_lora", (p.x, *lora[1:3], router, 2, SIGMOID, True, p.scaling, p.bias)),
+        ("routed_lora", (p.x, *lora[1:3], router, 2, SOFTMAX, False, p.scaling, p.bias, weight)),
         ("routed_linear", (p.x, weight, p.bias, *lora[1:3], router, 2, SOFTMAX, True, p.scaling)),
     ]
 
@@ -175,6 +180,22 @@ def test_compile(fresh_compiler: None, kind: str, backend: str) -> None:
         assert error(have, want) < (1e-6 if x.dtype == F32 else 1e-2)
     with torch.no_grad():
         assert error(compiled(x), layer(x)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
+def test_a_compiled_step_has_the_layers_bits(fresh_compiler: None, dtype: torch.dtype) -> None:
+    """The base's product is the same kernel, ours where it is faster; a fresh layer still is ``F.linear``."""
+    layer = MoALinear(64, 48, num_experts=4, r=4, dtype=dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor", dynamic=True)
+    for tokens in (3, 16, 100):
+        x = torch.randn(tokens, 64).to(dtype).requires_grad_()
+        assert torch.equal(compiled(x), nn.functional.linear(x, layer.weight, layer.bias))
+    nn.init.normal_(layer.lora_B)
+    for tokens in (3, 16, 100):
+        x = torch.randn(tokens, 64).to(dtype)
+        eager = loss_and_gradients(layer, layer, x)
+        for have, want in zip(loss_and_gradients(compiled, layer, x), eager, strict=True):
+            assert torch.equal(have, want)
 
 
 @pytest.mark.parametrize("given", [False, True])

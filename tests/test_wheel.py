@@ -94,8 +94,7 @@ def test_runs_on_the_cpu_and_holds_every_architecture(python: Path, tmp_path: Pa
         assert not told["cuda"]["built"]
         return
     assert len(told["operators"]) >= 9
-    on_the_cpu_alone = {f"moa_ops::{name}" for name in ("add_linear_", "add_linear_backward_", "own_linear")}
-    assert set(told["without_cuda"]) == on_the_cpu_alone
+    assert told["without_cuda"] == ["moa_ops::own_linear"]
     assert told["cuda"]["toolkit"].replace(".", "").startswith(label.removeprefix("cu"))
     if cuda_binary.find_cuobjdump() is None:
         pytest.skip("pip install nvidia-cuda-cuobjdump")

@@ -27,29 +27,37 @@ struct DeviceAdapters {
   }
 };
 
+// y = beta start + a b by torch's own GEMM; a start that counts zero times is not read.
+void gemm(const Tensor& y, const Tensor& start, double beta, const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), start.get(), a.get(), b.get(), beta, 1.0));
+}
+
+// y += x W^T where there is a weight: y holds the mixture with its bias, as on the CPU.
+void add_base(const Tensor& y, const Tensor& x, const OptionalTensor& weight) {
+  if (weight.has_value()) gemm(y, y, 1.0, x, torch::stable::transpose(*weight, 0, 1));
+}
+
+void check_weight(const OptionalTensor& weight, const LoraParams& p, const Adapters& a) {
+  if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, a.x.scalar_type());
+}
+
 }  // namespace
 
 Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
                            const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
                            double scaling, const OptionalTensor& ranks, const OptionalTensor& base,
-                           const OptionalTensor& bias) {
+                           const OptionalTensor& bias, const OptionalTensor& weight) {
   CudaCall call(place_of(x));
   ForwardParams p{};
   const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
   check_experts(p.seg.experts);
   const DeviceAdapters adapters(&p, a, scaling);
+  check_weight(weight, p, a);
   const Output out(&p, a, base, bias);
   MOA_CUDA_CHECK(mixture_cuda(p, call.work(mixture_work(p)), call.stream()));
+  add_base(out.y, a.x, weight);
   return {out.y, out.h};
-}
-
-// y = x W^T + bias, or with `keep` y += x W^T, by torch's own GEMM; a y that is not kept is not read either.
-static void base_gemm(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool keep) {
-  STD_TORCH_CHECK(aoti_torch_cuda_addmm_out != nullptr, "moa_ops: this torch has no CUDA");
-  const Tensor columns = torch::stable::transpose(weight, 0, 1);
-  const Tensor& add = bias.has_value() ? *bias : y;
-  const double beta = keep || bias.has_value() ? 1.0 : 0.0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), add.get(), x.get(), columns.get(), beta, 1.0));
 }
 
 Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -62,23 +70,23 @@ Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const
   const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
   check_experts(p.seg.experts);
   const DeviceAdapters adapters(&p, a, scaling);
-  if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
+  check_weight(weight, p, a);
   const Output out(&p, a, base_rows(base, x_), bias, /*keep_h=*/false);
   MOA_CUDA_CHECK(mixture_cuda(p, call.work(mixture_work(p)), call.stream()));
-  // The mixture with its bias is there, and the base is added to it, as on the CPU.
-  if (weight.has_value()) base_gemm(out.y, a.x, *weight, std::nullopt, true);
+  add_base(out.y, a.x, weight);
   return with_leading(out.y, x_);
 }
 
 // Few tokens: two launches do everything. Many: router and shrink in one pass over x, where the plan has it so.
 Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& router_weight,
                           int64_t top_k, int64_t score_func, bool norm_topk_prob, double scaling,
-                          const OptionalTensor& bias) {
+                          const OptionalTensor& bias, const OptionalTensor& weight) {
   CudaCall call(place_of(x));
   RoutedShrinkParams p{};
   const Adapters a(&p, x, lora_A, lora_B);
   const int64_t tokens = a.x.size(0), experts = a.lora_A.size(0);
   check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
+  check_weight(weight, p, a);
   check_topk(tokens, experts, top_k);
   check_experts(experts);
   p.seg = {nullptr, nullptr, tokens, top_k, experts};
@@ -101,13 +109,14 @@ Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& l
     few.offsets = data<int32_t>(offsets);
     few.order = data<int32_t>(order);
     MOA_CUDA_CHECK(decode_cuda(few, call.work(decode_work(few)), call.stream()));
+    add_base(out.y, a.x, weight);
     return {out.y, logits, weights, indices, offsets, order, out.h};
   }
   if (!routed_shrink_fits(p)) {
     const auto [logits, weights, indices, offsets, order] =
         linear_routing_cuda(x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
     const auto [y, h] = segment_lora_cuda(x, lora_A, lora_B, weights, offsets, order, std::nullopt, scaling,
-                                          std::nullopt, std::nullopt, bias);
+                                          std::nullopt, std::nullopt, bias, weight);
     return {y, logits, weights, indices, offsets, order, h};
   }
   const Tensor router_rows = dense(router_weight);
@@ -124,6 +133,7 @@ Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& l
   const Output out(&p, a, std::nullopt, bias);
   MOA_CUDA_CHECK(pick_cuda(p, p.all, call.stream()));
   MOA_CUDA_CHECK(expand_cuda(p, call.work(expand_work(p)), call.stream()));
+  add_base(out.y, a.x, weight);
   return {out.y, logits, weights, indices, offsets, order, out.h};
 }
 
@@ -151,7 +161,8 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
     void* const work = call.work(decode_work(p));
     Fork fork(call);
     MOA_CUDA_CHECK(decode_first_cuda(p, work, fork.stream()));
-    base_gemm(y, a.x, weight, bias, false);
+    const Tensor columns = torch::stable::transpose(weight, 0, 1);
+    gemm(y, bias.has_value() ? *bias : y, bias.has_value() ? 1.0 : 0.0, a.x, columns);
     fork.join();
     MOA_CUDA_CHECK(decode_second_cuda(p, work, call.stream()));
     return with_leading(y, x_);
@@ -163,8 +174,7 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
                                scaling, std::nullopt);
   }
   const Tensor y = std::get<0>(
-      routed_lora_cuda(a.x, lora_A, lora_B, router_weight, top_k, score_func, norm_topk_prob, scaling, bias));
-  base_gemm(y, a.x, weight, std::nullopt, true);
+      routed_lora_cuda(a.x, lora_A, lora_B, router_weight, top_k, score_func, norm_topk_prob, scaling, bias, weight));
   return with_leading(y, x_);
 }
 
@@ -173,7 +183,8 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
                                     const Tensor& order, const Tensor& h, const OptionalTensor& expert_scaling,
                                     double scaling, const OptionalTensor& ranks, const OptionalTensor& router_weight,
                                     const OptionalTensor& logits, int64_t score_func, bool norm_topk_prob, bool need_x,
-                                    bool need_A, bool need_B, bool need_weights, bool need_router) {
+                                    bool need_A, bool need_B, bool need_weights, bool need_router,
+                                    const OptionalTensor& weight) {
   CudaCall call(place_of(x));
   BackwardParams p{};
   const Mixture a(&p, x, lora_A, lora_B, weights, expert_offsets, order, expert_scaling, ranks);
@@ -181,6 +192,7 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
   const DeviceAdapters adapters(&p, a, scaling);
   const Gradients g(&p, a, grad_y, h, router_weight, logits, score_func, norm_topk_prob, need_x, need_A, need_B,
                     need_weights, need_router);
+  check_weight(weight, p, a);
   if (g.need_u) MOA_CUDA_CHECK(backward_shrink_cuda(p, call.work(backward_shrink_work(p)), call.stream()));
 
   OptionalTensor dz, dz_sorted;
@@ -217,6 +229,7 @@ Tensors5 segment_lora_backward_cuda(const Tensor& grad_y, const Tensor& x, const
     r.d_weight = need_router ? data<void>(g.d_router) : nullptr;
     MOA_CUDA_CHECK(router_backward_cuda(r, call.work(router_backward_work(r)), call.stream()));
   }
+  if (need_x && weight.has_value()) gemm(g.dx, g.dx, 1.0, g.dy, *weight);
   return g.outputs();
 }
 

@@ -1,8 +1,5 @@
-// The layer without gradients, whole and in one call, on the CPU: mixture and base, with h and the routing in work
-// memory. In full precision y holds bias and mixture first, and F.linear's own product is added to it: one pass less
-// over y. In half precision that addition slows the product itself by 4 %, and would round y twice: there the product
-// comes first, and the mixture is added in float32. A product of our own (linear.h) comes last.
-// Where no token has an adapter only the product is left.
+// The layer without gradients, whole and in one call, on the CPU: mixture and base (linear.h), with h and the routing in
+// work memory. Where no token has an adapter only the product is left.
 #include "common/scratch.h"
 #include "isa/table.h"
 #include "torch/checks.h"
@@ -11,26 +8,6 @@
 
 namespace moa {
 namespace {
-
-// y = base + bias + mixture + x W^T, in the order that suits the type; weight may be absent.
-void mixture_and_linear(ForwardParams* p, const Tensor& y, const Tensor& x, const OptionalTensor& weight,
-                        const OptionalTensor& bias) {
-  const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
-  const bool linear_first = half && weight.has_value() && p->base == nullptr && !own_linear(x, *weight);
-  if (linear_first) {
-    library_linear(y, bias, x, *weight);
-    p->base = p->y;
-    p->ldbase = p->out;
-    p->bias = nullptr;
-  }
-  kernels().forward(*p);
-  if (!weight.has_value() || linear_first) return;
-  if (p->base == nullptr) {
-    add_linear(y, bias, x, *weight);
-  } else {
-    library_linear(y, y, x, *weight);
-  }
-}
 
 // Whether some slot has an adapter of rank 1 or more.
 bool any_adapter(const LoraParams& p) {

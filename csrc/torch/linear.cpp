@@ -18,12 +18,6 @@ Tensor transposed(const Tensor& weight) {
 
 bool rows_are_dense(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
 
-void check_linear(const Tensor& x, const Tensor& weight, const Place& place) {
-  dtype_of(x, "x");
-  check_tensor(x, "x", place, {-1, -1});
-  check_tensor(weight, "weight", place, {-1, x.size(1)}, x.scalar_type());
-}
-
 // How many rows of y are the bias, or zero without one: of bits, where U is as wide as an element.
 template <class U>
 int64_t rows_of_bias(const Tensor& y, const OptionalTensor& bias) {
@@ -66,7 +60,10 @@ void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& 
   }
 }
 
-void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, const Tensor& weight) {
+// y += x W^T, where y holds the bias and the mixture. Where some token has no mixture, as all have in a layer whose
+// adapters are fresh and those of the base model alone in a batch by id, the library multiplies: such a token's row is
+// F.linear's own, bit for bit.
+static void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, const Tensor& weight) {
   if (!own_linear(x, weight)) return library_linear(y, y, x, weight);
   const int64_t rows = rows_of_bias(y, bias);
   if (rows == y.size(0)) return library_linear(y, bias, x, weight);
@@ -84,30 +81,29 @@ void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor& x, co
   kernels().linear(p);
 }
 
-bool own_linear_cpu(const Tensor& x, const Tensor& weight) {
-  check_linear(x, weight, place_of(x));
-  return own_linear(x, weight);
+void mixture_and_linear(ForwardParams* p, const Tensor& y, const Tensor& x, const OptionalTensor& weight,
+                        const OptionalTensor& bias) {
+  const bool half = p->x_type == DType::bf16 || p->x_type == DType::f16;
+  const bool linear_first = half && weight.has_value() && p->base == nullptr && !own_linear(x, *weight);
+  if (linear_first) {
+    library_linear(y, bias, x, *weight);
+    p->base = p->y;
+    p->ldbase = p->out;
+    p->bias = nullptr;
+  }
+  kernels().forward(*p);
+  if (!weight.has_value() || linear_first) return;
+  if (p->base == nullptr) {
+    add_linear(y, bias, x, *weight);
+  } else {
+    library_linear(y, y, x, *weight);
+  }
 }
 
-void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  const Place place = place_of(x);
-  check_linear(x, weight, place);
-  check_tensor(y, "y", place, {x.size(0), weight.size(0)}, x.scalar_type());
-  STD_TORCH_CHECK(y.is_contiguous(), "y is not contiguous; it is written in place: give a contiguous one");
-  if (!bias.has_value()) return add_linear(y, bias, x, weight);
-  check_tensor(*bias, "bias", place, {weight.size(0)}, x.scalar_type());
-  add_linear(y, dense(*bias), x, weight);
-}
-
-void add_linear_backward_cpu(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {
-  const Place place = place_of(grad_y);
-  const DType type = dtype_of(grad_y, "grad_y");
-  check_tensor(grad_y, "grad_y", place, {-1, -1});
-  check_tensor(weight, "weight", place, {grad_y.size(1), -1}, grad_y.scalar_type());
-  check_tensor(grad_x, "grad_x", place, {grad_y.size(0), weight.size(1)}, grad_y.scalar_type());
-  if (rows_are_dense(grad_y) && rows_are_dense(weight) && grad_x.is_contiguous()) {
+void add_linear_backward(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight) {
+  if (rows_are_dense(weight)) {
     LinearBackwardParams p{};
-    p.type = type;
+    p.type = dtype_of(grad_y, "grad_y");
     p.tokens = grad_y.size(0);
     p.in = weight.size(1);
     p.out = weight.size(0);
@@ -120,6 +116,12 @@ void add_linear_backward_cpu(const Tensor& grad_x, const Tensor& grad_y, const T
   }
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(grad_x.get(), grad_x.get(), grad_y.get(), weight.get(), 1.0, 1.0));
+}
+
+bool own_linear_cpu(const Tensor& x, const Tensor& weight) {
+  check_tensor(x, "x", place_of(x), {-1, -1});
+  check_tensor(weight, "weight", place_of(x), {-1, x.size(1)}, x.scalar_type());
+  return own_linear(x, weight);
 }
 
 }  // namespace moa

@@ -3,18 +3,16 @@
 //   topk_routing            gate weights, ids and the counting sort, from logits [T, E]
 //   linear_routing          the same with logits = x W_r^T, which it returns too
 //   sort_by_expert          the sort alone, from ids [T, k] or [T]
-//   segment_lora            y = base + bias + sum of the slots' adapters; h [T * k, r] is A_e x, in sorted order
+//   segment_lora            y = base + bias + sum of the slots' adapters, and with a weight + x W^T; h [T * k, r] is A_e x,
+//                           in sorted order
 //   routed_lora             linear_routing and segment_lora of the same x, which is read once where that pays: y, what
 //                           linear_routing gives, h
-//   segment_linear          the layer without gradients in one call, its routing given: segment_lora, and + x W^T;
-//                           x and base [..., n]
+//   segment_linear          segment_lora without h, for a layer without gradients; x and base [..., n]
 //   routed_linear           the same with its own router: linear_routing first
 //   segment_lora_backward   all gradients; with router_weight and logits also the router's (score_func: 0 softmax,
-//                           1 sigmoid). What is not needed comes back empty.
-//   add_linear_             y += x W^T, y holding bias and mixture; on the CPU alone, as the two after it: by a kernel of
-//                           our own where that is faster, else by the library's GEMM
-//   add_linear_backward_    grad_x += grad_y W
-//   own_linear              whether add_linear_ takes our own
+//                           1 sigmoid), with a weight that of x W^T with respect to x. What is not needed comes back
+//                           empty.
+//   own_linear              whether x W^T is a kernel of our own, faster there than the library's GEMM; on the CPU alone
 #include "torch/ops.h"
 
 #include "isa/table.h"
@@ -50,16 +48,18 @@ STABLE_TORCH_LIBRARY(moa_ops, m) {
       "Tensor? selection_bias, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "segment_lora(Tensor x, Tensor lora_A, Tensor lora_B, Tensor weights, Tensor expert_offsets, Tensor order, "
-      "Tensor? expert_scaling, float scaling, Tensor? ranks, Tensor? base, Tensor? bias) -> (Tensor, Tensor)");
+      "Tensor? expert_scaling, float scaling, Tensor? ranks, Tensor? base, Tensor? bias, Tensor? weight=None) "
+      "-> (Tensor, Tensor)");
   m.def(
       "routed_lora(Tensor x, Tensor lora_A, Tensor lora_B, Tensor router_weight, int top_k, int score_func, "
-      "bool norm_topk_prob, float scaling, Tensor? bias) "
+      "bool norm_topk_prob, float scaling, Tensor? bias, Tensor? weight=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "segment_lora_backward(Tensor grad_y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor weights, Tensor indices, "
       "Tensor expert_offsets, Tensor order, Tensor h, Tensor? expert_scaling, float scaling, Tensor? ranks, "
       "Tensor? router_weight, Tensor? logits, int score_func, bool norm_topk_prob, bool need_x, bool need_A, "
-      "bool need_B, bool need_weights, bool need_router) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool need_B, bool need_weights, bool need_router, Tensor? weight=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "segment_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor lora_A, Tensor lora_B, "
       "Tensor weights, Tensor expert_offsets, Tensor order, Tensor? expert_scaling, float scaling, Tensor? ranks) "
@@ -67,8 +67,6 @@ STABLE_TORCH_LIBRARY(moa_ops, m) {
   m.def(
       "routed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor router_weight, "
       "int top_k, int score_func, bool norm_topk_prob, float scaling) -> Tensor");
-  m.def("add_linear_(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias) -> ()");
-  m.def("add_linear_backward_(Tensor(a!) grad_x, Tensor grad_y, Tensor weight) -> ()");
   m.def("own_linear(Tensor x, Tensor weight) -> bool");
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");
@@ -85,9 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(moa_ops, CPU, m) {
   m.impl("segment_linear", TORCH_BOX(&moa::segment_linear_cpu));
   m.impl("routed_linear", TORCH_BOX(&moa::routed_linear_cpu));
   m.impl("segment_lora_backward", TORCH_BOX(&moa::segment_lora_backward_cpu));
-  m.impl("add_linear_", TORCH_BOX(&moa::add_linear_cpu));
   m.impl("own_linear", TORCH_BOX(&moa::own_linear_cpu));
-  m.impl("add_linear_backward_", TORCH_BOX(&moa::add_linear_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moa_ops, CompositeExplicitAutograd, m) {

@@ -22,10 +22,10 @@ Tensors5 linear_routing_cpu(const Tensor& x, const Tensor& router_weight, int64_
 Tensors2 segment_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
                           const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
                           double scaling, const OptionalTensor& ranks, const OptionalTensor& base,
-                          const OptionalTensor& bias);
+                          const OptionalTensor& bias, const OptionalTensor& weight);
 Tensors7 routed_lora_cpu(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& router_weight,
                          int64_t top_k, int64_t score_func, bool norm_topk_prob, double scaling,
-                         const OptionalTensor& bias);
+                         const OptionalTensor& bias, const OptionalTensor& weight);
 Tensor segment_linear_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& base, const Tensor& lora_A, const Tensor& lora_B, const Tensor& weights,
                           const Tensor& expert_offsets, const Tensor& order, const OptionalTensor& expert_scaling,
@@ -34,13 +34,12 @@ Tensor routed_linear_cpu(const Tensor& x, const Tensor& weight, const OptionalTe
                          const Tensor& lora_B, const Tensor& router_weight, int64_t top_k, int64_t score_func,
                          bool norm_topk_prob, double scaling);
 bool own_linear_cpu(const Tensor& x, const Tensor& weight);
-void add_linear_cpu(const Tensor& y, const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
-void add_linear_backward_cpu(const Tensor& grad_x, const Tensor& grad_y, const Tensor& weight);
 Tensors5 segment_lora_backward_cpu(const Tensor& grad_y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                                    const Tensor& weights, const Tensor& indices, const Tensor& expert_offsets,
                                    const Tensor& order, const Tensor& h, const OptionalTensor& expert_scaling,
                                    double scaling, const OptionalTensor& ranks, const OptionalTensor& router_weight,
                                    const OptionalTensor& logits, int64_t score_func, bool norm_topk_prob, bool need_x,
-                                   bool need_A, bool need_B, bool need_weights, bool need_router);
+                                   bool need_A, bool need_B, bool need_weights, bool need_router,
+                                   const OptionalTensor& weight);
 
 }  // namespace moa

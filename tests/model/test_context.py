@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 from zoo import batch_of, mixture
 
 from helpers import error
@@ -39,6 +40,12 @@ def test_checkpointing_both_ways_gives_the_same_gradients(name: str, level: str,
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         for mode, arguments in MODES.items():
+            # transformers 5.20 has a block's hooks, and so the model's decision, within the region, 5.24 not.
+            within = "__call__" in vars(GradientCheckpointingLayer)
+            if reentrant and granularity == "model" and within and mode != "by id":
+                with pytest.raises(RuntimeError, match="pass use_reentrant=False"):
+                    gradients(model, name, **arguments)
+                continue
             have = gradients(model, name, **arguments)
             assert error(have, plain[mode]) < 1e-5, (mode, reentrant)
         model.gradient_checkpointing_disable()

@@ -258,11 +258,14 @@ def _teacher_forced(
     labelled = ids >= 0 if mask is None else (ids >= 0) & mask
     expert = ids.clamp(min=0)[:, None]
     own = scores(logits, config.score_func).gather(1, expert)
+    chosen = routing.weights
     if config.norm_topk_prob:
         own = torch.ones_like(own)
+        if routing.top_k == 1:  # 1, too, whatever the logits: no gradient has to come back through the model
+            chosen = chosen.detach()
     first = torch.arange(routing.top_k, device=logits.device) == 0
     indices = torch.where(labelled[:, None], torch.where(first, expert, -1), routing.indices)
-    weights = torch.where(labelled[:, None], torch.where(first, own, 0.0), routing.weights)
+    weights = torch.where(labelled[:, None], torch.where(first, own, 0.0), chosen)
     return Routing.from_indices(indices, weights, num_experts=experts)
 
 

@@ -186,6 +186,27 @@ def test_teacher_forcing_applies_the_labelled_expert() -> None:
         model(**batch, routing_mode="teacher_forced")
 
 
+def test_gates_that_are_1_need_no_gradient_through_the_model() -> None:
+    """Teacher-forced and renormalised, the routers learn from the labels alone: with top_k=1, where that is
+    known beforehand, the model's part of the graph is not even recorded; the gradients are the same.
+    """
+    model, batch, ids = mixture(norm_topk_prob=True), batch_of("llama"), torch.tensor([2, 0, 1])
+    model.set_trainable(experts=False, router=True)
+    del batch["labels"]
+    grads, recorded = [], []
+    for top_k in (1, 2):
+        model.update_routing(top_k=top_k)
+        model.zero_grad()
+        out = model(**batch, domain_ids=ids, routing_mode="teacher_forced")
+        recorded.append(out.logits.requires_grad)
+        out.loss.backward()
+        grads.append([router.weight.grad for router in model.routers.values()])
+    assert recorded == [False, True]
+    for have, want in zip(*grads, strict=True):
+        assert want.abs().sum() > 0
+        assert torch.equal(have, want)
+
+
 def decision(logits: Tensor, top_k: int = 1, mask: Tensor | None = None, rows: int = 0) -> Decision:
     from moa_ops import topk_routing
 

@@ -23,7 +23,7 @@ SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench wheel lint format clean build cuda-check instruction-check isa-check wheel-check gpu-check
+.PHONY: help demo test bench wheel lint format clean build cuda-check instruction-check isa-check asan-check wheel-check gpu-check
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -76,6 +76,17 @@ isa-check: build  ## the AVX-512 and AMX kernels, emulated on any machine with A
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cmake --target moa_emulated
 	MOA_TEST_LIBRARY=$(abspath build/cmake/emulated/_C.abi3.so) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
 	  -k "avx512 or amx" $(ARGS)
+
+# A finding of the sanitizers ends the test, or the worker of pytest, that makes it. Some 15 minutes on two cores.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -g1
+asan-check: build  ## the CPU kernels of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/asan -G Ninja -DMOA_CUDA=0 -DCMAKE_CXX_FLAGS="$(SANITIZE)" \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOA_OUTPUT_DIR=$(abspath build/asan)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/asan --target moa_emulated
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 MOA_TEST_LIBRARY=$(abspath build/asan/emulated/_C.abi3.so) \
+	  $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS) $(addprefix tests/test_,$(addsuffix .py,base_product \
+	  segment_lora segment_linear routing linear many_tokens_half bad_operators bad_input))
 
 # No network: on the machine's own Python (PYTHON=...), with the torch it has. NO_BUILD=1: with the library as it is;
 # else it is built, for the cards of this machine alone.

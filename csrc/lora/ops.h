@@ -150,7 +150,8 @@ struct Lora : Operands<V, TA> {
           return Ahead(A + (e * p.rank + j0) * p.in, (j1 - j0) * p.in * static_cast<int64_t>(sizeof(TA)));
         },
         coefficient_bytes(false), [&](int64_t e, int64_t q) { coefficient(h, nullptr, false, coef, e, q); });
-    memset(h + n * p.rank, 0, (s.tokens * s.top_k - n) * p.rank * sizeof(Acc));
+    const int64_t unused = s.tokens * s.top_k - n;
+    if (unused > 0) memset(h + n * p.rank, 0, unused * p.rank * sizeof(Acc));
     if constexpr (kDirect || V::kWidens)
       if (plan::along_ranks(s.tokens, p.rank)) return expand_along_ranks(f, coef);
     expand<V, TX>(

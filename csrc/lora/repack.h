@@ -60,11 +60,12 @@ static inline void transpose_8x8(const float* src, int64_t lds, float* dst, int6
 }
 #endif
 
-// dst[i][j] = src[j][i]: src is `rows` x `cols`, dst `cols` x `rows` with leading dimension ldd. Units of U.
+// dst[i][j] = src[j][i]: src is `rows` x `cols`, dst `cols` x `rows` with leading dimension ldd. Units of U, which may be
+// pairs of bfloat16 at addresses of bfloat16.
 template <class U>
 static inline void transpose_plain(const U* src, int64_t lds, int64_t rows, int64_t cols, U* dst, int64_t ldd) {
   for (int64_t j = 0; j < rows; ++j)
-    for (int64_t i = 0; i < cols; ++i) dst[i * ldd + j] = src[j * lds + i];
+    for (int64_t i = 0; i < cols; ++i) memcpy(dst + i * ldd + j, src + j * lds + i, sizeof(U));
 }
 
 #if defined(MOA_HAS_AVX512)

@@ -13,6 +13,10 @@
 
 #include "common/types.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 and 2.11 have the other name alone
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace moa {
 
 using torch::headeronly::ScalarType;

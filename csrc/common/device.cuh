@@ -6,6 +6,7 @@
 //                    write MOA_LAUNCH((kernel<A, B>), ...) for a template; an empty grid launches nothing
 //   copies           cp_async_16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
 //                    prefetch_l2(global): the line is on its way to L2
+//                    load_once(global, valid): 16 bytes that this kernel reads once and nobody writes
 //   fragments        ldmatrix_x2, ldmatrix_x4, and _trans
 //   products         mma_m16n8k16<T>(c, a, b), T = __nv_bfloat16, __half;  mma_m16n8k8_tf32(c, a, b)
 //   between blocks   arrive(counter), await(counter, value)
@@ -91,6 +92,25 @@ __device__ __forceinline__ void cp_async_wait() {
 
 __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(global)));
+}
+
+// 16 bytes, 16-byte aligned, past L1 and by lines of 128: for streams, of memory that nobody writes while the kernel runs.
+// Not valid: zeros, and nothing is read. Neither mma nor each other's order is changed: what is asked for early comes early.
+__device__ __forceinline__ uint4 load_once(const void* global, bool valid) {
+  uint4 v;
+  asm volatile(
+      "{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.u32 valid, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@valid ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(__cvta_generic_to_global(global)), "r"(valid ? 1u : 0u));
+  return v;
 }
 
 // 8x8 matrices of 16-bit elements, one per register. Lane l names row l % 8 of matrix l / 8: 16 bytes in shared memory,

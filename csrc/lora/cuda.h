@@ -48,10 +48,21 @@ cudaError_t backward_expand_cuda(const BackwardParams& p, void* work, cudaStream
 size_t gram_work(const BackwardParams& p);
 cudaError_t gram_cuda(const BackwardParams& p, void* work, cudaStream_t stream);
 
+// y = start + x W^T for few tokens in 16-bit types; skinny_fits: whether it is for it.
+struct SkinnyParams : LinearParams {
+  const void* start;  // [tokens, out] rows ldstart apart, 0 for a bias of all; may be y; or null
+  int64_t ldstart;
+};
+bool skinny_fits(const LinearParams& p);
+cudaError_t skinny_linear_cuda(const SkinnyParams& p, cudaStream_t stream);
+
 // The mixture of x that its own logits route: router, top-k, shrink and expand in two launches, for few tokens
 // (plan_cuda.h). seg says sizes alone, its pointers are not used, nor are weights. What a backward needs is given out, all
-// of it with h, or nothing; then base and bias are not used either: y holds the base.
+// of it with h, or nothing; then base is not used either: y holds it, or weight is given and y = bias + x W^T + mixture,
+// where decode_multiplies.
 struct DecodeParams : ForwardParams {
+  const void* weight;  // [out, in], rows ldw apart, or null
+  int64_t ldw;
   const void* router_weight;  // [experts, in] accumulator type
   ScoreFunc score_func;
   bool norm_topk_prob;
@@ -62,9 +73,10 @@ struct DecodeParams : ForwardParams {
   int32_t *offsets, *order;    // [experts + 1], [tokens * top_k]
 };
 bool decode_fits(const DecodeParams& p);
+bool decode_multiplies(const DecodeParams& p);
 size_t decode_work(const DecodeParams& p);
 cudaError_t decode_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
-// Its launches one by one: the first does not touch y, and may run beside what makes the base.
+// Its launches one by one: the first does not touch y, and may run beside what makes a base that y holds.
 cudaError_t decode_first_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
 cudaError_t decode_second_cuda(const DecodeParams& p, void* work, cudaStream_t stream);
 // Its way where something is given out, or where reading all of A is too much.

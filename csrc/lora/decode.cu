@@ -5,16 +5,16 @@
 //   2  a block owns 4 tokens and 64 outputs, a thread one output of one. It adds the planes of its tokens' logits,
 //      selects, asks for the chosen rows of B, adds the planes of the selected h while they come, and then expands: y's
 //      element is read early and written once. What takes time here is latency, so the loads of a sum, or of a dot, are
-//      all under way together.
+//      all under way together. Or, with the base's weight: skinny.cu, which multiplies that as well.
 //
 // Each block of the second launch repeats the selection of its tokens: that costs less than a third launch, and needs
 // neither counters, which two streams could not share, nor a wait between blocks. Planes are added in order, so the
 // result is bitwise reproducible, and the selection is the same in every block.
 //
 // Limits: plan_cuda::decode_dense.
-#include "lora/cuda.h"
+#include "lora/decode.cuh"
+
 #include "lora/dense.cuh"
-#include "lora/tile.cuh"
 #include "routing/cuda.h"
 #include "routing/select.cuh"
 
@@ -25,34 +25,6 @@ using plan_cuda::kDecodeColumns;
 using plan_cuda::kDecodeRows;
 using plan_cuda::kDecodeThreads;
 static_assert(kDecodeThreads == kDecodeRows * kDecodeColumns && kDecodeColumns % kWarp == 0, "a warp has one token");
-
-struct DecodeLaunch : DecodeParams {
-  const void *planes, *logit_planes;  // [splits][tokens][E r], [splits][tokens][E]
-  int64_t splits;
-  int round;    // slots of a token at once
-  bool direct;  // rows of B are whole 16-byte chunks
-  bool fetch;   // all of B into L2, whoever is chosen
-};
-
-// The sum of planes of `columns` columns.
-template <class A>
-__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, const void* planes, int64_t columns, int64_t token,
-                                       int64_t column) {
-  constexpr int kAtOnce = 16;
-  const int64_t size = p.seg.tokens * columns;
-  const A* const at = static_cast<const A*>(planes) + token * columns + column;
-  const int splits = static_cast<int>(p.splits);
-  A sum = 0;
-#pragma unroll 1
-  for (int first = 0; first < splits; first += kAtOnce) {
-    A plane[kAtOnce];
-#pragma unroll
-    for (int s = 0; s < kAtOnce; ++s) plane[s] = first + s < splits ? at[(first + s) * size] : A(0);
-#pragma unroll
-    for (int s = 0; s < kAtOnce; ++s) sum += plane[s];
-  }
-  return sum;
-}
 
 // Ids and weights of the block's tokens, from their logits; L threads a token, whole warps.
 template <class A, int L, int V>
@@ -76,50 +48,6 @@ __device__ __forceinline__ void select(const TopkParams& p) {
 }
 static_assert(kDecodeRows * kWarp <= kDecodeThreads && plan_cuda::kDecodeExperts <= 16 * kWarp, "selected at once");
 
-// A thread's output of one token: the products of its slots' rows of B with coef [slots][each * kSize], by chunks of 16
-// bytes; chunk q is chunk q % each of slot q / each.
-template <class A, class TA>
-struct Dot {
-  static constexpr int kSize = 16 / sizeof(TA), kAtOnce = 4;
-  const DecodeLaunch& p;
-  const int64_t o;
-  const int64_t* ids;  // of the slots
-  int slots, each;
-  alignas(16) TA b[kAtOnce][kSize];
-  int count[kAtOnce];  // ranks of each: unused ones of B may hold anything, and are not taken
-
-  __device__ __forceinline__ void load(int first) {
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int slot = (first + u) / each, rank = (first + u) % each * kSize;
-      count[u] = 0;
-      if (slot >= slots) continue;
-      const int64_t e = ids[slot];
-      const int used = static_cast<int>(p.ranks == nullptr ? p.rank : clamp(p.ranks[e], 0, p.rank));
-      const TA* const from = static_cast<const TA*>(p.lora_B) + (e * p.out + o) * p.rank + rank;
-      count[u] = used - rank;
-      if (p.direct) {
-        *reinterpret_cast<uint4*>(b[u]) = *reinterpret_cast<const uint4*>(from);
-      } else {
-#pragma unroll
-        for (int v = 0; v < kSize; ++v)
-          if (v < count[u]) b[u][v] = from[v];
-      }
-    }
-  }
-  __device__ __forceinline__ A product(int first, const A* coef) const {
-    A sum = 0;
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      if (count[u] <= 0) continue;
-#pragma unroll
-      for (int v = 0; v < kSize; ++v)
-        sum += v < count[u] ? coef[(first + u) * kSize + v] * static_cast<A>(to_acc(b[u][v])) : A(0);
-    }
-    return sum;
-  }
-};
-
 template <class T, class TA>
 __global__ void __launch_bounds__(kDecodeThreads, sizeof(Acc<T>) == 8 ? 2 : 4) decode_expand(const DecodeLaunch p) {
   using A = Acc<T>;
@@ -139,30 +67,12 @@ __global__ void __launch_bounds__(kDecodeThreads, sizeof(Acc<T>) == 8 ? 2 : 4) d
   const bool there = t < tokens && o < p.out;
   T* const y = static_cast<T*>(p.y) + (token + t) * p.out + o;
   const A base = there ? to_acc(*y) : A(0);
-  if (p.fetch) {
-    constexpr int kLine = 128;
-    const int bytes = static_cast<int>(clamp(p.out - o0, 0, kDecodeColumns) * rank * sizeof(TA));
-    const int lines = (bytes + kLine - 1) / kLine;
-    for (int i = threadIdx.x; i < experts * lines; i += kDecodeThreads)
-      prefetch_l2(reinterpret_cast<const char*>(static_cast<const TA*>(p.lora_B) + (i / lines * p.out + o0) * rank) +
-                  i % lines * kLine);
-  }
+  if (p.fetch) fetch_rows<TA>(p, o0, kDecodeColumns, threadIdx.x, kDecodeThreads);
 
   for (int i = threadIdx.x; i < tokens * experts; i += kDecodeThreads)
     logits[i] = plane_sum<A>(p, p.logit_planes, p.seg.experts, token + i / experts, i % experts);
   __syncthreads();
-  TopkParams routing{};
-  routing.logits_type = std::is_same<A, double>::value ? DType::f64 : DType::f32;
-  routing.tokens = tokens;
-  routing.experts = routing.ldz = experts;
-  routing.top_k = k;
-  routing.logits = logits;
-  routing.score_func = p.score_func;
-  routing.norm_topk_prob = p.norm_topk_prob;
-  routing.selection_bias = p.selection_bias;
-  routing.weights = weights;
-  routing.indices = ids;
-  select<A>(routing);
+  select<A>(selection<A>(p, tokens, logits, weights, ids));
   __syncthreads();
 
   A sum = 0;
@@ -172,13 +82,7 @@ __global__ void __launch_bounds__(kDecodeThreads, sizeof(Acc<T>) == 8 ? 2 : 4) d
     if (there) dot.load(0);
     for (int i = threadIdx.x; i < tokens * slots * width; i += kDecodeThreads) {
       const int row = i % width, j = i / width % slots, of = i / width / slots * k + first + j;
-      const int64_t e = ids[of];
-      const int used = p.ranks == nullptr ? rank : static_cast<int>(clamp(p.ranks[e], 0, rank));
-      A c = 0;
-      if (row < used)
-        c = weights[of] * static_cast<A>(p.scaling * (p.scale == nullptr ? 1.0 : p.scale[e])) *
-            plane_sum<A>(p, p.planes, p.seg.experts * rank, token + i / width / slots, e * rank + row);
-      coef[i] = c;
+      coef[i] = coefficient<A>(p, token + i / width / slots, ids[of], weights[of], row);
     }
     __syncthreads();
     for (int q = 0; there && q < slots * each; q += Dot<A, TA>::kAtOnce) {
@@ -233,6 +137,7 @@ static bool is_dense(const DecodeParams& p) {
 bool decode_fits(const DecodeParams& p) {
   return p.seg.tokens <= plan_cuda::kDecodeTokens && p.seg.experts <= kMaxExpertsCuda;
 }
+bool decode_multiplies(const DecodeParams& p) { return is_dense(p) && skinny_decode_fits(p); }
 size_t decode_work(const DecodeParams& p) {
   return is_dense(p) ? planes_size(dense_of(p, nullptr), p.seg.experts * (p.rank + 1)) : routed_work(p);
 }
@@ -241,6 +146,7 @@ static bool is_empty(const DecodeParams& p) { return p.seg.tokens == 0 || (p.out
 
 cudaError_t decode_first_cuda(const DecodeParams& p, void* work, cudaStream_t stream) {
   if (!decode_fits(p)) return cudaErrorInvalidValue;
+  if (p.weight != nullptr && !decode_multiplies(p)) return cudaErrorInvalidValue;
   if (is_empty(p)) return cudaSuccess;
   return is_dense(p) ? dense_cuda(dense_of(p, work), stream) : routed_first_cuda(p, work, stream);
 }
@@ -257,6 +163,7 @@ cudaError_t decode_second_cuda(const DecodeParams& params, void* work, cudaStrea
   p.round = static_cast<int>(plan_cuda::least(plan_cuda::decode_round(static_cast<int>(p.rank)), p.seg.top_k));
   p.fetch = plan_cuda::decode_fetch(p.seg.experts * p.out * p.rank * element_size(p.adapter_type));
   p.direct = chunks(p.lora_B, p.rank, element_size(p.adapter_type));
+  if (p.weight != nullptr) return skinny_decode_cuda(p, stream);
   switch (p.x_type) {
     case DType::bf16: return launch<__nv_bfloat16>(p, stream);
     case DType::f16: return launch<__half>(p, stream);

@@ -205,6 +205,22 @@ inline bool decode_fetch(int64_t bytes) { return bytes <= int64_t{4} << 20; }
 // Slots of a token whose coefficients are in shared memory together.
 constexpr int decode_round(int rank) { return rank >= kDecodeRank ? 1 : static_cast<int>(kDecodeRank) / rank; }
 
+// The base by skinny.cu: W's bytes, 33.5 MB at 4096 x 4096, are 10 us of an H100's memory; the library's product of 1 or 16
+// tokens takes 21 (19 and 2.5 to add its splits), and ours then does what a launch behind it did, which took 14. A block is
+// 32 rows of W, eight warps with 4 KB under way each: 32 KB on a multiprocessor, where 3.3 TB/s at 0.8 us need 20; two
+// blocks have room where there are more than 132. x is read again by each: 16 tokens are 16.8 MB more from L2. Not measured.
+constexpr int kSkinnyRows = 32, kSkinnyStreams = 8, kSkinnyGates = 2;  // the latter two in warps
+constexpr int kSkinnyTokens = 16, kSkinnyFetched = 2;  // runs beyond those in registers whose lines L2 is asked for
+inline bool skinny(int64_t tokens, int64_t in, int64_t out, int64_t ldx, int64_t ldw) {
+  constexpr int64_t kRow = int64_t{1} << 26;  // 32 of them are less than 2^32 bytes
+  return tokens >= 1 && tokens <= kSkinnyTokens && in > 0 && in % 8 == 0 && out > 0 && in < kRow && ldx < kRow && ldw < kRow;
+}
+// With the mixture, each block adds the planes of all tokens' logits and coefficients, two warps of it: up to 16 of each
+// at once, 256 times at most, about 10 us, which the base takes as long; beyond that blocks of few tokens do (above).
+inline bool skinny_mixture(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank) {
+  return experts <= 128 && tokens * (experts + top_k * (ceil_div(rank, 8) * 8)) <= 1024;
+}
+
 // Grouped: every block of the second launch takes items in turn: a token's selection, tiles of the shrink, tiles of the
 // expand. At most two blocks are on a multiprocessor (its registers hold two of expand's tiles). The shrink's tiles are
 // narrow at every rank: a tile has few rows then (T k slots of up to as many experts), and A's 16 rows outweigh what is

@@ -33,9 +33,31 @@ void gemm(const Tensor& y, const Tensor& start, double beta, const Tensor& a, co
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), start.get(), a.get(), b.get(), beta, 1.0));
 }
 
+// y = start + x W^T, where start is y itself, a bias or nothing; few tokens by our own product.
+void linear(const CudaCall& call, const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
+  SkinnyParams p{};
+  p.type = dtype_of(x, "x");
+  p.tokens = x.size(0);
+  p.in = x.size(1);
+  p.out = weight.size(0);
+  p.x = data<void>(x);
+  p.ldx = row_stride(x);
+  p.weight = data<void>(weight);
+  p.ldw = row_stride(weight);
+  p.y = data<void>(y);
+  if (rows_are_dense(x) && rows_are_dense(weight) && skinny_fits(p)) {
+    if (start.has_value()) p.start = data<void>(*start);
+    p.ldstart = start.has_value() && start->dim() == 2 ? p.out : 0;
+    MOA_CUDA_CHECK(skinny_linear_cuda(p, call.stream()));
+    return;
+  }
+  const Tensor columns = torch::stable::transpose(weight, 0, 1);
+  gemm(y, start.has_value() ? *start : y, start.has_value() ? 1.0 : 0.0, x, columns);
+}
+
 // y += x W^T where there is a weight: y holds the mixture with its bias, as on the CPU.
-void add_base(const Tensor& y, const Tensor& x, const OptionalTensor& weight) {
-  if (weight.has_value()) gemm(y, y, 1.0, x, torch::stable::transpose(*weight, 0, 1));
+void add_base(const CudaCall& call, const Tensor& y, const Tensor& x, const OptionalTensor& weight) {
+  if (weight.has_value()) linear(call, y, y, x, *weight);
 }
 
 void check_weight(const OptionalTensor& weight, const LoraParams& p, const Adapters& a) {
@@ -56,7 +78,7 @@ Tensors2 segment_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& 
   check_weight(weight, p, a);
   const Output out(&p, a, base, bias);
   MOA_CUDA_CHECK(mixture_cuda(p, call.work(mixture_work(p)), call.stream()));
-  add_base(out.y, a.x, weight);
+  add_base(call, out.y, a.x, weight);
   return {out.y, out.h};
 }
 
@@ -73,7 +95,7 @@ Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const
   check_weight(weight, p, a);
   const Output out(&p, a, base_rows(base, x_), bias, /*keep_h=*/false);
   MOA_CUDA_CHECK(mixture_cuda(p, call.work(mixture_work(p)), call.stream()));
-  add_base(out.y, a.x, weight);
+  add_base(call, out.y, a.x, weight);
   return with_leading(out.y, x_);
 }
 
@@ -109,7 +131,7 @@ Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& l
     few.offsets = data<int32_t>(offsets);
     few.order = data<int32_t>(order);
     MOA_CUDA_CHECK(decode_cuda(few, call.work(decode_work(few)), call.stream()));
-    add_base(out.y, a.x, weight);
+    add_base(call, out.y, a.x, weight);
     return {out.y, logits, weights, indices, offsets, order, out.h};
   }
   if (!routed_shrink_fits(p)) {
@@ -133,7 +155,7 @@ Tensors7 routed_lora_cuda(const Tensor& x, const Tensor& lora_A, const Tensor& l
   const Output out(&p, a, std::nullopt, bias);
   MOA_CUDA_CHECK(pick_cuda(p, p.all, call.stream()));
   MOA_CUDA_CHECK(expand_cuda(p, call.work(expand_work(p)), call.stream()));
-  add_base(out.y, a.x, weight);
+  add_base(call, out.y, a.x, weight);
   return {out.y, logits, weights, indices, offsets, order, out.h};
 }
 
@@ -153,16 +175,24 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
   p.scaling = scaling;
   p.score_func = score_func_of(score_func);
   p.norm_topk_prob = norm_topk_prob;
-  if (decode_fits(p)) {  // few tokens: two launches, the first beside the base
+  if (decode_fits(p)) {  // few tokens: two launches, of which the second multiplies the base, or the first is beside it
     const Tensor router_rows = dense(router_weight);
     p.router_weight = data<void>(router_rows);
     const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
     p.y = data<void>(y);
+    const OptionalTensor bias_row = bias.has_value() ? OptionalTensor(dense(*bias)) : std::nullopt;
+    if (bias_row.has_value()) p.bias = data<void>(*bias_row);
+    p.weight = data<void>(weight);
+    p.ldw = row_stride(weight);
+    if (rows_are_dense(weight) && decode_multiplies(p)) {
+      MOA_CUDA_CHECK(decode_cuda(p, call.work(decode_work(p)), call.stream()));
+      return with_leading(y, x_);
+    }
+    p.weight = nullptr;
     void* const work = call.work(decode_work(p));
     Fork fork(call);
     MOA_CUDA_CHECK(decode_first_cuda(p, work, fork.stream()));
-    const Tensor columns = torch::stable::transpose(weight, 0, 1);
-    gemm(y, bias.has_value() ? *bias : y, bias.has_value() ? 1.0 : 0.0, a.x, columns);
+    linear(call, y, bias_row, a.x, weight);
     fork.join();
     MOA_CUDA_CHECK(decode_second_cuda(p, work, call.stream()));
     return with_leading(y, x_);

@@ -16,8 +16,6 @@ Tensor transposed(const Tensor& weight) {
   return Tensor(view);
 }
 
-bool rows_are_dense(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
-
 // How many rows of y are the bias, or zero without one: of bits, where U is as wide as an element.
 template <class U>
 int64_t rows_of_bias(const Tensor& y, const OptionalTensor& bias) {

@@ -72,10 +72,7 @@ void check_tensor(const Tensor& t, const char* what, const Place& place, std::in
     STD_TORCH_CHECK(t.scalar_type() == *type, what, " is ", name_of(t.scalar_type()), ", expected ", name_of(*type));
 }
 
-Tensor with_dense_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
+Tensor with_dense_rows(const Tensor& t) { return rows_are_dense(t) ? t : torch::stable::contiguous(t); }
 
 Tensor as_rows(const Tensor& t, const char* what) {
   const int64_t dims = t.dim();

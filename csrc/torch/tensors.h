@@ -42,6 +42,7 @@ Place place_of(const Tensor& t);
 void check_tensor(const Tensor& t, const char* what, const Place& place, std::initializer_list<int64_t> shape,
                   std::optional<ScalarType> type = std::nullopt);
 
+inline bool rows_are_dense(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1; }
 // t, or a copy of it whose rows (whole of it, for `dense`) are contiguous.
 Tensor with_dense_rows(const Tensor& t);
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

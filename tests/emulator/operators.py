@@ -195,3 +195,25 @@ class Operators:
 
         tensors = map(self.tensor, (wide, base, None, widened(lora_A), lora_B, widened(router)))
         self.store((moa.routed_linear(*tensors, k, score_func, norm, scaling),), (y,))
+
+    def decode_linear(
+        self, x, weight, bias, lora_A, lora_B, router, k, score_func, norm, scaling, *rest
+    ) -> None:
+        *given, y = rest
+        if any(array is not None for array in given):
+            pytest.skip("the layer's operator has no selection bias, scales or ranks")
+        tensors = map(self.tensor, (x, weight, bias, lora_A, lora_B, router))
+        self.store((moa.routed_linear(*tensors, k, score_func, norm, scaling),), (y,))
+
+    def skinny(self, x, weight, start, y) -> None:
+        """A layer's base beside one adapter of zeros, which everybody has."""
+        tokens, bias, base = len(x), None, None
+        if start is not None and start.ndim == 1:
+            bias = start
+        else:
+            base = start
+        lora_A, lora_B = np.zeros((1, 1, x.shape[1]), x.dtype), np.zeros((1, len(weight), 1), x.dtype)
+        offsets, order = np.array([0, tokens], np.int32), np.arange(tokens, dtype=np.int32)
+        segments = (lora_A, lora_B, np.ones((tokens, 1), np.float32), offsets, order, None)
+        tensors = map(self.tensor, (x, weight, bias, base, *segments))
+        self.store((moa.segment_linear(*tensors, 1.0, None),), (y,))

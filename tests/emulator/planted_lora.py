@@ -136,17 +136,22 @@ decode(
 plant("csrc/routing/select.cuh", "test_decode.py -k selection_is_that_of_topk", unit="csrc/lora/decode.cu")(
     "decode-tie-break", "b > a ? __byte_perm", "b >= a ? __byte_perm", "plain:0", WRONG
 )
-decode("decode-scale-of-a-slot", "p.scale[e]", "p.scale[j]", "plain:0", f"{WRONG}|{OUT}")
+decode_parts = plant(
+    "csrc/lora/decode.cuh",
+    "test_decode.py -k 'test_tokens and bf16 or test_flags and f32'",
+    unit="csrc/lora/decode.cu",
+)
+decode_parts("decode-scale-of-a-row", "p.scale[e]", "p.scale[row]", "plain:0", f"{WRONG}|{OUT}")
+decode_parts("decode-unused-planes", "first + s < splits ?", "first + s < splits - 1 ?", "plain:0", WRONG)
 decode(
     "decode-missing-barrier-of-selection",
-    "  select<A>(routing);\n  __syncthreads();",
-    "  select<A>(routing);",
+    "logits, weights, ids));\n  __syncthreads();",
+    "logits, weights, ids));",
     "tsan:0",
     f"{RACE}|{OUT}",
 )
 decode("decode-token-tail", "t < tokens && o < p.out;", "o < p.out;", "plain:0", f"{OUT}|{RACE}|{WRONG}")
 decode("decode-output-tail", "t < tokens && o < p.out;", "t < tokens && o <= p.out;", "asan:0", OUT)
-decode("decode-unused-planes", "first + s < splits ?", "first + s < splits - 1 ?", "plain:0", WRONG)
 
 plant(SHRINK_TILE[0], "test_offsets.py -k 'rows and bf16'", unit=SHRINK_TILE[1])(
     "shrink-offset-of-32-bits",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 import moa_ops
 from benchmarks import gpu_timer
 from benchmarks.alternatives import ALTERNATIVES, YARDSTICKS, Alternative
+from benchmarks.beside import step
 from benchmarks.inputs import DTYPES, Problem, Shape, check
 from benchmarks.record import BASE, OURS, Case
 
@@ -57,7 +58,7 @@ def inputs_of(problem: Problem, train: bool) -> list[Tensor]:
     return [x.requires_grad_(train) for x in (problem.x.clone(), *more)]
 
 
-def peft_layer(problem: Problem) -> Callable[[Tensor], Tensor] | str:
+def peft_layer(problem: Problem) -> torch.nn.Module | str:
     """One plain LoRA by PEFT over the same weight, or why there is none."""
     try:
         import peft
@@ -67,6 +68,14 @@ def peft_layer(problem: Problem) -> Callable[[Tensor], Tensor] | str:
     model[0].weight = torch.nn.Parameter(problem.weight, requires_grad=False)
     config = peft.LoraConfig(r=problem.shape.r, target_modules=["0"], lora_alpha=32)
     return peft.get_peft_model(model, config, autocast_adapter_dtype=False).to(problem.x)
+
+
+def trained(function: torch.nn.Module | Alternative) -> list[Tensor]:
+    """The adapters and the router; the base is frozen. A step returns their gradients: added to those of the
+    step before, x's would cost every form 60 us more that no model has.
+    """
+    parameters = list(function.parameters())
+    return parameters if isinstance(function, Alternative) else [p for p in parameters if p.requires_grad]
 
 
 class FlashInfer(Alternative):
@@ -98,9 +107,11 @@ class FlashInfer(Alternative):
         return F.linear(x, self.weight).index_add_(0, tokens, y)
 
 
-def variants(problem: Problem, train: bool, expected: Tensor) -> tuple[dict[str, Callable], dict[str, dict]]:
+def variants(
+    problem: Problem, train: bool, expected: Tensor
+) -> tuple[dict[str, torch.nn.Module | Alternative], dict[str, dict]]:
     """Functions of x by name, results checked, and what is known of each before timing."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {BASE: problem.linear, OURS: problem.layer}
+    functions: dict[str, torch.nn.Module | Alternative] = {BASE: problem.linear, OURS: problem.layer}
     known = {OURS: {"error": check(OURS, problem.layer(problem.x), expected, problem.dtype)}}
     for kind in (*ALTERNATIVES, FlashInfer):
         if absent := kind.why_not(problem, train=train):
@@ -136,9 +147,10 @@ def layer_case(point: Point, dtype: str, device: torch.device, budget: float, co
     )
     case.variants = known
 
-    def timed(name: str, function: Callable[[Tensor], Tensor]) -> gpu_timer.Function | None:
+    def timed(name: str, function: torch.nn.Module | Alternative) -> gpu_timer.Function | None:
         if train:
-            return lambda number: function(xs[number % ROTATED]).backward(grad_y)
+            parameters = trained(function)
+            return lambda number: step(function, xs[number % ROTATED], parameters, grad_y)
         if not decode:
             return lambda number: function(xs[number % ROTATED])
         try:

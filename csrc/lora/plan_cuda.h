@@ -213,7 +213,8 @@ constexpr int kSkinnyRows = 32, kSkinnyStreams = 8, kSkinnyGates = 2;  // the la
 constexpr int kSkinnyTokens = 16, kSkinnyFetched = 2;  // runs beyond those in registers whose lines L2 is asked for
 inline bool skinny(int64_t tokens, int64_t in, int64_t out, int64_t ldx, int64_t ldw) {
   constexpr int64_t kRow = int64_t{1} << 26;  // 32 of them are less than 2^32 bytes
-  return tokens >= 1 && tokens <= kSkinnyTokens && in > 0 && in % 8 == 0 && out > 0 && in < kRow && ldx < kRow && ldw < kRow;
+  return tokens >= 1 && tokens <= kSkinnyTokens && in > 0 && in % 8 == 0 && out > 0 && in < kRow && ldx < kRow &&
+         ldw < kRow;
 }
 // With the mixture, each block adds the planes of all tokens' logits and coefficients, two warps of it: up to 16 of each
 // at once, 256 times at most, about 10 us, which the base takes as long; beyond that blocks of few tokens do (above).

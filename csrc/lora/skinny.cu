@@ -42,7 +42,7 @@ struct Stream {
   uint32_t row[4], token[2];    // bytes from there to this thread's part of the next run
   uint32_t line;                // and to that of row `lane`, of a run to come
   bool there[2];
-  int left, ahead;      // elements of the rows from `row`, from `line` on
+  int left, ahead;       // elements of the rows from `row`, from `line` on
   float sum[4][4] = {};  // [f]: tokens g, g + 8 by outputs 8 f + 2 q, 8 f + 2 q + 1
 
   __device__ __forceinline__ Stream(const SkinnyParams& p, int64_t o0, int warp)
@@ -125,10 +125,10 @@ struct Stream {
 
 // What tokens need of each other's blocks: shared memory, [tokens] of each.
 struct Gates {
-  float* coef;      // [top_k][width]
-  int64_t* ids;     // [top_k]
-  float* logits;    // [experts]
-  float* weights;   // [top_k]
+  float* coef;     // [top_k][width]
+  int64_t* ids;    // [top_k]
+  float* logits;   // [experts]
+  float* weights;  // [top_k]
   static size_t bytes(int64_t tokens, int64_t top_k, int64_t experts, int64_t width) {
     return static_cast<size_t>(tokens * (top_k * (4 * width + 8 + 4) + 4 * experts));
   }
@@ -164,7 +164,7 @@ struct Gates {
 template <class T, bool kMixture>
 __global__ void __launch_bounds__(kStreaming + (kMixture ? kSkinnyGates * kWarp : 0), 2)
     skinny_linear(const SkinnyLaunch p) {
-  MOA_SHARED(float, parts, kSkinnyStreams* kTokens* kPitch);
+  MOA_SHARED(float, parts, kSkinnyStreams * kTokens * kPitch);
   MOA_DYNAMIC_SHARED(float, shared);
   constexpr int kThreads = kStreaming + (kMixture ? kSkinnyGates * kWarp : 0);
   constexpr int kEach = (kTokens * kSkinnyRows + kThreads - 1) / kThreads;  // elements of y

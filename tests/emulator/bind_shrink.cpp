@@ -85,27 +85,27 @@ MOA_BIND(m) {
     device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
   });
   // The same with the base, y = bias + x W^T + mixture; and the base alone, y = start + x W^T: start may be y.
-  m.def("decode_linear", [](const py::array& x, const py::array& weight, const py::object& bias,
-                            const py::array& lora_A, const py::array& lora_B, const py::array& router, int64_t top_k,
-                            int score_func, bool norm, double scaling, const py::object& selection_bias,
-                            const py::object& scale, const py::object& ranks, const py::array& y) {
-    emu::Device device;
-    moa::DecodeParams p{};
-    fill_layer(&device, &p, x, lora_A, router, top_k);
-    p.out = lora_B.shape(1);
-    p.lora_B = device.in(lora_B);
-    p.scale = device.in<double>(scale);
-    p.scaling = scaling;
-    p.ranks = device.in<int32_t>(ranks);
-    p.score_func = static_cast<moa::ScoreFunc>(score_func);
-    p.norm_topk_prob = norm;
-    p.selection_bias = device.in(selection_bias);
-    p.bias = device.in(bias);
-    p.weight = device.in(weight);
-    p.ldw = row_stride(weight);
-    p.y = device.out(y);
-    device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
-  });
+  m.def("decode_linear",
+        [](const py::array& x, const py::array& weight, const py::object& bias, const py::array& lora_A,
+           const py::array& lora_B, const py::array& router, int64_t top_k, int score_func, bool norm, double scaling,
+           const py::object& selection_bias, const py::object& scale, const py::object& ranks, const py::array& y) {
+          emu::Device device;
+          moa::DecodeParams p{};
+          fill_layer(&device, &p, x, lora_A, router, top_k);
+          p.out = lora_B.shape(1);
+          p.lora_B = device.in(lora_B);
+          p.scale = device.in<double>(scale);
+          p.scaling = scaling;
+          p.ranks = device.in<int32_t>(ranks);
+          p.score_func = static_cast<moa::ScoreFunc>(score_func);
+          p.norm_topk_prob = norm;
+          p.selection_bias = device.in(selection_bias);
+          p.bias = device.in(bias);
+          p.weight = device.in(weight);
+          p.ldw = row_stride(weight);
+          p.y = device.out(y);
+          device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
+        });
   m.def("skinny", [](const py::array& x, const py::array& weight, const py::object& start, const py::array& y) {
     emu::Device device;
     moa::SkinnyParams p{};

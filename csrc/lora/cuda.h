@@ -21,7 +21,9 @@ cudaError_t shrink_cuda(const ForwardParams& p, void* work, cudaStream_t stream)
 size_t expand_work(const ForwardParams& p);
 cudaError_t expand_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
 
-// y, and h where that is not null, from x: for few tokens in two launches, shrink and expand.
+// y, and h where that is not null, from x: for few tokens in two launches, shrink and expand. With weight, which only
+// what mixture_multiplies may have, y = bias + x W^T + mixture, in as many.
+bool mixture_multiplies(const ForwardParams& p);
 size_t mixture_work(const ForwardParams& p);
 cudaError_t mixture_cuda(const ForwardParams& p, void* work, cudaStream_t stream);
 
@@ -58,11 +60,9 @@ cudaError_t skinny_linear_cuda(const SkinnyParams& p, cudaStream_t stream);
 
 // The mixture of x that its own logits route: router, top-k, shrink and expand in two launches, for few tokens
 // (plan_cuda.h). seg says sizes alone, its pointers are not used, nor are weights. What a backward needs is given out, all
-// of it with h, or nothing; then base is not used either: y holds it, or weight is given and y = bias + x W^T + mixture,
-// where decode_multiplies.
+// of it with h, or nothing; then base is not used either: y holds it, or weight is given, which only what
+// decode_multiplies may have, and y = bias + x W^T + mixture.
 struct DecodeParams : ForwardParams {
-  const void* weight;  // [out, in], rows ldw apart, or null
-  int64_t ldw;
   const void* router_weight;  // [experts, in] accumulator type
   ScoreFunc score_func;
   bool norm_topk_prob;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kDecodeThreads, sizeof(Acc<T>) == 8 ? 2 : 4) d
   if (p.fetch) fetch_rows<TA>(p, o0, kDecodeColumns, threadIdx.x, kDecodeThreads);
 
   for (int i = threadIdx.x; i < tokens * experts; i += kDecodeThreads)
-    logits[i] = plane_sum<A>(p, p.logit_planes, p.seg.experts, token + i / experts, i % experts);
+    logits[i] = logit<A>(p, token + i / experts, i % experts);
   __syncthreads();
   select<A>(selection<A>(p, tokens, logits, weights, ids));
   __syncthreads();
@@ -137,7 +137,7 @@ static bool is_dense(const DecodeParams& p) {
 bool decode_fits(const DecodeParams& p) {
   return p.seg.tokens <= plan_cuda::kDecodeTokens && p.seg.experts <= kMaxExpertsCuda;
 }
-bool decode_multiplies(const DecodeParams& p) { return is_dense(p) && skinny_decode_fits(p); }
+bool decode_multiplies(const DecodeParams& p) { return is_dense(p) && skinny_mixture_fits(p, p.seg.experts); }
 size_t decode_work(const DecodeParams& p) {
   return is_dense(p) ? planes_size(dense_of(p, nullptr), p.seg.experts * (p.rank + 1)) : routed_work(p);
 }
@@ -163,7 +163,7 @@ cudaError_t decode_second_cuda(const DecodeParams& params, void* work, cudaStrea
   p.round = static_cast<int>(plan_cuda::least(plan_cuda::decode_round(static_cast<int>(p.rank)), p.seg.top_k));
   p.fetch = plan_cuda::decode_fetch(p.seg.experts * p.out * p.rank * element_size(p.adapter_type));
   p.direct = chunks(p.lora_B, p.rank, element_size(p.adapter_type));
-  if (p.weight != nullptr) return skinny_decode_cuda(p, stream);
+  if (p.weight != nullptr) return skinny_mixture_cuda(p, stream);
   switch (p.x_type) {
     case DType::bf16: return launch<__nv_bfloat16>(p, stream);
     case DType::f16: return launch<__half>(p, stream);

@@ -1,4 +1,4 @@
-// What both second launches of decode.cu have in common: its own, and skinny.cu's, which multiplies the base, too.
+// What the second launches of few tokens have in common: decode.cu's own, and skinny.cu's, which multiplies the base, too.
 #pragma once
 #include "lora/cuda.h"
 #include "lora/tile.cuh"
@@ -7,20 +7,21 @@
 namespace moa {
 
 struct DecodeLaunch : DecodeParams {
-  const void *planes, *logit_planes;  // [splits][tokens][E r], [splits][tokens][E]
-  int64_t splits;
-  int round;    // slots of a token at once
-  bool direct;  // rows of B are whole 16-byte chunks
-  bool fetch;   // all of B into L2, whoever is chosen
+  const void *planes,
+      *logit_planes;  // [splits][tokens][E r], [splits][tokens][E]; or [splits][slots][r], null: seg has
+  int64_t splits;     // the routing then, and weights those of its slots
+  int round;          // slots of a token at once
+  bool direct;        // rows of B are whole 16-byte chunks
+  bool fetch;         // all of B into L2, whoever is chosen
 };
 
-// The sum of planes of `columns` columns.
+// The sum of planes [rows][columns].
 template <class A>
-__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, const void* planes, int64_t columns, int64_t token,
-                                       int64_t column) {
+__device__ __forceinline__ A plane_sum(const DecodeLaunch& p, const void* planes, int64_t rows, int64_t columns,
+                                       int64_t row, int64_t column) {
   constexpr int kAtOnce = 16;
-  const int64_t size = p.seg.tokens * columns;
-  const A* at = static_cast<const A*>(planes) + token * columns + column;
+  const int64_t size = rows * columns;
+  const A* at = static_cast<const A*>(planes) + row * columns + column;
   const int splits = static_cast<int>(p.splits);
   A sum = 0;
 #pragma unroll 1
@@ -52,12 +53,20 @@ __device__ __forceinline__ TopkParams selection(const DecodeLaunch& p, int token
   return routing;
 }
 
-// What row `row` of expert e's B counts for a token that has it with this weight.
 template <class A>
-__device__ __forceinline__ A coefficient(const DecodeLaunch& p, int64_t token, int64_t e, A weight, int row) {
-  if (row >= (p.ranks == nullptr ? p.rank : clamp(p.ranks[e], 0, p.rank))) return A(0);
+__device__ __forceinline__ A logit(const DecodeLaunch& p, int64_t token, int64_t e) {
+  return plane_sum<A>(p, p.logit_planes, p.seg.tokens, p.seg.experts, token, e);
+}
+
+// What rank j of expert e's B counts for whoever has it with this weight: a token or, where the routing is given, the slot
+// at this position.
+template <class A>
+__device__ __forceinline__ A coefficient(const DecodeLaunch& p, int64_t at, int64_t e, A weight, int j) {
+  if (j >= (p.ranks == nullptr ? p.rank : clamp(p.ranks[e], 0, p.rank))) return A(0);
+  const bool given = p.logit_planes == nullptr;
+  const int64_t rows = p.seg.tokens * (given ? p.seg.top_k : 1), columns = (given ? 1 : p.seg.experts) * p.rank;
   return weight * static_cast<A>(p.scaling * (p.scale == nullptr ? 1.0 : p.scale[e])) *
-         plane_sum<A>(p, p.planes, p.seg.experts * p.rank, token, e * p.rank + row);
+         plane_sum<A>(p, p.planes, rows, columns, at, (given ? 0 : e * p.rank) + j);
 }
 
 // B's rows of outputs o0 .. o0 + columns - 1, of all experts, are on their way to L2; thread `index` of `threads`.
@@ -78,7 +87,7 @@ struct Dot {
   static constexpr int kSize = 16 / sizeof(TA), kAtOnce = 4;
   const DecodeLaunch& p;
   const int64_t o;
-  const int64_t* ids;  // of the slots
+  const int64_t* ids;  // of the slots; -1 for no expert
   int slots, each;
   alignas(16) TA b[kAtOnce][kSize];
   int count[kAtOnce];  // ranks of each: unused ones of B may hold anything, and are not taken
@@ -88,8 +97,8 @@ struct Dot {
     for (int u = 0; u < kAtOnce; ++u) {
       const int slot = (first + u) / each, rank = (first + u) % each * kSize;
       count[u] = 0;
-      if (slot >= slots) continue;
-      const int64_t e = ids[slot];
+      const int64_t e = slot < slots ? ids[slot] : -1;
+      if (e < 0) continue;
       const int used = static_cast<int>(p.ranks == nullptr ? p.rank : clamp(p.ranks[e], 0, p.rank));
       const TA* const from = static_cast<const TA*>(p.lora_B) + (e * p.out + o) * p.rank + rank;
       count[u] = used - rank;
@@ -115,8 +124,9 @@ struct Dot {
   }
 };
 
-// The second launch where it multiplies the base, too (skinny.cu).
-bool skinny_decode_fits(const DecodeParams& p);
-cudaError_t skinny_decode_cuda(const DecodeLaunch& p, cudaStream_t stream);
+// The second launch where it multiplies the base, too (skinny.cu); experts: those of the router, 0 where the routing is
+// given.
+bool skinny_mixture_fits(const ForwardParams& p, int64_t experts);
+cudaError_t skinny_mixture_cuda(const DecodeLaunch& p, cudaStream_t stream);
 
 }  // namespace moa

@@ -15,6 +15,7 @@
 // once as it has threads.
 //
 // Limits: slots < 2^31; any rank (the router's has E), any width.
+#include "lora/decode.cuh"
 #include "lora/expand_simt.cuh"
 #include "lora/expand_tile.cuh"
 
@@ -156,7 +157,25 @@ size_t mixture_work(const ForwardParams& f) {
   const size_t shrink = mixture_planes(f) > 1 ? 0 : shrink_work(f), expand = expand_work(f);
   return mixture_values(f) + (shrink > expand ? shrink : expand);
 }
+bool mixture_multiplies(const ForwardParams& f) { return f.h == nullptr && skinny_mixture_fits(f, 0); }
+
+// Two launches: planes of h, and everything else.
+static cudaError_t multiplied_cuda(const ForwardParams& params, void* work, cudaStream_t stream) {
+  if (!mixture_multiplies(params)) return cudaErrorInvalidValue;
+  ForwardParams f = params;
+  f.h = work;
+  const cudaError_t error = shrink_planes_cuda(f, work, stream);
+  if (error != cudaSuccess) return error;
+  DecodeLaunch p{};
+  static_cast<ForwardParams&>(p) = params;
+  p.planes = work;
+  p.splits = shrink_planes(f);
+  p.direct = chunks(f.lora_B, f.rank, 2);
+  return skinny_mixture_cuda(p, stream);
+}
+
 cudaError_t mixture_cuda(const ForwardParams& params, void* work, cudaStream_t stream) {
+  if (params.weight != nullptr) return multiplied_cuda(params, work, stream);
   ForwardParams f = params;
   void* const rest = static_cast<char*>(work) + mixture_values(f);
   const int64_t planes = mixture_planes(f);

@@ -39,6 +39,9 @@ struct ForwardParams : LoraParams {
   const void* bias;  // [out] or null
   void* y;           // [tokens, out]
   void* h;           // [tokens * top_k, rank] accumulator type
+  // CUDA alone: W [out, in], rows ldw apart, where y takes x W^T as well (lora/cuda.h), or null
+  const void* weight;
+  int64_t ldw;
 };
 
 // y += x W^T, all of one type.

@@ -219,7 +219,7 @@ inline bool skinny(int64_t tokens, int64_t in, int64_t out, int64_t ldx, int64_t
 // With the mixture, each block adds the planes of all tokens' logits and coefficients, two warps of it: up to 16 of each
 // at once, 256 times at most, about 10 us, which the base takes as long; beyond that blocks of few tokens do (above).
 inline bool skinny_mixture(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank) {
-  return experts <= 128 && tokens * (experts + top_k * (ceil_div(rank, 8) * 8)) <= 1024;
+  return experts <= 128 && rank > 0 && tokens * (experts + top_k * (ceil_div(rank, 8) * 8)) <= 1024;
 }
 
 // Grouped: every block of the second launch takes items in turn: a token's selection, tiles of the shrink, tiles of the

@@ -1,7 +1,7 @@
 // The base of few tokens in 16-bit types, W read once:
 //
-//   y[t][o] = start[t][o] + sum over k of W[o][k] x[t][k]  [+ sum_j w[t,j] s_e B_e[o] (A_e x[t]), as the second launch of
-//   decode.cu]
+//   y[t][o] = start[t][o] + sum over k of W[o][k] x[t][k]  [+ sum_j w[t,j] s_e B_e[o] (A_e x[t]), behind the launch that
+//   makes A_e x[t]: decode.cu's first, or where the routing is given the shrink]
 //
 // A product of so few tokens is W's bytes. A block owns 32 outputs; eight warps stream their rows, each its own runs of 64
 // k, from memory into the registers that the tensor cores take: W's as the product's columns, of which a thread has two
@@ -10,10 +10,11 @@
 // and later runs' lines are on their way to L2. Nothing is shared and nobody waits until all is summed; then the warps' parts
 // are added in order.
 //
-// What a token's mixture needs from the planes of decode.cu's first launch (its experts, its coefficients) is latency, not
-// bytes: two more warps find it while the others stream. Sums have a fixed order, so results are bitwise reproducible.
+// What a token's mixture needs from the planes of that launch (its experts, its coefficients) is latency, not bytes: two
+// more warps find it while the others stream. Sums have a fixed order, so results are bitwise reproducible.
 //
 // Limits: plan_cuda::kSkinnyTokens; rows of x and W in whole 16-byte chunks.
+#include "lora/combine.cuh"
 #include "lora/decode.cuh"
 
 namespace moa {
@@ -30,6 +31,7 @@ static_assert(kSkinnyRows == kWarp && kTokens == 16, "numbering below");
 
 struct SkinnyLaunch : SkinnyParams {
   DecodeLaunch decode;  // with the mixture
+  Coefficients given;   // the routing, where it is given
   int width;            // ranks of a slot, filled up to whole chunks of B
 };
 
@@ -123,40 +125,75 @@ struct Stream {
   }
 };
 
-// What tokens need of each other's blocks: shared memory, [tokens] of each.
+// What the tokens' mixtures take: shared memory, [tokens] of each.
 struct Gates {
   float* coef;     // [top_k][width]
   int64_t* ids;    // [top_k]
-  float* logits;   // [experts]
+  float* logits;   // [experts]; or where the routing is given
+  int* positions;  // [top_k], in the sorted slots
   float* weights;  // [top_k]
   static size_t bytes(int64_t tokens, int64_t top_k, int64_t experts, int64_t width) {
-    return static_cast<size_t>(tokens * (top_k * (4 * width + 8 + 4) + 4 * experts));
+    return static_cast<size_t>(tokens * (top_k * (4 * width + 8 + 4) + 4 * (experts > top_k ? experts : top_k)));
   }
   __device__ __forceinline__ Gates(const SkinnyLaunch& p, float* shared) : coef(shared) {
-    const int tokens = static_cast<int>(p.tokens), k = static_cast<int>(p.decode.seg.top_k);
-    ids = reinterpret_cast<int64_t*>(coef + tokens * k * p.width);  // width is even
-    logits = reinterpret_cast<float*>(ids + tokens * k);
-    weights = logits + tokens * p.decode.seg.experts;
+    const int64_t slots = p.tokens * p.decode.seg.top_k;
+    ids = reinterpret_cast<int64_t*>(coef + slots * p.width);  // width is even
+    weights = reinterpret_cast<float*>(ids + slots);
+    logits = weights + slots;
+    positions = reinterpret_cast<int*>(logits);
   }
 
   // `count` tokens from `first` on, by one warp; the others may be anywhere.
   __device__ __forceinline__ void find(const SkinnyLaunch& p, int first, int count) const {
     const DecodeLaunch& d = p.decode;
-    const int lane = threadIdx.x % kWarp, k = static_cast<int>(d.seg.top_k), experts = static_cast<int>(d.seg.experts);
-    for (int i = first * experts + lane; i < (first + count) * experts; i += kWarp)
-      logits[i] = plane_sum<float>(d, d.logit_planes, experts, i / experts, i % experts);
+    const int lane = threadIdx.x % kWarp, k = static_cast<int>(d.seg.top_k), end = (first + count) * k;
+    if (d.logit_planes != nullptr) {
+      route(d, first, count);
+    } else {
+      place(p.given, first * k, end);
+    }
     __syncwarp();
-    const TopkParams routing = selection<float>(d, static_cast<int>(p.tokens), logits, weights, ids);
+    for (int i = first * k * p.width + lane; i < end * p.width; i += kWarp) {
+      const int slot = i / p.width, at = d.logit_planes != nullptr ? slot / k : positions[slot];
+      coef[i] = ids[slot] < 0 ? 0.0f : coefficient<float>(d, at, ids[slot], weights[slot], i % p.width);
+    }
+  }
+  __device__ __forceinline__ void route(const DecodeLaunch& d, int first, int count) const {
+    const int lane = threadIdx.x % kWarp, experts = static_cast<int>(d.seg.experts);
+    for (int i = first * experts + lane; i < (first + count) * experts; i += kWarp)
+      logits[i] = logit<float>(d, i / experts, i % experts);
+    __syncwarp();
+    const TopkParams routing = selection<float>(d, static_cast<int>(d.seg.tokens), logits, weights, ids);
     if (experts <= 32) {
       for (int t = lane / 8; t - lane / 8 < count; t += 4)
         route_token<float, 8, 4>(routing, first + (t < count ? t : count - 1), t < count, nullptr);
     } else {
       for (int t = first; t < first + count; ++t) route_token<float, kWarp, 4>(routing, t, true, nullptr);
     }
+  }
+  // Where slots first .. end - 1 are in the sorted order, and whose.
+  __device__ __forceinline__ void place(const Coefficients& c, int first, int end) const {
+    const int lane = threadIdx.x % kWarp;
+    for (int slot = first + lane; slot < end; slot += kWarp) {
+      ids[slot] = -1;
+      weights[slot] = static_cast<const float*>(c.weights)[slot];
+    }
     __syncwarp();
-    for (int i = first * k * p.width + lane; i < (first + count) * k * p.width; i += kWarp) {
-      const int slot = i / p.width;
-      coef[i] = coefficient<float>(d, slot / k, ids[slot], weights[slot], i % p.width);
+    const int64_t routed = c.offset_at(c.experts);
+    for (int64_t position = lane; position < routed; position += kWarp) {
+      const int slot = static_cast<int>(c.slot_at(position));
+      if (slot < first || slot >= end) continue;
+      int64_t lo = 0, hi = c.experts;  // the last expert that starts at or before it
+      while (hi - lo > 1) {
+        const int64_t mid = (lo + hi) / 2;
+        if (c.offset_at(mid) <= position) {
+          lo = mid;
+        } else {
+          hi = mid;
+        }
+      }
+      ids[slot] = lo;
+      positions[slot] = static_cast<int>(position);
     }
   }
 };
@@ -219,8 +256,8 @@ template <bool kMixture, class T>
 cudaError_t launch(const SkinnyLaunch& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(plan_cuda::ceil_div(p.out, kSkinnyRows));
   constexpr int kThreads = kStreaming + (kMixture ? kSkinnyGates * kWarp : 0);
-  const Segments& s = p.decode.seg;
-  const size_t shared = kMixture ? Gates::bytes(p.tokens, s.top_k, s.experts, p.width) : 0;
+  const int64_t experts = p.decode.logit_planes == nullptr ? 0 : p.decode.seg.experts;
+  const size_t shared = kMixture ? Gates::bytes(p.tokens, p.decode.seg.top_k, experts, p.width) : 0;
   return MOA_LAUNCH((skinny_linear<T, kMixture>), blocks, kThreads, shared, stream, p);
 }
 template <bool kMixture>
@@ -229,7 +266,7 @@ cudaError_t launch(const SkinnyLaunch& p, cudaStream_t stream) {
   return p.type == DType::bf16 ? launch<kMixture, __nv_bfloat16>(p, stream) : launch<kMixture, __half>(p, stream);
 }
 
-SkinnyParams base_of(const DecodeParams& p) {
+SkinnyParams base_of(const ForwardParams& p) {
   SkinnyParams s{};
   s.type = p.x_type;
   s.tokens = p.seg.tokens;
@@ -257,15 +294,16 @@ cudaError_t skinny_linear_cuda(const SkinnyParams& params, cudaStream_t stream) 
   return launch<false>(p, stream);
 }
 
-bool skinny_decode_fits(const DecodeParams& p) {
-  return p.weight != nullptr && p.adapter_type == p.x_type && skinny_fits(base_of(p)) &&
-         plan_cuda::skinny_mixture(p.seg.tokens, p.seg.top_k, p.seg.experts, p.rank);
+bool skinny_mixture_fits(const ForwardParams& p, int64_t experts) {
+  return p.weight != nullptr && p.base == nullptr && p.adapter_type == p.x_type && skinny_fits(base_of(p)) &&
+         plan_cuda::skinny_mixture(p.seg.tokens, p.seg.top_k, experts, p.rank);
 }
 
-cudaError_t skinny_decode_cuda(const DecodeLaunch& decode, cudaStream_t stream) {
+cudaError_t skinny_mixture_cuda(const DecodeLaunch& decode, cudaStream_t stream) {
   SkinnyLaunch p{};
   static_cast<SkinnyParams&>(p) = base_of(decode);
   p.decode = decode;
+  if (decode.logit_planes == nullptr) p.given = coefficients_of(decode, decode.planes);
   p.width = static_cast<int>(plan_cuda::ceil_div(decode.rank, 8) * 8);
   return launch<true>(p, stream);
 }

@@ -60,6 +60,13 @@ void add_base(const CudaCall& call, const Tensor& y, const Tensor& x, const Opti
   if (weight.has_value()) linear(call, y, y, x, *weight);
 }
 
+// For the launches that multiply the base, too, as far as they can take it.
+void set_weight(ForwardParams* p, const OptionalTensor& weight) {
+  if (!weight.has_value() || !rows_are_dense(*weight)) return;
+  p->weight = data<void>(*weight);
+  p->ldw = row_stride(*weight);
+}
+
 void check_weight(const OptionalTensor& weight, const LoraParams& p, const Adapters& a) {
   if (weight.has_value()) check_tensor(*weight, "weight", a.place, {p.out, p.in}, a.x.scalar_type());
 }
@@ -94,8 +101,10 @@ Tensor segment_linear_cuda(const Tensor& x_, const OptionalTensor& weight, const
   const DeviceAdapters adapters(&p, a, scaling);
   check_weight(weight, p, a);
   const Output out(&p, a, base_rows(base, x_), bias, /*keep_h=*/false);
+  set_weight(&p, weight);
+  if (p.weight != nullptr && !mixture_multiplies(p)) p.weight = nullptr;
   MOA_CUDA_CHECK(mixture_cuda(p, call.work(mixture_work(p)), call.stream()));
-  add_base(call, out.y, a.x, weight);
+  if (p.weight == nullptr) add_base(call, out.y, a.x, weight);
   return with_leading(out.y, x_);
 }
 
@@ -182,9 +191,8 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
     p.y = data<void>(y);
     const OptionalTensor bias_row = bias.has_value() ? OptionalTensor(dense(*bias)) : std::nullopt;
     if (bias_row.has_value()) p.bias = data<void>(*bias_row);
-    p.weight = data<void>(weight);
-    p.ldw = row_stride(weight);
-    if (rows_are_dense(weight) && decode_multiplies(p)) {
+    set_weight(&p, weight);
+    if (decode_multiplies(p)) {
       MOA_CUDA_CHECK(decode_cuda(p, call.work(decode_work(p)), call.stream()));
       return with_leading(y, x_);
     }

@@ -58,6 +58,29 @@ MOA_BIND(m) {
     p.h = device.out(h);
     device.finish(moa::mixture_cuda(p, device.work(moa::mixture_work(p)), nullptr));
   });
+  // The same with the base, y = bias + x W^T + mixture.
+  m.def("mixture_linear",
+        [](const py::array& x, const py::array& weight, const py::object& bias, const py::array& lora_A,
+           const py::array& lora_B, const py::array& offsets, const py::array& order, const py::array& weights,
+           const py::object& scale, double scaling, const py::object& ranks, const py::array& y) {
+          emu::Device device;
+          moa::ForwardParams p{};
+          emu::fill(&device, &p, y.shape(0), lora_A, offsets, order, scale, scaling, ranks);
+          p.x_type = emu::dtype_of(x);
+          p.rank = lora_A.shape(1);
+          p.in = x.shape(1);
+          p.out = y.shape(1);
+          p.weights = device.in(weights);
+          p.x = device.in(x);
+          p.ldx = row_stride(x);
+          p.lora_A = device.in(lora_A);
+          p.lora_B = device.in(lora_B);
+          p.bias = device.in(bias);
+          p.weight = device.in(weight);
+          p.ldw = row_stride(weight);
+          p.y = device.out(y);
+          device.finish(moa::mixture_cuda(p, device.work(moa::mixture_work(p)), nullptr));
+        });
   m.def("backward_expand",
         [](const py::array& u, const py::array& lora_A, const py::array& offsets, const py::array& order,
            const py::array& weights, const py::object& scale, double scaling, const py::object& ranks,

@@ -205,6 +205,12 @@ class Operators:
         tensors = map(self.tensor, (x, weight, bias, lora_A, lora_B, router))
         self.store((moa.routed_linear(*tensors, k, score_func, norm, scaling),), (y,))
 
+    def mixture_linear(
+        self, x, weight, bias, lora_A, lora_B, offsets, order, weights, scale, scaling, ranks, y
+    ) -> None:
+        given = (x, weight, bias, None, lora_A, lora_B, weights, offsets, order, scale)
+        self.store((moa.segment_linear(*map(self.tensor, given), scaling, self.tensor(ranks)),), (y,))
+
     def skinny(self, x, weight, start, y) -> None:
         """A layer's base beside one adapter of zeros, which everybody has."""
         tokens, bias, base = len(x), None, None

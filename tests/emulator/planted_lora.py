@@ -128,8 +128,8 @@ plant(SHRINK_TILE[0], TILE, unit=SHRINK_TILE[1])(
 decode = plant("csrc/lora/decode.cu", "test_decode.py -k 'test_tokens and bf16 or test_flags and f32'")
 decode(
     "decode-missing-barrier",
-    "token + i / experts, i % experts);\n  __syncthreads();",
-    "token + i / experts, i % experts);",
+    "logit<A>(p, token + i / experts, i % experts);\n  __syncthreads();",
+    "logit<A>(p, token + i / experts, i % experts);",
     "tsan:0",
     RACE,
 )
@@ -141,7 +141,7 @@ decode_parts = plant(
     "test_decode.py -k 'test_tokens and bf16 or test_flags and f32'",
     unit="csrc/lora/decode.cu",
 )
-decode_parts("decode-scale-of-a-row", "p.scale[e]", "p.scale[row]", "plain:0", f"{WRONG}|{OUT}")
+decode_parts("decode-scale-of-a-row", "p.scale[e]", "p.scale[j]", "plain:0", f"{WRONG}|{OUT}")
 decode_parts("decode-unused-planes", "first + s < splits ?", "first + s < splits - 1 ?", "plain:0", WRONG)
 decode(
     "decode-missing-barrier-of-selection",

@@ -42,3 +42,8 @@ skinny(
     "plain:0",
     WRONG,
 )
+given = plant("csrc/lora/skinny.cu", "test_skinny.py -k 'bf16 and test_routing_given'")
+given("skinny-slot-of-another", "slot >= end) continue", "slot > end) continue", "tsan:0", f"{RACE}|{WRONG}")
+given("skinny-no-expert", "ids[slot] < 0 ? 0.0f :", "ids[slot] < -1 ? 0.0f :", "tsan:0", f"{OUT}|{WRONG}")
+given("skinny-position-of-the-slot", "slot / k : positions[slot];", "slot / k : slot;", "plain:0", WRONG)
+given("skinny-wrong-expert", "offset_at(mid) <= position", "offset_at(mid) < position", "plain:0", WRONG)

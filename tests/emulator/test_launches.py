@@ -20,6 +20,7 @@ from emulator import (
     test_router,
     test_routing,
     test_shrink,
+    test_skinny,
 )
 from emulator.arrays import BF16, F16, F32, F64, normal, unwritten
 from emulator.test_routing import FLAGS
@@ -98,6 +99,23 @@ def test_few_tokens_are_two_launches(
         small = (min(sizes[0], 64), min(sizes[1], 48)) if tokens * k * rank > 100_000 else sizes
         counts = launches_of_few_tokens(dry, tokens, k, experts, rank, small, dtype)
         assert set(counts.values()) == {2}, (sizes, counts)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_few_tokens_are_two_launches_with_the_base(dry: ModuleType, dtype: np.dtype, tokens: int) -> None:
+    """Up to 16 tokens in 16-bit types, with the layer's own router or a routing given."""
+    for experts, rank, width, out in [(8, 16, 4096, 4096), (1, 1, 8, 1), (12, 8, 4096, 11008)]:
+        k = min(2, experts)
+        x, y, weight = (np.zeros(size, dtype) for size in [(tokens, width), (tokens, out), (out, width)])
+        A, B = zeros(experts, rank, width, dtype=dtype), zeros(experts, out, rank, dtype=dtype)
+        flags = (k, 0, True, 1.0, None, None, None)
+        dry.decode_linear(x, weight, None, A, B, zeros(experts, width, dtype=F32), *flags, y)
+        assert count(dry) == 2
+        offsets, order = np.zeros(experts + 1, np.int32), np.zeros(tokens * k, np.int32)
+        gates = (offsets, order, np.zeros((tokens, k), F32))
+        dry.mixture_linear(x, weight, None, A, B, *gates, None, 1.0, None, y)
+        assert count(dry) == 2
 
 
 def test_all_of_A_is_read_while_tokens_choose_most_of_it(dry: ModuleType) -> None:
@@ -186,6 +204,8 @@ def run_everything(module: ModuleType, rng: np.random.Generator) -> None:
         test_expand.check(module, rng, route(rng, 2100, 1, 20), 16, 8, dtype, experts=20)
         test_gram.check(module, rng, route(rng, 40, 2, 3), 40, 24, dtype, experts=3)
         test_decode.check(module, rng, 64, 2, 64, 16, 64, 24, dtype)
+        test_skinny.check(module, rng, 5, 2, 8, 16, 64, 40, dtype)
+        test_skinny.check_base(module, rng, 5, 64, 40, dtype)
     for experts in (8, 32, 128, 512, 513):
         test_routing.check_topk(module, normal(rng, 9, experts), 2)
     test_routing.check_topk(module, normal(rng, 9, 8, dtype=F64), 2)

@@ -145,6 +145,62 @@ def test_mixture_of_flags(emulator: ModuleType, rng, score_func: int, norm: bool
     check(emulator, rng, 5, 3, 40, 8, 64, 64, BF16, **flags, bias=True, scaled=True)
 
 
+def check_given(
+    emulator: ModuleType,
+    rng: np.random.Generator,
+    tokens: int,
+    k: int,
+    experts: int,
+    rank: int,
+    width: int,
+    out: int,
+    dtype: np.dtype,
+    *,
+    bias: bool = False,
+    scaled: bool = False,
+    ranks: list[int] | None = None,
+) -> None:
+    """A routing from outside: tokens that name an expert twice, or none."""
+    x, weight = normal(rng, tokens, width, dtype=dtype), normal(rng, out, width, dtype=dtype)
+    given = normal(rng, out, dtype=dtype) if bias else None
+    A = rounded(exact(normal(rng, experts, rank, width, dtype=dtype)) / 8, dtype)
+    B, weights = normal(rng, experts, out, rank, dtype=dtype), normal(rng, tokens, k, dtype=F32)
+    ids = rng.integers(-1, experts, (tokens, k))
+    ids[0] = ids[0, 0]
+    scale = rng.standard_normal(experts) if scaled else None
+    used = np.full(experts, rank) if ranks is None else np.array(ranks)
+    for e in range(experts):
+        first = used[e] if (ids == e).any() else 0
+        A[e, first:] = B[e, :, first:] = rounded(np.array(np.nan), dtype)
+    want = exact(x) @ exact(weight).T + (0 if given is None else exact(given))
+    for t, j in np.ndindex(tokens, k):
+        if (e := ids[t, j]) >= 0:
+            h = exact(A)[e, : used[e]] @ exact(x)[t]
+            s = 0.5 * (1.0 if scale is None else scale[e])
+            want[t] += weights[t, j] * s * (exact(B)[e, :, : used[e]] @ h)
+    bins = np.where(ids < 0, experts, ids).ravel()
+    order = bins.argsort(kind="stable").astype(np.int32)
+    offsets = np.searchsorted(bins[order], np.arange(experts + 1)).astype(np.int32)
+    limited = None if ranks is None else np.array(ranks, np.int32)
+    results = []
+    for _ in range(2):
+        y = np.zeros((tokens, out), dtype)
+        emulator.mixture_linear(x, weight, given, A, B, offsets, order, weights, scale, 0.5, limited, y)
+        results.append(y)
+    assert results[0].tobytes() == results[1].tobytes()
+    what = f"T={tokens} k={k} E={experts} r={rank} {width}->{out} {dtype}"
+    assert_close(results[0], want, what, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16])
+def test_routing_given(emulator: ModuleType, rng, dtype: np.dtype, tokens: int) -> None:
+    check_given(emulator, rng, tokens, 1, 1, 16, 136, 72, dtype)
+    check_given(emulator, rng, tokens, 2, 8, 16, 2048, 40, dtype, bias=True)
+    check_given(emulator, rng, tokens, 3, 300, 12, 72, 33, dtype, scaled=True)
+    check_given(emulator, rng, tokens, 2, 3, 20, 264, 33, dtype, ranks=[20, 0, 13])
+
+
 def test_what_does_not_fit_is_refused(emulator: ModuleType, rng) -> None:
     if not isinstance(emulator, ModuleType):
         pytest.skip("the operator takes another path")
@@ -160,6 +216,8 @@ def test_what_does_not_fit_is_refused(emulator: ModuleType, rng) -> None:
     for tokens, experts, rank in [(16, 8, 32), (1, 129, 8)]:
         with pytest.raises(RuntimeError, match="invalid argument"):
             check(emulator, rng, tokens, 2, experts, rank, 64, 8, BF16)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        check_given(emulator, rng, 16, 2, 8, 40, 64, 8, BF16)
 
 
 def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
@@ -167,4 +225,5 @@ def test_no_bank_conflicts(emulator: ModuleType, rng) -> None:
         for tokens in (5, 16):
             check_base(emulator, rng, tokens, 1024, 64, dtype)
             check(emulator, rng, tokens, 2, 8, 16, 256, 72, dtype)
+            check_given(emulator, rng, tokens, 2, 8, 16, 256, 72, dtype)
     assert_no_conflicts(emulator)

@@ -1,10 +1,11 @@
 """The timer on a GPU: CUDA events around one call, the last cache flushed before it, inputs rotated.
 
 As in :mod:`benchmarks.timer`, every round samples each function once, in a new order, and what is reported
-is the median of the paired ratios to the baseline. Before each sample the device is kept busy (a memory fill
-beyond the L2 cache, then idle cycles), so that the host has put the whole call on the stream before its first
+is the median of the paired ratios to the baseline. Before each sample the device is kept busy (memory beyond
+the L2 cache is read, then idle cycles), so that the host has put the whole call on the stream before its first
 kernel starts: host overhead is not what these times hold. A function that waits for the device shows that
-wait in full.
+wait in full. Read, not written: lines that must go back to memory first (50 MB, 15 us on an H100) would be
+charged to whoever reads, and what a decode step finds in the cache is other layers' weights.
 
 On a CPU the same code runs with a wall clock; its tests do so.
 """
@@ -25,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.timer import Spread, Timing
 
 FLUSH_BYTES = 256 << 20  # beyond the L2 of every card we ship for
-IDLE_CYCLES = 200_000  # about 100 us in which the host may run ahead
+IDLE_CYCLES = 2_000_000  # about 1 ms in which the host may run ahead, a whole training step
 
 Function = Callable[[int], Any]  # takes the number of the call: which of the rotated inputs to use
 
@@ -35,11 +36,11 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.buffer = torch.empty(FLUSH_BYTES if self.cuda else 1 << 20, dtype=torch.uint8, device=device)
+        self.buffer = torch.zeros((FLUSH_BYTES if self.cuda else 1 << 20) // 4, device=device)
 
     def prepare(self) -> None:
         """Flushes the cache and lets the host run ahead."""
-        self.buffer.zero_()
+        self.buffer.sum()
         if self.cuda:
             torch.cuda._sleep(IDLE_CYCLES)
 

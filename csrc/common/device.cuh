@@ -4,12 +4,14 @@
 //                    MOA_DYNAMIC_SHARED(type, name)        the launch's dynamic part, 16-byte aligned; name is a pointer
 //   launching        MOA_LAUNCH(kernel, grid, block, dynamic_bytes, stream, args...) -> cudaError_t
 //                    write MOA_LAUNCH((kernel<A, B>), ...) for a template; an empty grid launches nothing
+//                    MOA_LAUNCH_EARLY(...): the same, of a kernel that may begin before the one in front of it has ended
 //   copies           cp_async_16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
 //                    prefetch_l2(global): the line is on its way to L2
 //                    load_once(global, valid): 16 bytes that this kernel reads once and nobody writes
 //   fragments        ldmatrix_x2, ldmatrix_x4, and _trans
 //   products         mma_m16n8k16<T>(c, a, b), T = __nv_bfloat16, __half;  mma_m16n8k8_tf32(c, a, b)
 //   between blocks   arrive(counter), await(counter, value)
+//   between launches next_may_begin(), await_launch()
 //   registers        keep(v): v is in a register from here on, and not computed again where it is used
 //   warps            warp_sum<W>(v), warp_max<W>(v), warp_min<W>(v): over W neighbouring lanes, every lane gets the result
 //   elements         Acc<T>, to_acc(v), from_acc<T>(v), pack2<T>(lo, hi), unpack2<T>(bits)
@@ -36,6 +38,8 @@
   type* const name = reinterpret_cast<type*>(moa_shared)
 #define MOA_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
   ::moa::launch(kernel, dim3(grid), dim3(block), dynamic_bytes, stream, __VA_ARGS__)
+#define MOA_LAUNCH_EARLY(kernel, grid, block, dynamic_bytes, stream, ...) \
+  ::moa::launch_early(kernel, dim3(grid), dim3(block), dynamic_bytes, stream, __VA_ARGS__)
 #endif
 
 namespace moa {
@@ -56,18 +60,63 @@ constexpr int blocks_at_once(int wanted, std::size_t bytes) {
 
 #ifndef MOA_EMULATE
 
+inline bool is_empty(dim3 grid) { return grid.x == 0 || grid.y == 0 || grid.z == 0; }
+
 // The attribute by which more shared memory is asked for is no stream operation, so graphs capture a launch with it.
+inline cudaError_t ask_for_shared(const void* kernel, size_t dynamic_bytes) {
+  if (dynamic_bytes <= kSharedUnasked) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedMost));
+}
+
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
                    const A&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  if (dynamic_bytes > kSharedUnasked) {
-    const cudaError_t asked = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedMost));
-    if (asked != cudaSuccess) return asked;
-  }
+  if (is_empty(grid)) return cudaSuccess;
+  const cudaError_t asked = ask_for_shared(reinterpret_cast<const void*>(kernel), dynamic_bytes);
+  if (asked != cudaSuccess) return asked;
   kernel<<<grid, block, dynamic_bytes, stream>>>(args...);
   return cudaGetLastError();
+}
+
+// Programmatic dependent launch, where the kernel was compiled for sm_90 or later: code for earlier ones, on whatever card
+// it runs, has no await_launch. In front of it on the stream must be a launch of ours, in the same call: of others nobody
+// knows when they let it begin.
+template <class... P, class... A>
+cudaError_t launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
+                         const A&... args) {
+  if (is_empty(grid)) return cudaSuccess;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes compiled;
+  cudaError_t error = cudaFuncGetAttributes(&compiled, function);
+  if (error == cudaSuccess && compiled.ptxVersion < 90)
+    return launch(kernel, grid, block, dynamic_bytes, stream, args...);
+  if (error == cudaSuccess) error = ask_for_shared(function, dynamic_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+}
+
+// The launch behind this one may begin, as far as it is an early one, once all of this one's blocks have said so or ended.
+__device__ __forceinline__ void next_may_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+// Of an early launch: waits until the one in front has ended. What that one writes is there then, for this thread and for
+// whoever waits for it at a barrier; before, nobody may touch it. At least one thread of each block waits.
+__device__ __forceinline__ void await_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {

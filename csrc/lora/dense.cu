@@ -121,6 +121,7 @@ __device__ __forceinline__ void dense_block(const DenseLaunch& p, const DensePla
 template <class T, class Form, class Router>
 __global__ void __launch_bounds__(Form::kThreads, blocks_at_once(2, Form::kShared)) dense_mma(const DenseLaunch p) {
   MOA_DYNAMIC_SHARED(T, shared);
+  next_may_begin();
   clear_counters(p);
   const DensePlace<float> place(p);
   if constexpr (!std::is_same<Form, Router>::value) {
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_simt(const Dens
   using Tile = SimtTile<A, kCols>;
   MOA_SHARED(A, shared, Tile::kElements);
   MOA_SHARED(const A*, rows, Tile::kRows);
+  next_may_begin();
   clear_counters(p);
   const DensePlace<A> place(p);
   Tile tile(place.template panel<A>(), place.k1, p.x_direct, shared, rows);
@@ -149,6 +151,7 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) dense_simt(const Dens
 template <class A>
 __global__ void __launch_bounds__(plan_cuda::kTileThreads)
     dense_sum(const A* planes, int64_t splits, int64_t size, A* to) {
+  await_launch();
   const int64_t i = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads) + threadIdx.x;
   if (i >= size) return;
   A sum = 0;
@@ -220,9 +223,9 @@ static cudaError_t summed_cuda(DenseParams p, void* work, cudaStream_t stream) {
   constexpr int kThreads = plan_cuda::kTileThreads;
   const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(size, kThreads));
   if (p.x_type == DType::f64)
-    return MOA_LAUNCH(dense_sum<double>, blocks, kThreads, 0, stream, static_cast<const double*>(work), splits, size,
+    return MOA_LAUNCH_EARLY(dense_sum<double>, blocks, kThreads, 0, stream, static_cast<const double*>(work), splits, size,
                       static_cast<double*>(logits));
-  return MOA_LAUNCH(dense_sum<float>, blocks, kThreads, 0, stream, static_cast<const float*>(work), splits, size,
+  return MOA_LAUNCH_EARLY(dense_sum<float>, blocks, kThreads, 0, stream, static_cast<const float*>(work), splits, size,
                     static_cast<float*>(logits));
 }
 

@@ -52,6 +52,7 @@ struct OrderParams {
 };
 
 __global__ void __launch_bounds__(plan_cuda::kPlaceThreads) expand_places(const OrderParams p) {
+  next_may_begin();
   if (blockIdx.x >= p.blocks) {  // a column of eight experts a thread
     const int64_t i = (blockIdx.x - p.blocks) * plan_cuda::kPlaceThreads + threadIdx.x;
     const int64_t eight = i / p.width, o = i % p.width;

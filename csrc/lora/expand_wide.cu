@@ -38,6 +38,8 @@ __global__ void __launch_bounds__(kClusterThreads)
   constexpr int kEach = kBins / kThreads, kTokens = plan_cuda::kClusterWindow / kThreads;
   static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
   static_assert(kSide == 64 && plan_cuda::kClusterWindow <= 65536, "spread_bits; out; own");
+  await_launch();
+  next_may_begin();
   MOA_SHARED(int, bins, kBins);
   MOA_SHARED(uint16_t, out, plan_cuda::kClusterWindow);
   MOA_SHARED(int, sums, kWarp);
@@ -98,6 +100,8 @@ __global__ void __launch_bounds__(kClusterThreads)
 template <class T>
 __global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const WideParams p) {
   MOA_DYNAMIC_SHARED(Place, place);  // [32][top_k]
+  await_launch();
+  next_may_begin();
   const Coefficients& c = p.e.c;
   const int top_k = static_cast<int>(c.top_k), slots = 32 * top_k;
   uint32_t* const mask = reinterpret_cast<uint32_t*>(place + slots);
@@ -197,6 +201,7 @@ template <class T, bool kByRows>
 __global__ void __launch_bounds__(kWideThreads, blocks_at_once(2, plan_cuda::kWideShared))
     expand_wide(const WideParams p) {
   MOA_DYNAMIC_SHARED(unsigned char, shared);
+  await_launch();
   WideTile<T, kByRows> tile(p, shared);
   const int64_t all = (p.e.width + plan_cuda::kWideColumns - 1) / plan_cuda::kWideColumns,
                 unit = blockIdx.y * p.e.units;
@@ -207,13 +212,13 @@ __global__ void __launch_bounds__(kWideThreads, blocks_at_once(2, plan_cuda::kWi
 
 template <class T>
 cudaError_t launch_wide(const WideParams& p, const plan_cuda::ExpandWide& plan, cudaStream_t stream) {
-  const cudaError_t error = MOA_LAUNCH((expand_fragments<T>), static_cast<unsigned>(plan.groups), kFragmentThreads,
+  const cudaError_t error = MOA_LAUNCH_EARLY((expand_fragments<T>), static_cast<unsigned>(plan.groups), kFragmentThreads,
                                        plan.fragments_shared, stream, p);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts));
   if (p.e.panel_j == 1 && p.e.dz == nullptr)  // width 1: either
-    return MOA_LAUNCH((expand_wide<T, true>), grid, kWideThreads, plan.shared, stream, p);
-  return MOA_LAUNCH((expand_wide<T, false>), grid, kWideThreads, plan.shared, stream, p);
+    return MOA_LAUNCH_EARLY((expand_wide<T, true>), grid, kWideThreads, plan.shared, stream, p);
+  return MOA_LAUNCH_EARLY((expand_wide<T, false>), grid, kWideThreads, plan.shared, stream, p);
 }
 
 // Work memory, each part at a whole 256 bytes; from null on it only counts.
@@ -266,7 +271,7 @@ cudaError_t expand_wide_cuda(const ExpandParams& e, const plan_cuda::ExpandWide&
   cudaError_t error = expand_places_cuda(p.e, p.terms, stream);
   if (error == cudaSuccess && plan.cluster) {
     const auto windows = static_cast<unsigned>(plan_cuda::ceil_div(e.tokens, plan_cuda::kClusterWindow));
-    error = MOA_LAUNCH(expand_rows, windows, kClusterThreads, 0, stream, e.c, e.tokens, p.e.places,
+    error = MOA_LAUNCH_EARLY(expand_rows, windows, kClusterThreads, 0, stream, e.c, e.tokens, p.e.places,
                        const_cast<int32_t*>(p.e.rows));
   }
   if (error != cudaSuccess) return error;

@@ -34,6 +34,7 @@ const void* dz_of(const BackwardParams& b) {
 // plan.chunk, and numbered so that a block finds its own by bisection.
 template <class T>
 __global__ void __launch_bounds__(kGramSimtThreads, 1) gram_simt(const GramParams p) {
+  next_may_begin();
   constexpr int kStage = plan_cuda::kGramSimtStage, kRanks = kGramSimtRanks;
   constexpr int kEach = kRanks * kGramSimtColumns / kGramSimtThreads;
   MOA_DYNAMIC_SHARED(T, shared);
@@ -73,6 +74,7 @@ __global__ void __launch_bounds__(kGramSimtThreads, 1) gram_simt(const GramParam
 // A thread an element: the planes of the expert whose first piece is in chunk blockIdx.y, added in order.
 template <class T>
 __global__ void __launch_bounds__(kGramSimtThreads) gram_finish(const GramParams p) {
+  await_launch();
   const int64_t size = p.plan.chunk, chunk = blockIdx.y, last = (chunk + 1) * size - 1;
   int64_t lo = 0, hi = p.c.experts;  // the expert of the chunk's last position
   while (hi - lo > 1) {
@@ -108,7 +110,7 @@ cudaError_t launch_simt(const GramParams& p, cudaStream_t stream) {
   if (error != cudaSuccess || p.plan.chunks <= 1) return error;
   const dim3 all(static_cast<unsigned>(ceil_div((p.c.rank + 1) * p.width, kGramSimtThreads)),
                  static_cast<unsigned>(p.plan.chunks - 1));
-  return MOA_LAUNCH((gram_finish<T>), all, kGramSimtThreads, 0, stream, p);
+  return MOA_LAUNCH_EARLY((gram_finish<T>), all, kGramSimtThreads, 0, stream, p);
 }
 cudaError_t launch(GramParams p, void* work, cudaStream_t stream) {
   if (p.width == 0 || p.c.experts == 0) return cudaSuccess;
@@ -173,7 +175,7 @@ cudaError_t launch_tiles(const GramLaunch& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const size_t stages = kGramStages * (kGramStage * kGramColumns * sizeof(T) + static_cast<size_t>(p.shared));
   const size_t sums = (8 * kFrags + 1) * kGramPitch * sizeof(float), shared = stages > sums ? stages : sums;
-  return MOA_LAUNCH((gram_mma<T, kFrags, kExact>), static_cast<unsigned>(p.plan.pieces * tiles), kGramThreads, shared,
+  return MOA_LAUNCH_EARLY((gram_mma<T, kFrags, kExact>), static_cast<unsigned>(p.plan.pieces * tiles), kGramThreads, shared,
                     stream, all);
 }
 template <class T>

@@ -128,6 +128,7 @@ __device__ __forceinline__ void scale_half(float (&v)[8], float* undo) {
 // A block has a stage, or pieces; a thread a position, and every fourth fragment of ranks.
 template <class T, bool kExact>
 __global__ void __launch_bounds__(kGramRowsThreads) gram_rows(const GramTiles p) {
+  next_may_begin();
   constexpr bool kHalf = std::is_same<T, __half>::value;
   constexpr int kApart = kGramStage / kGramEach;
   const int64_t stage = blockIdx.x;

@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kGramThreads, kFrags > 2 ? 2 : plan_cuda::kGra
   static_assert(kGramThreads == 2 * kGramColumns && kApart * kGramEach == kGramStage && kApart % 8 == 0, "all copied");
   MOA_DYNAMIC_SHARED(unsigned char, shared);
   MOA_SHARED(unsigned, arrived, 1);
+  await_launch();
   T* const xs = reinterpret_cast<T*>(shared);                      // [kStages][kGramStage][kGramColumns]
   unsigned char* const coefs = shared + kStages * kX * sizeof(T);  // [kStages][p.shared]
 

@@ -29,6 +29,7 @@ namespace {
 template <class T, int kFrags, bool kColumns>
 __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_mma(const ShrinkParams p) {
   MOA_DYNAMIC_SHARED(T, shared);
+  next_may_begin();
   shrink_mma_block<T, plan_cuda::GroupedForm<kFrags, kColumns>>(p, {p, blockIdx.x, blockIdx.y, blockIdx.z}, shared);
 }
 
@@ -37,12 +38,14 @@ __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_simt(const Shr
   using Tile = SimtTile<A, kCols>;
   MOA_SHARED(A, shared, Tile::kElements);
   MOA_SHARED(const A*, rows, Tile::kRows);
+  next_may_begin();
   shrink_simt_block<A, kCols>(p, {p, blockIdx.x, blockIdx.y, blockIdx.z}, shared, rows);
 }
 
 // plan_cuda::finish_lanes own a position: out = planes added in order, and dw.
 template <class A>
 __global__ void __launch_bounds__(plan_cuda::kTileThreads) shrink_finish(const ShrinkParams p) {
+  await_launch();
   const int lanes = plan_cuda::finish_lanes(p.rank), lane = threadIdx.x % lanes;
   const int64_t position = blockIdx.x * static_cast<int64_t>(plan_cuda::kTileThreads / lanes) + threadIdx.x / lanes;
   const bool there = position < p.slots, routed = there && position < offset_at(p, p.seg.experts);
@@ -102,8 +105,8 @@ cudaError_t launch_finish(const ShrinkParams& p, cudaStream_t stream) {
   constexpr int kThreads = plan_cuda::kTileThreads;
   const unsigned blocks =
       static_cast<unsigned>(plan_cuda::ceil_div(p.slots, kThreads / plan_cuda::finish_lanes(p.rank)));
-  if (p.type == DType::f64) return MOA_LAUNCH(shrink_finish<double>, blocks, kThreads, 0, stream, p);
-  return MOA_LAUNCH(shrink_finish<float>, blocks, kThreads, 0, stream, p);
+  if (p.type == DType::f64) return MOA_LAUNCH_EARLY(shrink_finish<double>, blocks, kThreads, 0, stream, p);
+  return MOA_LAUNCH_EARLY(shrink_finish<float>, blocks, kThreads, 0, stream, p);
 }
 
 cudaError_t launch(ShrinkParams p, void* work, cudaStream_t stream) {

@@ -11,7 +11,8 @@
 // are added in order.
 //
 // What a token's mixture needs from the planes of that launch (its experts, its coefficients) is latency, not bytes: two
-// more warps find it while the others stream. Sums have a fixed order, so results are bitwise reproducible.
+// more warps find it while the others stream, which may begin beside that launch. Sums have a fixed order, so results are
+// bitwise reproducible.
 //
 // Limits: plan_cuda::kSkinnyTokens; rows of x and W in whole 16-byte chunks.
 #include "lora/combine.cuh"
@@ -216,6 +217,7 @@ __global__ void __launch_bounds__(kStreaming + (kMixture ? kSkinnyGates * kWarp 
     constexpr int kMost = kTokens / kSkinnyGates;
     if (p.decode.fetch) fetch_rows<T>(p.decode, o0, kSkinnyRows, threadIdx.x - kStreaming, kThreads - kStreaming);
     const int first = (warp - kSkinnyStreams) * kMost, count = tokens - first < kMost ? tokens - first : kMost;
+    await_launch();
     if (count > 0) Gates(p, shared).find(p, first, count);
   }
   float start[kEach];
@@ -258,7 +260,8 @@ cudaError_t launch(const SkinnyLaunch& p, cudaStream_t stream) {
   constexpr int kThreads = kStreaming + (kMixture ? kSkinnyGates * kWarp : 0);
   const int64_t experts = p.decode.logit_planes == nullptr ? 0 : p.decode.seg.experts;
   const size_t shared = kMixture ? Gates::bytes(p.tokens, p.decode.seg.top_k, experts, p.width) : 0;
-  return MOA_LAUNCH((skinny_linear<T, kMixture>), blocks, kThreads, shared, stream, p);
+  if constexpr (kMixture) return MOA_LAUNCH_EARLY((skinny_linear<T, true>), blocks, kThreads, shared, stream, p);
+  return MOA_LAUNCH((skinny_linear<T, false>), blocks, kThreads, shared, stream, p);
 }
 template <bool kMixture>
 cudaError_t launch(const SkinnyLaunch& p, cudaStream_t stream) {

@@ -12,6 +12,7 @@ using plan_cuda::kSortThreads;
 // counts[bin][block] = slots of the block in the bin.
 __global__ void __launch_bounds__(kSortThreads) histogram_kernel(const SortParams p, int32_t* counts) {
   MOA_DYNAMIC_SHARED(int32_t, bin_counts);
+  next_may_begin();
   const int bins = static_cast<int>(p.experts) + 1, lane = threadIdx.x % kWarp;
   for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) bin_counts[bin] = 0;
   __syncthreads();
@@ -28,13 +29,16 @@ __global__ void __launch_bounds__(kSortThreads) histogram_kernel(const SortParam
 
 __global__ void __launch_bounds__(kSortThreads) scatter_kernel(const SortParams p) {
   MOA_DYNAMIC_SHARED(int32_t, rows);
+  await_launch();
   sort_block<false>(p, blockIdx.x, rows);
 }
 
 }  // namespace
 
 cudaError_t launch_scatter(const SortParams& p, int threads, cudaStream_t stream) {
-  return MOA_LAUNCH(scatter_kernel, p.blocks, threads, plan_cuda::sort_shared(p.experts, p.warps), stream, p);
+  const size_t shared = plan_cuda::sort_shared(p.experts, p.warps);
+  if (p.blocks > 1) return MOA_LAUNCH_EARLY(scatter_kernel, p.blocks, threads, shared, stream, p);
+  return MOA_LAUNCH(scatter_kernel, p.blocks, threads, shared, stream, p);
 }
 
 cudaError_t launch_sort(const int64_t* indices, int64_t slots, int64_t experts, int32_t* offsets, int32_t* order,

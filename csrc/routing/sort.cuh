@@ -172,7 +172,7 @@ __device__ __forceinline__ void sort_block(const SortParams& p, int block, int32
     });
 }
 
-// The scatter, once counts are known; in sort.cu.
+// The scatter; of several blocks it is the launch behind the one that counts. In sort.cu.
 cudaError_t launch_scatter(const SortParams& p, int threads, cudaStream_t stream);
 // Histograms and scatter over plan_cuda::sort_blocks; `counts` has room for their rows.
 cudaError_t launch_sort(const int64_t* indices, int64_t slots, int64_t experts, int32_t* offsets, int32_t* order,

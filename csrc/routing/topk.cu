@@ -29,6 +29,7 @@ struct TopkLaunch {
 template <class A, int L, int V>
 __global__ void __launch_bounds__(kSortThreads, 1) topk_kernel(const TopkParams p, const TopkLaunch l) {
   MOA_DYNAMIC_SHARED(int32_t, shared);
+  next_may_begin();
   const int bins = static_cast<int>(p.experts) + 1;
   int32_t* const bin_counts = l.counts != nullptr ? shared : nullptr;
   if (bin_counts != nullptr) {

@@ -1,7 +1,7 @@
 // What expand.cu and gram.cu share: the coefficients of sorted positions, c[p] = w s v[p] of expert e's used ranks.
 //
-//   v [slots, rank] accumulator type (h or u), or the sum of planes of it; w = weights[order[p]], s = scaling scale[e],
-//   each 1 where null
+//   v [slots, rank] accumulator type (h or u), or the sum of planes of it; or `all` of [tokens, experts, rank], of which
+//   p's are those of its token and expert; w = weights[order[p]], s = scaling scale[e], each 1 where null
 //
 // Without offsets there is one segment of all slots, without order position p is slot p: a dense product then, with one
 // "expert" whose rank is what is summed over (the router's backward). What comes from outside is clamped where it
@@ -19,7 +19,8 @@ struct Coefficients {
   const void* weights;  // [slots] or null
   const double* scale;  // [experts] or null
   double scaling;
-  int64_t planes;  // of values, each [slots, rank]; gram takes one alone
+  int64_t planes;  // of values; gram takes one alone
+  bool all;        // for expand_wide.cu alone
 
   __device__ __forceinline__ int64_t offset_at(int64_t e) const {
     if (offsets == nullptr) return e == 0 ? 0 : slots;
@@ -62,7 +63,8 @@ inline Coefficients coefficients_of(const LoraParams& p, const void* values) {
           p.weights,
           p.scale,
           p.scaling,
-          1};
+          1,
+          false};
 }
 // The logits' gradients as coefficients of one segment of all tokens.
 inline Coefficients coefficients_of(const RouterBackwardParams& p) {
@@ -84,9 +86,12 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * 64 + 
 // Row i of eight in the order 0 4 2 6 1 5 3 7: a warp that writes one, two or four chunks of each meets no bank twice.
 __device__ __forceinline__ int spread(int i) { return (i & ~7) | (i & 1) << 2 | (i & 2) | (i >> 2 & 1); }
 
-// For mixture_cuda (expand.cu): how many planes a shrink has its sums in, and the shrink that leaves them so.
+// For mixture_cuda (expand.cu): how many planes a shrink has its sums in, and the shrink that leaves them so. And those of
+// the dense pass, 0 where the shrink has none: every expert's.
 int64_t shrink_planes(const ForwardParams& p);
 cudaError_t shrink_planes_cuda(const ForwardParams& p, void* planes, cudaStream_t stream);
+int64_t shrink_all_planes(const ForwardParams& p);
+cudaError_t shrink_all_cuda(const ForwardParams& p, void* planes, cudaStream_t stream);
 
 // For router_backward.cu: dx += dz W by multiply-adds (expand.cu), and dW (gram.cu).
 cudaError_t router_dx_cuda(const RouterBackwardParams& p, cudaStream_t stream);

@@ -39,6 +39,10 @@ size_t routed_shrink_all(const RoutedShrinkParams& p);
 size_t routed_shrink_work(const RoutedShrinkParams& p);
 cudaError_t routed_shrink_cuda(const RoutedShrinkParams& p, void* work, cudaStream_t stream);
 cudaError_t pick_cuda(const ForwardParams& p, const void* all, cudaStream_t stream);
+// y from `all` without h and without the sorted order: ids [tokens, top_k] are the router's own.
+bool expand_all_fits(const ForwardParams& p);
+size_t expand_all_work(const RoutedShrinkParams& p);
+cudaError_t expand_all_cuda(const RoutedShrinkParams& p, const int64_t* ids, void* work, cudaStream_t stream);
 
 // u, and dw where it is not null
 size_t backward_shrink_work(const BackwardParams& p);

@@ -16,6 +16,7 @@
 //
 // Limits: slots < 2^31; any rank (the router's has E), any width.
 #include "lora/decode.cuh"
+#include "lora/dense.cuh"
 #include "lora/expand_simt.cuh"
 #include "lora/expand_tile.cuh"
 
@@ -145,18 +146,29 @@ cudaError_t expand_cuda(const ForwardParams& f, void* work, cudaStream_t stream)
   return launch(params_of(f), f, work, stream);
 }
 
-// Work memory: h or its planes (h itself where somebody wants it), and behind them what shrink and then expand work with.
-static int64_t mixture_planes(const ForwardParams& f) {
-  return plan_cuda::expand_adds_planes(f.seg.tokens) && f.out > 0 ? shrink_planes(f) : 1;
-}
-static size_t mixture_values(const ForwardParams& f) {
-  const int64_t planes = mixture_planes(f);
-  const int64_t values = planes == 1 && f.h != nullptr ? 0 : planes * f.seg.tokens * f.seg.top_k * f.rank;
-  return static_cast<size_t>(plan_cuda::ceil_div(values * (f.x_type == DType::f64 ? 8 : 4), 256) * 256);
+bool expand_all_fits(const ForwardParams& f) { return expand_wide_plan(expand_params(f, nullptr)).fits; }
+
+// What a mixture's shrink leaves in front of the rest of the work memory, for its expand: h (nothing here, where somebody
+// wants it), planes of h while tokens are few, or every expert's products of every token where it has them anyway.
+struct Left {
+  int64_t planes;
+  bool all;
+  size_t bytes;
+};
+static Left left_of(const ForwardParams& f) {
+  Left left{f.h == nullptr && expand_all_fits(f) ? shrink_all_planes(f) : 0, true, 0};
+  int64_t values = left.planes * f.seg.tokens * f.seg.experts * f.rank;
+  if (left.planes == 0) {
+    left = {plan_cuda::expand_adds_planes(f.seg.tokens) && f.out > 0 ? shrink_planes(f) : 1, false, 0};
+    values = left.planes == 1 && f.h != nullptr ? 0 : left.planes * f.seg.tokens * f.seg.top_k * f.rank;
+  }
+  left.bytes = static_cast<size_t>(plan_cuda::ceil_div(values * (f.x_type == DType::f64 ? 8 : 4), 256) * 256);
+  return left;
 }
 size_t mixture_work(const ForwardParams& f) {
-  const size_t shrink = mixture_planes(f) > 1 ? 0 : shrink_work(f), expand = expand_work(f);
-  return mixture_values(f) + (shrink > expand ? shrink : expand);
+  const Left left = left_of(f);
+  const size_t shrink = left.all || left.planes > 1 ? 0 : shrink_work(f), expand = expand_work(f);
+  return left.bytes + (shrink > expand ? shrink : expand);
 }
 bool mixture_multiplies(const ForwardParams& f) { return f.h == nullptr && skinny_mixture_fits(f, 0); }
 
@@ -178,14 +190,32 @@ static cudaError_t multiplied_cuda(const ForwardParams& params, void* work, cuda
 cudaError_t mixture_cuda(const ForwardParams& params, void* work, cudaStream_t stream) {
   if (params.weight != nullptr) return multiplied_cuda(params, work, stream);
   ForwardParams f = params;
-  void* const rest = static_cast<char*>(work) + mixture_values(f);
-  const int64_t planes = mixture_planes(f);
-  if (planes > 1 || f.h == nullptr) f.h = work;
+  const Left left = left_of(f);
+  void* const rest = static_cast<char*>(work) + left.bytes;
+  const bool planes = left.all || left.planes > 1;
+  if (planes || f.h == nullptr) f.h = work;
   ExpandParams p = expand_params(f, f.h);
-  p.c.planes = planes;
-  p.sums = planes > 1 ? params.h : nullptr;
-  const cudaError_t error = p.c.planes > 1 ? shrink_planes_cuda(f, work, stream) : shrink_cuda(f, rest, stream);
+  p.c.planes = left.planes;
+  p.c.all = left.all;
+  p.sums = planes ? params.h : nullptr;
+  const cudaError_t error = left.all  ? shrink_all_cuda(f, work, stream)
+                            : planes ? shrink_planes_cuda(f, work, stream)
+                                      : shrink_cuda(f, rest, stream);
   return error != cudaSuccess ? error : launch(p, f, rest, stream);
+}
+
+static ExpandParams params_of(const RoutedShrinkParams& r, const int64_t* ids) {
+  ExpandParams p = expand_params(r, r.all);
+  p.c.planes = routed_shrink_splits(r);
+  p.c.all = true;
+  p.ids = ids;
+  return p;
+}
+size_t expand_all_work(const RoutedShrinkParams& r) {
+  return work_of(r, params_of(r, nullptr));
+}
+cudaError_t expand_all_cuda(const RoutedShrinkParams& r, const int64_t* ids, void* work, cudaStream_t stream) {
+  return launch(params_of(r, ids), r, work, stream);
 }
 
 size_t backward_expand_work(const BackwardParams& b) { return b.dx == nullptr ? 0 : work_of(b, params_of(b)); }

@@ -20,6 +20,7 @@ struct ExpandParams {
   // Tensor cores
   bool fours;           // y, base and bias can be taken by four elements
   const Place* places;  // [slots], or null: each block finds those of its tokens
+  const int64_t* ids;   // [slots] instead of places, for values that are `all`: no token names an expert twice
   const int32_t* rows;  // [tokens], or null: row t is token t
   int fragments;        // of coefficients that shared memory holds
   int64_t units;        // of 128 columns per block

@@ -1,6 +1,7 @@
 // Expand and combine for many tokens in 16-bit types: equation in expand.cu, tile in expand_wide.cuh.
 //
-//   1  expand_places (expand.cu): where each slot is in the sorted order; the router's weight in two terms
+//   1  expand_places (expand.cu): where each slot is in the sorted order; the router's weight in two terms. Not where ids are
+//      given and every expert's values: nothing is sorted then
 //   2  expand_rows, where tokens are grouped by pairs of experts: the token of each row
 //   3  expand_fragments: coefficients of 32 rows each, as the product takes them
 //   4  expand_wide: y
@@ -24,6 +25,10 @@ __device__ __forceinline__ int spread_bits(int v) {  // 6 bits, to every second 
   return (v | v << 1) & 0x0555;
 }
 
+__device__ __forceinline__ int expert_of(const ExpandParams& p, int64_t slot) {
+  return p.ids != nullptr ? static_cast<int>(p.ids[slot]) : p.places[slot].expert;
+}
+
 // A tile reads the panel of every expert that one of its tokens chose. Tokens are therefore grouped by the pair of
 // experts they chose, pairs (low, high) in Morton's order: any run of rows is about a square of pairs. At T = 8192,
 // k = 2, E = 64 there are 4 tokens a pair; 256 rows are 64 pairs, which about 18 experts make, and 32 rows 7.
@@ -33,7 +38,7 @@ __device__ __forceinline__ int spread_bits(int v) {  // 6 bits, to every second 
 //
 // A block orders the tokens of a window; a thread has every 1024th.
 __global__ void __launch_bounds__(kClusterThreads)
-    expand_rows(const Coefficients c, const int64_t tokens, const Place* places, int32_t* rows) {
+    expand_rows(const ExpandParams p, int32_t* rows) {
   constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = kClusterThreads;
   constexpr int kEach = kBins / kThreads, kTokens = plan_cuda::kClusterWindow / kThreads;
   static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
@@ -44,8 +49,9 @@ __global__ void __launch_bounds__(kClusterThreads)
   MOA_SHARED(uint16_t, out, plan_cuda::kClusterWindow);
   MOA_SHARED(int, sums, kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Coefficients& c = p.c;
   const int64_t first = blockIdx.x * static_cast<int64_t>(plan_cuda::kClusterWindow);
-  const int count = static_cast<int>(clamp(tokens - first, 0, plan_cuda::kClusterWindow));
+  const int count = static_cast<int>(clamp(p.tokens - first, 0, plan_cuda::kClusterWindow));
   int shift = 0;
   while ((c.experts - 1) >> shift >= kSide) ++shift;
   int own[kTokens];  // of this thread's tokens the bin, and above it the place in the bin; or -1
@@ -54,8 +60,8 @@ __global__ void __launch_bounds__(kClusterThreads)
     const int t = threadIdx.x + i * kThreads;
     own[i] = -1;
     if (t >= count) continue;
-    const Place* const at = places + (first + t) * c.top_k;
-    int a = at[0].expert, b = c.top_k > 1 ? at[1].expert : a;
+    const int64_t slot = (first + t) * c.top_k;
+    int a = expert_of(p, slot), b = c.top_k > 1 ? expert_of(p, slot + 1) : a;
     if (a < 0) a = b;
     if (b < 0) b = a;
     const int low = (a < b ? a : b) >> shift & (kSide - 1), high = (a < b ? b : a) >> shift & (kSide - 1);
@@ -119,7 +125,8 @@ __global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const Wi
   for (int i = threadIdx.x; i < slots; i += kFragmentThreads) {
     const int token = token_of(i);
     Place at{0, -1, 0};
-    if (token >= 0) at = p.e.places[token * c.top_k + i % top_k];
+    const int64_t slot = token * c.top_k + i % top_k;
+    if (token >= 0) at = p.e.ids != nullptr ? Place{0, static_cast<int16_t>(p.e.ids[slot]), 0} : p.e.places[slot];
     if (at.expert >= c.experts) at.expert = -1;
     const int64_t twins = clamp(at.twins, 0, c.slots - 1);  // what is no routing leaves places unwritten
     at.twins = static_cast<uint16_t>(twins);
@@ -154,6 +161,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const Wi
     const int n = before[step / 32] + __popc(mask[step / 32] & ((1u << step % 32) - 1u));
     return fragments + n * 2 * kWarp;
   };
+  const int64_t plane = (c.all ? p.e.tokens * c.experts : c.slots) * c.rank;
   for (int i = threadIdx.x; i < 4 * slots; i += kFragmentThreads) {  // four ranks of each 16
     const int slot = i / 4, quarter = i % 4, row = static_cast<unsigned>(slot) / static_cast<unsigned>(top_k);
     const Place at = place[slot];
@@ -165,18 +173,25 @@ __global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const Wi
       for (int twin = 0; twin <= at.twins; ++twin) {
         const int64_t position = at.position + twin;
         const float f = twin == 0 ? factor : c.factor<float>(at.expert, c.slot_at(position));
-        const float* const from = static_cast<const float*>(c.values) + position * c.rank + j;
-        if (c.rank % 4 == 0 && j + 4 <= used) {
-          const float4 four = *reinterpret_cast<const float4*>(from);
-          v[0] += f * four.x;
-          v[1] += f * four.y;
-          v[2] += f * four.z;
-          v[3] += f * four.w;
-        } else {
+        const int64_t at_row = c.all ? token_of(slot) * c.experts + at.expert : position;
+        const float* from = static_cast<const float*>(c.values) + at_row * c.rank + j;
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+        for (int64_t s = 0; s < c.planes; ++s, from += plane) {
+          if (c.rank % 4 == 0 && j + 4 <= used) {
+            const float4 four = *reinterpret_cast<const float4*>(from);
+            sum[0] += four.x;
+            sum[1] += four.y;
+            sum[2] += four.z;
+            sum[3] += four.w;
+          } else {
 #pragma unroll
-          for (int u = 0; u < 4; ++u)
-            if (j + u < used) v[u] += f * from[u];
+            for (int u = 0; u < 4; ++u)
+              if (j + u < used) sum[u] += from[u];
+          }
         }
+#pragma unroll
+        for (int u = 0; u < 4; ++u) v[u] += f * sum[u];
       }
       uint32_t* const to = reinterpret_cast<uint32_t*>(fragment(at.expert * p.depth + j / 16) + row / 16 * kWarp);
       const int reg = high + quarter / 2 * 2, first = lanes + quarter % 2 * 2;
@@ -268,11 +283,10 @@ cudaError_t expand_wide_cuda(const ExpandParams& e, const plan_cuda::ExpandWide&
                              cudaStream_t stream) {
   WideWork work{static_cast<char*>(memory), 0};
   const WideParams p = arrange(e, plan, &work);
-  cudaError_t error = expand_places_cuda(p.e, p.terms, stream);
+  cudaError_t error = e.ids == nullptr ? expand_places_cuda(p.e, p.terms, stream) : cudaSuccess;
   if (error == cudaSuccess && plan.cluster) {
     const auto windows = static_cast<unsigned>(plan_cuda::ceil_div(e.tokens, plan_cuda::kClusterWindow));
-    error = MOA_LAUNCH_EARLY(expand_rows, windows, kClusterThreads, 0, stream, e.c, e.tokens, p.e.places,
-                       const_cast<int32_t*>(p.e.rows));
+    error = MOA_LAUNCH_EARLY(expand_rows, windows, kClusterThreads, 0, stream, p.e, const_cast<int32_t*>(p.e.rows));
   }
   if (error != cudaSuccess) return error;
   return e.type == DType::bf16 ? launch_wide<__nv_bfloat16>(p, plan, stream) : launch_wide<__half>(p, plan, stream);

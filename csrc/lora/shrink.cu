@@ -190,6 +190,14 @@ cudaError_t shrink_planes_cuda(const ForwardParams& f, void* planes, cudaStream_
   return launch(p, planes, stream);
 }
 
+int64_t shrink_all_planes(const ForwardParams& f) {
+  const ShrinkParams p = params_of(f);
+  return p.each > 0 ? plan_of(dense_of(p, f.adapter_type, nullptr)).splits : 0;
+}
+cudaError_t shrink_all_cuda(const ForwardParams& f, void* planes, cudaStream_t stream) {
+  return dense_cuda(dense_of(params_of(f), f.adapter_type, planes), stream);
+}
+
 cudaError_t pick_cuda(const ForwardParams& f, const void* all, cudaStream_t stream) {
   ShrinkParams p = params_of(f);
   p.each = p.rank;

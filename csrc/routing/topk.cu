@@ -82,7 +82,8 @@ cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, voi
   if (p.experts > kMaxExpertsCuda) return cudaErrorInvalidValue;
   const plan_cuda::Route route = route_of(p);
   const int64_t slots = p.tokens * p.top_k;
-  const bool one = route.launches == Launches::one, fused = route.launches == Launches::fused;
+  const bool sorts = order != nullptr, one = sorts && route.launches == Launches::one;
+  const bool fused = sorts && route.launches == Launches::fused;
   SortParams sort{};
   sort.indices = p.indices;
   sort.slots = slots;
@@ -104,7 +105,7 @@ cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, voi
                         : fused ? static_cast<size_t>(p.experts + 1) * sizeof(int32_t)
                                 : 0;
   const cudaError_t selected = launch_topk(p, l, route.blocks, route.threads, shared, stream);
-  if (selected != cudaSuccess || one) return selected;
+  if (selected != cudaSuccess || one || !sorts) return selected;
   if (fused) return launch_scatter(sort, threads, stream);
   return launch_sort(p.indices, slots, p.experts, offsets, order, static_cast<int32_t*>(work), stream);
 }

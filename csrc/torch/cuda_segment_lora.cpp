@@ -179,7 +179,9 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
   check_tensor(router_weight, "router_weight", a.place, {experts, p.in}, a.acc);
   check_tensor(weight, "weight", a.place, {p.out, p.in}, x.scalar_type());
   if (bias.has_value()) check_tensor(*bias, "bias", a.place, {p.out}, x.scalar_type());
+  const OptionalTensor bias_row = bias.has_value() ? OptionalTensor(dense(*bias)) : std::nullopt;
   check_topk(tokens, experts, top_k);
+  check_experts(experts);
   p.seg = {nullptr, nullptr, tokens, top_k, experts};
   p.scaling = scaling;
   p.score_func = score_func_of(score_func);
@@ -189,7 +191,6 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
     p.router_weight = data<void>(router_rows);
     const Tensor y = empty(a.place, {tokens, p.out}, x.scalar_type());
     p.y = data<void>(y);
-    const OptionalTensor bias_row = bias.has_value() ? OptionalTensor(dense(*bias)) : std::nullopt;
     if (bias_row.has_value()) p.bias = data<void>(*bias_row);
     set_weight(&p, weight);
     if (decode_multiplies(p)) {
@@ -205,14 +206,30 @@ Tensor routed_linear_cuda(const Tensor& x_, const Tensor& weight, const Optional
     MOA_CUDA_CHECK(decode_second_cuda(p, work, call.stream()));
     return with_leading(y, x_);
   }
-  if (!routed_shrink_fits(p)) {
+  RoutedShrinkParams many{};
+  static_cast<ForwardParams&>(many) = p;
+  if (!routed_shrink_fits(many) || !expand_all_fits(many)) {
     const auto [logits, weights, indices, offsets, order] =
         linear_routing_cuda(a.x, router_weight, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
     return segment_linear_cuda(x_, weight, bias, std::nullopt, lora_A, lora_B, weights, offsets, order, std::nullopt,
                                scaling, std::nullopt);
   }
-  const Tensor y = std::get<0>(
-      routed_lora_cuda(a.x, lora_A, lora_B, router_weight, top_k, score_func, norm_topk_prob, scaling, bias, weight));
+  // Many: router and every expert's A in one pass over x; expand takes what the ids say, and nothing is sorted.
+  const Tensor router_rows = dense(router_weight), y = empty(a.place, {tokens, p.out}, x.scalar_type());
+  const Tensor all = empty(a.place, {static_cast<int64_t>(routed_shrink_all(many))}, ScalarType::Byte);
+  const Tensor logits = empty(a.place, {tokens, experts}, a.acc);
+  many.router_weight = data<void>(router_rows);
+  many.all = data<void>(all);
+  many.logits = data<void>(logits);
+  many.bias = bias_row.has_value() ? data<void>(*bias_row) : nullptr;
+  many.y = data<void>(y);
+  MOA_CUDA_CHECK(routed_shrink_cuda(many, call.work(routed_shrink_work(many)), call.stream()));
+  const TopkArguments routing(logits, top_k, score_func, norm_topk_prob, std::nullopt, std::nullopt);
+  MOA_CUDA_CHECK(topk_cuda(routing.p, nullptr, nullptr, nullptr, call.stream()));
+  many.weights = data<void>(routing.weights);
+  const int64_t* const ids = data<int64_t>(routing.indices);
+  MOA_CUDA_CHECK(expand_all_cuda(many, ids, call.work(expand_all_work(many)), call.stream()));
+  linear(call, y, y, a.x, weight);
   return with_leading(y, x_);
 }
 

@@ -39,6 +39,39 @@ MOA_BIND(m) {
           device.finish(error != cudaSuccess ? error : moa::pick_cuda(p, p.all, nullptr));
           return fits;
         });
+  // y = bias + mixture from the same pass and the ids of its logits, which are not sorted.
+  m.def("routed_expand",
+        [](const py::array& x, const py::array& lora_A, const py::array& lora_B, const py::array& router, int64_t top_k,
+           int score_func, bool norm, double scaling, const py::object& bias, const py::array& logits,
+           const py::array& weights, const py::array& indices, const py::array& y) {
+          emu::Device device;
+          moa::RoutedShrinkParams p{};
+          fill_layer(&device, &p, x, lora_A, router, top_k);
+          p.out = lora_B.shape(1);
+          p.lora_B = device.in(lora_B);
+          p.scaling = scaling;
+          p.bias = device.in(bias);
+          p.all = device.work(moa::routed_shrink_all(p));
+          p.logits = device.out(logits);
+          p.y = device.out(y);
+          cudaError_t error = moa::routed_shrink_cuda(p, device.work(moa::routed_shrink_work(p)), nullptr);
+          moa::TopkParams t{};
+          t.logits_type = moa::DType::f32;
+          t.tokens = p.seg.tokens;
+          t.experts = t.ldz = p.seg.experts;
+          t.top_k = top_k;
+          t.logits = p.logits;
+          t.score_func = static_cast<moa::ScoreFunc>(score_func);
+          t.norm_topk_prob = norm;
+          t.weights = device.out(weights);
+          t.indices = device.out<int64_t>(indices);
+          if (error == cudaSuccess) error = moa::topk_cuda(t, nullptr, nullptr, nullptr, nullptr);
+          p.weights = t.weights;
+          if (error == cudaSuccess)
+            error = moa::expand_all_cuda(p, t.indices, device.work(moa::expand_all_work(p)), nullptr);
+          device.finish(error);
+          return moa::routed_shrink_fits(p) && moa::expand_all_fits(p);
+        });
   m.def("backward_shrink", [](const py::array& dy, const py::array& lora_B, const py::array& offsets,
                               const py::array& order, const py::object& scale, double scaling, const py::object& ranks,
                               const py::array& h, const py::array& u, const py::object& dw) {

@@ -211,6 +211,18 @@ class Operators:
         given = (x, weight, bias, None, lora_A, lora_B, weights, offsets, order, scale)
         self.store((moa.segment_linear(*map(self.tensor, given), scaling, self.tensor(ranks)),), (y,))
 
+    def routed_expand(
+        self, x, lora_A, lora_B, router, k, score_func, norm, scaling, bias, logits, weights, ids, y
+    ) -> bool:
+        """Beside a base of zeros; the routing by an operator of its own."""
+        base = np.zeros((y.shape[1], x.shape[1]), x.dtype)
+        tensors = map(self.tensor, (x, base, bias, lora_A, lora_B, router))
+        self.store((moa.routed_linear(*tensors, k, score_func, norm, scaling),), (y,))
+        given = map(self.tensor, (x, router))
+        routed = moa.linear_routing(*given, k, score_func, norm, None, None)
+        self.store(routed[:3], (logits, weights, ids))
+        return True
+
     def skinny(self, x, weight, start, y) -> None:
         """A layer's base beside one adapter of zeros, which everybody has."""
         tokens, bias, base = len(x), None, None

@@ -20,6 +20,7 @@ from emulator.arrays import (
     unwritten,
 )
 from emulator.test_expand import expected as expanded
+from emulator.test_routing import SOFTMAX, expected_topk
 from emulator.test_shrink import DTYPES, TYPE, accumulator, route, sort
 from emulator.test_shrink import expected as shrunk
 
@@ -104,6 +105,37 @@ def test_edges(emulator: ModuleType, rng, dtype: np.dtype) -> None:
 def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     check(emulator, rng, route(rng, 33, 2, 4, 0.1), 4, 16, (640, 72), dtype, adapter=F32)
     check(emulator, rng, route(rng, 200, 2, 4, 0.1), 4, 6, (640, 71), dtype, adapter=F32)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+def test_every_experts_products(emulator: ModuleType, rng, dtype: np.dtype) -> None:
+    """Many tokens, few rows of A in all: expand takes what it needs of all of them, h is nowhere."""
+    check(emulator, rng, route(rng, 2050, 2, 8, 0.1), 8, 16, (72, 40), dtype)
+    check(emulator, rng, route(rng, 2049, 3, 20, 0.1), 20, 10, (72, 33), dtype, pad=3)
+    ranks = np.array([7, 0, 3], np.int32)
+    check(emulator, rng, rng.integers(-1, 3, (2048, 2)), 3, 7, (520, 40), dtype, ranks=ranks, adapter=F32)
+    check(emulator, rng, route(rng, 2048, 2, 16), 16, 16, (40, 24), dtype)  # tokens by pairs
+
+
+@pytest.mark.parametrize(("experts", "rank", "k", "norm"), [(6, 5, 2, True), (16, 16, 2, False), (10, 16, 3, True)])
+def test_a_layers_own_router_and_nothing_sorted(
+    emulator: ModuleType, rng, experts: int, rank: int, k: int, norm: bool
+) -> None:
+    tokens, (width, out) = 2050, (72, 40)
+    x, router = normal(rng, tokens, width, dtype=BF16), normal(rng, experts, width)
+    A = rounded(exact(normal(rng, experts, rank, width, dtype=BF16)) / 8, BF16)
+    B, bias = normal(rng, experts, out, rank, dtype=BF16), normal(rng, out, dtype=BF16)
+    there = [unwritten(tokens, experts), unwritten(tokens, k), np.zeros((tokens, k), np.int64)]
+    y = unwritten(tokens, out, dtype=BF16)
+    assert emulator.routed_expand(x, A, B, router, k, SOFTMAX, norm, 0.5, bias, *there, y)
+    logits, weights, ids = there
+    assert_close(logits, exact(x) @ exact(router).T, "logits")
+    wanted, chosen = expected_topk(exact(logits), k, SOFTMAX, norm, None)
+    assert (ids == chosen).all()
+    assert_close(weights, wanted, "weights")
+    h = shrunk(x, A, ids, None)
+    want = expanded(h, B.transpose(0, 2, 1), ids, exact(weights) * 0.5, None) + exact(bias)
+    assert_close(y, want, f"E={experts} r={rank} k={k}", 5e-3)
 
 
 @pytest.mark.large

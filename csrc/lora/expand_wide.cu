@@ -153,8 +153,11 @@ __global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const Wi
     p.masks[blockIdx.x * static_cast<int64_t>(p.words) + i] = mask[i];
   __syncthreads();
   uint4* const fragments = p.fragments + blockIdx.x * (int64_t{p.fragments_each} * 2 * kWarp);
-  const int total = before[p.words];
-  for (int i = threadIdx.x; i < total * 2 * kWarp; i += kFragmentThreads) fragments[i] = make_uint4(0, 0, 0, 0);
+  // Also what expand_wide reads but does not multiply: all that it keeps, and one behind the last, which may be the next
+  // group's first.
+  const int total = before[p.words], read = total < p.kept ? p.kept : total + 1;
+  const int own = blockIdx.x + 1 < gridDim.x && read > p.fragments_each ? p.fragments_each : read;
+  for (int i = threadIdx.x; i < own * 2 * kWarp; i += kFragmentThreads) fragments[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
 
   const auto fragment = [&](int step) {

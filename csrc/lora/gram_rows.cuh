@@ -198,7 +198,9 @@ __global__ void __launch_bounds__(kGramRowsThreads) gram_rows(const GramTiles p)
   if constexpr (kHalf) {
     const float power = half_scale(warp_max(fabsf(dz)));
     dz *= power;
-    if (row % kWarp == 0) reinterpret_cast<float*>(record + kGramFragment)[row / kWarp] = 1.0f / power;
+    // Two are read; the second lanes' fill the chunk.
+    const int lane = row % kWarp;
+    if (lane < 2) reinterpret_cast<float*>(record + kGramFragment)[2 * lane + row / kWarp] = 1.0f / power;
   }
   const float hi = to_acc(from_acc<T>(dz)), mid = to_acc(from_acc<T>(dz - hi));
   *reinterpret_cast<uint4*>(record + row * 16) = make_uint4(pack2<T>(hi, mid), pack2<T>(dz - hi - mid, 0.0f), 0, 0);

@@ -18,7 +18,8 @@ possible). ``MOA_EMULATOR="plain:0 tsan:3"`` names the ways, variant:seed:
 
 ========= ===================================================================================================
 plain     fast; canaries around shared arrays and buffers; ldmatrix, cp.async and atomics check their bounds
-tsan      a race detector; every load and store checks its bounds; bank conflicts of plain loads and stores
+tsan      a race detector; every load and store checks its bounds; bank conflicts of plain loads and stores;
+          nobody reads what nobody has written, of work memory and of outputs that ``unwritten`` made
 asan      AddressSanitizer and UBSan; ``test_asan.py`` runs every test again in processes of their own
 seed 0    threads run in index order, to the next barrier each
 seed > 0  blocks and warps in a random order, interleaved at shuffles, votes, copies and atomics; up to

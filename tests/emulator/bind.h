@@ -5,8 +5,8 @@
 //       emu::Device device;                        // this call's global memory
 //       ShrinkParams p;
 //       p.x = device.in(x);                        // an exact copy, strides and alignment included (1 GB: x itself)
-//       p.h = device.out(h);                       // the same, and copied back by finish
-//       void* work = device.work(bytes);           // poisoned
+//       p.h = device.out(h);                       // the same, and copied back by finish; all 0xFF: not to be read
+//       void* work = device.work(bytes);           // poisoned, not to be read before it is written
 //       device.finish(shrink_cuda(p, nullptr));
 //     });
 //   }
@@ -53,7 +53,7 @@ class Device {
   }
   template <class T = void>
   T* work(size_t bytes) {
-    return static_cast<T*>(device_alloc(bytes, 0));
+    return static_cast<T*>(device_alloc(bytes, 0, false));
   }
   // Raises if the launch did not succeed; copies back what `out` gave.
   void finish(cudaError_t status);

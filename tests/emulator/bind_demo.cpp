@@ -15,4 +15,12 @@ MOA_BIND(m) {
     auto* out = device.out<int32_t>(counts);
     device.finish(moa::count_cuda(in, ids.size(), out, nullptr));
   });
+  m.def("row_sums", [](const py::array& x, const py::array& y) {
+    emu::Device device;
+    const int64_t rows = x.shape(0), columns = x.shape(1);
+    const auto* in = device.in<float>(x);
+    auto* out = device.out<float>(y);
+    void* work = device.work(moa::row_sums_work(rows, columns));
+    device.finish(moa::row_sums_cuda(in, rows, columns, out, work, nullptr));
+  });
 }

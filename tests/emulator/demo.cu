@@ -78,6 +78,30 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const int32_t* ids, int
   }
 }
 
+// y[i] = the sum of row i of x [m, k] float32: rows in work memory, padded to whole 16 bytes; a thread takes the next.
+constexpr int kChunk = 4;  // elements
+int64_t padded_width(int64_t k) { return (k + kChunk - 1) / kChunk * kChunk; }
+__global__ void __launch_bounds__(kThreads)
+    pad_kernel(const float* x, int64_t m, int64_t k, int64_t padded, float* rows) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, row = i / padded, column = i % padded;
+  if (row < m) rows[i] = column < k ? x[row * k + column] : 0.0f;
+}
+__global__ void __launch_bounds__(kThreads)
+    row_sums_kernel(const float* rows, int64_t m, int64_t k, int64_t padded, uint32_t* taken, float* y) {
+  MOA_SHARED(float, chunks, kThreads* kChunk);
+  float* const mine = chunks + threadIdx.x * kChunk;
+  for (int64_t row; (row = atomicAdd(taken, 1u)) < m;) {
+    float sum = 0.0f;
+    for (int64_t j = 0; j < k; j += kChunk) {
+      cp_async_16(mine, rows + row * padded + j, true);
+      cp_async_commit();
+      cp_async_wait<0>();
+      for (int i = 0; i < kChunk && j + i < k; ++i) sum += mine[i];
+    }
+    y[row] = sum;
+  }
+}
+
 template <class T>
 cudaError_t launch_demo(const DemoParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((p.m + kM - 1) / kM), static_cast<unsigned>((p.n + kN - 1) / kN));
@@ -93,6 +117,19 @@ cudaError_t demo_cuda(const DemoParams& p, cudaStream_t stream) {
 cudaError_t count_cuda(const int32_t* ids, int64_t n, int32_t* counts, cudaStream_t stream) {
   return MOA_LAUNCH(count_kernel, static_cast<unsigned>((n + kThreads - 1) / kThreads), kThreads, 0, stream, ids, n,
                     counts);
+}
+
+size_t row_sums_work(int64_t m, int64_t k) { return static_cast<size_t>(m * padded_width(k) + 1) * 4; }
+
+cudaError_t row_sums_cuda(const float* x, int64_t m, int64_t k, float* y, void* work, cudaStream_t stream) {
+  const int64_t padded = padded_width(k);
+  auto* const rows = static_cast<float*>(work);
+  auto* const taken = reinterpret_cast<uint32_t*>(rows + m * padded);
+  cudaError_t error = cudaMemsetAsync(taken, 0, sizeof *taken, stream);
+  const auto blocks = static_cast<unsigned>((m * padded + kThreads - 1) / kThreads);
+  if (error == cudaSuccess) error = MOA_LAUNCH(pad_kernel, blocks, kThreads, 0, stream, x, m, k, padded, rows);
+  if (error != cudaSuccess) return error;
+  return MOA_LAUNCH(row_sums_kernel, 2, kThreads, 0, stream, rows, m, k, padded, taken, y);
 }
 
 }  // namespace moa

@@ -21,10 +21,7 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemory
 // Everything happens at once and in order, so an asynchronous call is the call itself.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  if (bytes > 0) memset(p, value, bytes);
-  return cudaSuccess;
-}
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t);
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 inline const char* cudaGetErrorString(cudaError_t error) {

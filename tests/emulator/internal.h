@@ -47,6 +47,7 @@ struct Region {                           // a shared array, or a buffer of glob
   const unsigned char* begin;             // null: none
   size_t bytes;
   const char* name;
+  bool written;  // from the start
 };
 Region region_of(const void* p);  // the one around p, the gaps around it included
 void shared_turn();               // to the running block's
@@ -71,6 +72,7 @@ void races_block_begin();
 void races_block_barrier();
 void races_warp_barrier(Warp& warp, unsigned mask);
 void races_fence();
+void races_host_writes(const void* p, size_t bytes);
 void races_forget_buffers();
 void trace_warp_met(const Warp& warp);
 #else
@@ -79,6 +81,7 @@ inline void races_block_begin() {}
 inline void races_block_barrier() {}
 inline void races_warp_barrier(Warp&, unsigned) {}
 inline void races_fence() {}
+inline void races_host_writes(const void*, size_t) {}
 inline void races_forget_buffers() {}
 inline void trace_warp_met(const Warp&) {}
 #endif

@@ -245,6 +245,7 @@ namespace {
 struct Buffer {
   unsigned char *begin, *data;
   size_t bytes, gap_before;
+  bool written;  // from the start
   bool adopted;  // somebody else's, without gaps
 };
 std::vector<Buffer> buffers;
@@ -253,7 +254,7 @@ constexpr size_t kBufferGap = 256;
 }  // namespace
 
 // `offset` is the address modulo 256: device memory starts at 256-byte boundaries, views of it anywhere.
-void* device_alloc(size_t bytes, size_t offset) {
+void* device_alloc(size_t bytes, size_t offset, bool written) {
 #if defined(__SANITIZE_ADDRESS__)
   // An allocation of its own that ends where the data ends: AddressSanitizer knows the rest.
   const size_t before = offset % 256, behind = 0;
@@ -267,12 +268,12 @@ void* device_alloc(size_t bytes, size_t offset) {
   memset(begin + before, settings.poison, bytes);
   memset(begin + before + bytes, kCanary, behind);
   ASAN_POISON_MEMORY_REGION(begin, before);
-  buffers.push_back({begin, begin + before, bytes, before, false});
+  buffers.push_back({begin, begin + before, bytes, before, written, false});
   return begin + before;
 }
 
 void device_adopt(void* data, size_t bytes) {
-  buffers.push_back({static_cast<unsigned char*>(data), static_cast<unsigned char*>(data), bytes, 0, true});
+  buffers.push_back({static_cast<unsigned char*>(data), static_cast<unsigned char*>(data), bytes, 0, true, true});
 }
 
 Region region_of(const void* p) {
@@ -280,21 +281,21 @@ Region region_of(const void* p) {
   if (is_shared(p)) {
     for (const Array& a : own().arrays) {
       const unsigned char* begin = arena + a.begin;
-      if (at >= begin - kGap && at < begin + a.bytes + a.gap) return {begin, a.bytes, a.name};
+      if (at >= begin - kGap && at < begin + a.bytes + a.gap) return {begin, a.bytes, a.name, true};
     }
   } else {
     static size_t last;  // found
     if (last < buffers.size()) {
       const Buffer& b = buffers[last];
-      if (at >= b.data && at < b.data + b.bytes) return {b.data, b.bytes, "global memory"};
+      if (at >= b.data && at < b.data + b.bytes) return {b.data, b.bytes, "global memory", b.written};
     }
     for (const Buffer& b : buffers) {
       if (at < b.begin || at >= b.data + b.bytes + kBufferGap) continue;
       last = static_cast<size_t>(&b - buffers.data());
-      return {b.data, b.bytes, "global memory"};
+      return {b.data, b.bytes, "global memory", b.written};
     }
   }
-  return {nullptr, 0, nullptr};
+  return {nullptr, 0, nullptr, true};
 }
 
 void device_check() {
@@ -319,3 +320,10 @@ void device_free_all() {
 }
 
 }  // namespace emu
+
+cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  if (bytes == 0) return cudaSuccess;
+  emu::races_host_writes(p, bytes);
+  memset(p, value, bytes);
+  return cudaSuccess;
+}

@@ -1,6 +1,8 @@
 // The Python module: every bound kernel, the emulator's settings and what it counted.
 #include <dlfcn.h>
 
+#include <algorithm>
+
 #include "emulator/bind.h"
 #include "emulator/conflicts.h"
 #include "emulator/internal.h"
@@ -46,8 +48,10 @@ void* Device::place(const py::object& object, const char* dtype, bool writable) 
   if (span.bytes == 0) return nullptr;  // as a tensor without elements has it
   // So much that the test has it as pages which are not there until they are touched: no copy, no canaries.
   if (!writable && span.bytes >= size_t{1} << 30) return device_adopt(span.data, span.bytes), span.data;
+  // As `unwritten` of arrays.py makes it.
+  const bool all_ones = std::all_of(span.data, span.data + span.bytes, [](unsigned char byte) { return byte == 0xff; });
   // NumPy aligns to 16 bytes at least; beyond that nothing a kernel could see depends on the address.
-  void* copy = device_alloc(span.bytes, reinterpret_cast<uintptr_t>(span.data) % 16);
+  void* copy = device_alloc(span.bytes, reinterpret_cast<uintptr_t>(span.data) % 16, !writable || !all_ones);
   memcpy(copy, span.data, span.bytes);
   if (writable) outputs_.push_back({array, span, copy});
   return copy;

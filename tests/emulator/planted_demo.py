@@ -1,6 +1,6 @@
 """Bugs in the emulator's own kernels: what each variant can see, in its smallest form."""
 
-from emulator.mutations import RACE, WRONG, plant
+from emulator.mutations import RACE, UNWRITTEN, WRONG, plant
 
 demo = plant("tests/emulator/demo.cu", "test_emulator.py -k product")
 demo("demo-missing-wait", "    cp_async_wait<1>();\n", "", "plain:0", WRONG)
@@ -61,6 +61,22 @@ count(
     "const unsigned same = i < n ? __match_any_sync(kFullMask, id) : 0;",
     "plain:0",
     "deadlock",
+)
+
+sums = plant("tests/emulator/demo.cu", "test_emulator.py -k row_sums")
+sums(
+    "demo-padding-not-written",
+    "if (row < m) rows[i] = column < k ? x[row * k + column] : 0.0f;",
+    "if (row < m && column < k) rows[i] = x[row * k + column];",
+    "tsan:0",
+    UNWRITTEN,
+)
+sums(
+    "demo-counter-not-zeroed",
+    "cudaMemsetAsync(taken, 0, sizeof *taken, stream)",
+    "cudaSuccess",
+    "tsan:0",
+    UNWRITTEN,
 )
 
 total = plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k last_block")

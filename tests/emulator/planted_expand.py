@@ -1,6 +1,6 @@
 """Bugs in expand-combine."""
 
-from emulator.mutations import OUT, RACE, WRONG, plant
+from emulator.mutations import OUT, RACE, UNWRITTEN, WRONG, plant
 
 EXPAND = "csrc/lora/expand.cu"
 tile = plant(
@@ -129,6 +129,9 @@ fragments(
     "plain:0",
     WRONG,
 )
+fragments("expand-fragment-kept-unwritten", "total < p.kept ? p.kept :", "", "tsan:0", UNWRITTEN)
+fragments("expand-fragment-behind-unwritten", "p.kept : total + 1", "p.kept : total", "tsan:0", UNWRITTEN)
+fragments("expand-fragment-of-the-next", "blockIdx.x + 1 < gridDim.x &&", "false &&", "tsan:0", RACE)
 fragments(
     "expand-fragment-missing-barrier",
     "fragments[i] = make_uint4(0, 0, 0, 0);\n  __syncthreads();",

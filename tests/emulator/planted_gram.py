@@ -1,6 +1,6 @@
 """Bugs in gram and in the router's backward."""
 
-from emulator.mutations import OUT, RACE, WRONG, plant
+from emulator.mutations import OUT, RACE, UNWRITTEN, WRONG, plant
 
 BARRIER = "__syncthreads();  // the stage is there; all have left the one before\n"
 
@@ -58,6 +58,9 @@ rows(
     WRONG,
 )
 rows("gram-mma-piece-too-long", "stages - begin < each ? stages - begin : each", "each", "plain:0", WRONG)
+
+rows = here("gram_rows.cuh", PIECES.format("f16"))
+rows("gram-scale-chunk-unwritten", "if (lane < 2) re", "if (lane < 1) re", "tsan:0", UNWRITTEN)
 
 ROUTER = "test_gram.py -k 'router and (bf16 or f16)'"
 rows = here("gram_rows.cuh", ROUTER)

@@ -12,6 +12,8 @@
 // Two unordered events on one byte, one of them a write and not both atomic, are a race, whatever order they ran in.
 // Per byte the last write and two other events are kept: any race with the last write, and of readers one per warp
 // where there are two, is found.
+//
+// The last write also tells whether a byte of work memory has been written at all: nobody may read it before.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -40,8 +42,9 @@ struct BlockClocks {
 };
 BlockClocks all_clocks[kMaxResidents];
 BlockClocks& own() { return all_clocks[resident]; }
-unsigned last_stamp, first_stamp;       // of the newest block; of the launch's first
-std::map<const void*, Views> released;  // by counter
+constexpr unsigned kHost = 1;              // its stamp, before every block's
+unsigned last_stamp = kHost, first_stamp;  // of the newest block; of the launch's first
+std::map<const void*, Views> released;     // by counter
 
 // What happened up to `clock` of `thread` in this block is known to the running thread.
 bool knows(const BlockClocks& mine, unsigned thread, unsigned clock) {
@@ -132,12 +135,19 @@ struct Place {
   const unsigned char *begin, *end, *base;  // base: what the history counts from, 4-byte aligned
   History* history;
   unsigned resident;  // whose shared memory it is
-  bool is_shared;
+  bool is_shared, written;
   unsigned long long version;
 };
 constexpr unsigned kPlaces = 256;
 Place known_places[kPlaces];     // by the line
 unsigned long long version = 1;  // of all that is known of places
+
+const unsigned char* base_of(const Region& buffer) {
+  return buffer.begin - reinterpret_cast<uintptr_t>(buffer.begin) % 4;
+}
+History* history_of(const Region& buffer) {
+  return &histories.try_emplace(buffer.begin, buffer.bytes + 3).first->second;
+}
 
 const Place* look_up(const unsigned char* p, size_t bytes, Site site) {
   const Region region = region_of(p);
@@ -154,11 +164,11 @@ const Place* look_up(const unsigned char* p, size_t bytes, Site site) {
     history = own().shared_history.get();
     base = p - shared_offset(p);
   } else {
-    base = region.begin - reinterpret_cast<uintptr_t>(region.begin) % 4;
-    history = &histories.try_emplace(region.begin, region.bytes + 3).first->second;
+    base = base_of(region);
+    history = history_of(region);
   }
   Place& place = known_places[reinterpret_cast<uintptr_t>(site) % kPlaces];
-  place = {region.begin, region.begin + region.bytes, base, history, resident, shared, version};
+  place = {region.begin, region.begin + region.bytes, base, history, resident, shared, region.written, version};
   return &place;
 }
 
@@ -204,7 +214,12 @@ inline void keep(Cell& cell, Event now, unsigned site) {
   cell.other_site[slot] = site;
 }
 
-inline void update(const unsigned char* p, Cell& cell, Event now, Site site) {
+inline void update(const unsigned char* p, Cell& cell, Event now, Site site, bool written) {
+  if (!written && none(cell.write) && (now.is_atomic || !now.is_write)) {
+    const Region region = region_of(p);
+    fail(site, "this reads what nobody has written: byte %td of a buffer of %zu in global memory", p - region.begin,
+         region.bytes);
+  }
   if (cell.write.in_flight && cell.write.stamp == own().stamp && !now.is_write) {
     fail(site, "this reads what the cp.async of thread %u at %s has not delivered: no cp_async_wait came between",
          static_cast<unsigned>(cell.write.thread), describe(long_site(cell.write_site)).c_str());
@@ -247,16 +262,11 @@ void record_access(const void* address, size_t bytes, Access access, Site site) 
   if (access == kAcquire || access == kAcquireRelease) take(released[address]);
   if (access == kAcquireRelease) hand_on(address);
   const auto at = static_cast<size_t>(p - place->base);
-  place->history->visit(at, at + bytes, [=](size_t i, Cell& cell) { update(p + (i - at), cell, now, site); });
+  const bool written = place->written;
+  place->history->visit(at, at + bytes, [=](size_t i, Cell& cell) { update(p + (i - at), cell, now, site, written); });
 }
 
 void races_grid_begin() {
-  if (last_stamp > (1u << 22) - 2 - (1u << 20)) {  // the stamps come to their end
-    histories.clear();
-    for (BlockClocks& c : all_clocks) c.shared_history.reset();
-    last_stamp = 0;
-    ++version;
-  }
   first_stamp = last_stamp + 1;
   released.clear();
 }
@@ -318,10 +328,27 @@ void races_fence() {
   }
 }
 
+void races_host_writes(const void* p, size_t bytes) {
+  const Region region = region_of(p);
+  const auto* const begin = static_cast<const unsigned char*>(p);
+  if (region.begin == nullptr || begin < region.begin || begin + bytes > region.begin + region.bytes) {
+    throw std::runtime_error("cudaMemsetAsync is out of bounds");
+  }
+  Event now{};
+  now.stamp = kHost;
+  now.is_write = 1;
+  const auto at = static_cast<size_t>(begin - base_of(region));
+  history_of(region)->visit(at, at + bytes, [=](size_t, Cell& cell) { cell.write = now; });
+}
+
 // Buffers come and go at the same addresses.
 void races_forget_buffers() {
   histories.clear();
   ++version;
+  if (last_stamp < (1u << 21)) return;
+  // Of 22 bits, too few may be left for the next call's blocks.
+  for (BlockClocks& c : all_clocks) c.shared_history.reset();
+  last_stamp = kHost;
 }
 
 }  // namespace emu

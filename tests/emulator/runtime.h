@@ -89,8 +89,9 @@ void copy_wait(unsigned allowed);
 // Extra shared-memory cycles of a warp access: lane l touches `bytes` at p[l] (null: it takes no part).
 void count_conflicts(const void* const* p, unsigned lanes, unsigned bytes, Site site);
 
-// Global memory of one test: exact sizes, poisoned, with canaries; bind.h gives it to kernels.
-void* device_alloc(size_t bytes, size_t offset_in_line);
+// Global memory of one test: exact sizes, poisoned, with canaries; bind.h gives it to kernels. If it is not `written`,
+// nobody may read it before somebody writes it: the race detector's build knows.
+void* device_alloc(size_t bytes, size_t offset_in_line, bool written);
 void device_adopt(void* data, size_t bytes);  // memory of the test's own, taken where it lies
 void device_free_all();
 

@@ -32,6 +32,25 @@ def test_count(emulator: ModuleType, rng: np.random.Generator) -> None:
     assert np.array_equal(counts, np.bincount(ids[ids >= 0], minlength=64))
 
 
+@pytest.mark.parametrize("k", [4, 7])
+def test_row_sums(emulator: ModuleType, rng: np.random.Generator, k: int) -> None:
+    x, y = normal(rng, 300, k), unwritten(300)
+    emulator.row_sums(x, y)
+    assert_close(y, exact(x).sum(1))
+
+
+def test_what_nobody_has_written_is_not_read(emulator: ModuleType) -> None:
+    if "tsan" not in emulator.__name__:
+        pytest.skip("plain runs know no history of bytes")
+    said = r"count_kernel.* at demo\.cu:\d+.* what nobody has written: byte 12 of a buffer of 256 in global"
+    with pytest.raises(RuntimeError, match=said):
+        emulator.count(np.array([3], np.int32), unwritten(64, dtype=np.int32))
+    counts = unwritten(64, dtype=np.int32)
+    counts[3] = 0
+    emulator.count(np.array([3], np.int32), counts)
+    assert counts[3] == 1
+
+
 def test_what_depends_on_the_order_of_threads_shows() -> None:
     """Every test of a kernel compares, bit by bit, what two orders of its threads write."""
     module = ModuleType("kernels")

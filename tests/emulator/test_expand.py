@@ -261,7 +261,7 @@ def test_tiles_do_not_conflict(emulator: ModuleType, rng) -> None:
     ]:
         offsets, order = sort(route(rng, tokens, k, experts), experts)
         values, weights = normal(rng, tokens * k, rank), normal(rng, tokens, k)
-        panels, y = normal(rng, experts, 128, rank, dtype=dtype), unwritten(tokens, 128, dtype=dtype)
+        panels, y = normal(rng, experts, 128, rank, dtype=dtype), np.zeros((tokens, 128), dtype)
         given = (offsets, order, weights, None, 1.0, None)
         emulator.expand(values, panels, *given, y, None, y)
         emulator.backward_expand(values, panels.reshape(experts, rank, 128), *given, None, None, y)

@@ -2,10 +2,10 @@
 
 As in :mod:`benchmarks.timer`, every round samples each function once, in a new order, and what is reported
 is the median of the paired ratios to the baseline. Before each sample the device is kept busy (memory beyond
-the L2 cache is read, then idle cycles), so that the host has put the whole call on the stream before its first
-kernel starts: host overhead is not what these times hold. A function that waits for the device shows that
-wait in full. Read, not written: lines that must go back to memory first (50 MB, 15 us on an H100) would be
-charged to whoever reads, and what a decode step finds in the cache is other layers' weights.
+the L2 cache is read, then come idle cycles), so that the host has put the whole call on the stream before its
+first kernel starts: host overhead is not what these times hold. A function that waits for the device shows
+that wait in full. Read, not written: lines that must go back to memory first (50 MB, 15 us on an H100) would
+be charged to whoever reads, and what a decode step finds in the cache is other layers' weights.
 
 On a CPU the same code runs with a wall clock; its tests do so.
 """

@@ -52,19 +52,9 @@ struct Coefficients {
 };
 
 inline Coefficients coefficients_of(const LoraParams& p, const void* values) {
-  return {p.seg.offsets,
-          p.seg.order,
-          p.ranks,
-          p.seg.experts,
-          p.seg.tokens * p.seg.top_k,
-          p.seg.top_k,
-          p.rank,
-          values,
-          p.weights,
-          p.scale,
-          p.scaling,
-          1,
-          false};
+  return {p.seg.offsets, p.seg.order, p.ranks, p.seg.experts, p.seg.tokens * p.seg.top_k,
+          p.seg.top_k,   p.rank,      values,  p.weights,     p.scale,
+          p.scaling,     1,           false};
 }
 // The logits' gradients as coefficients of one segment of all tokens.
 inline Coefficients coefficients_of(const RouterBackwardParams& p) {

@@ -223,10 +223,10 @@ static cudaError_t summed_cuda(DenseParams p, void* work, cudaStream_t stream) {
   constexpr int kThreads = plan_cuda::kTileThreads;
   const unsigned blocks = static_cast<unsigned>(plan_cuda::ceil_div(size, kThreads));
   if (p.x_type == DType::f64)
-    return MOA_LAUNCH_EARLY(dense_sum<double>, blocks, kThreads, 0, stream, static_cast<const double*>(work), splits, size,
-                      static_cast<double*>(logits));
+    return MOA_LAUNCH_EARLY(dense_sum<double>, blocks, kThreads, 0, stream, static_cast<const double*>(work), splits,
+                            size, static_cast<double*>(logits));
   return MOA_LAUNCH_EARLY(dense_sum<float>, blocks, kThreads, 0, stream, static_cast<const float*>(work), splits, size,
-                    static_cast<float*>(logits));
+                          static_cast<float*>(logits));
 }
 
 // ---- the router alone ----

@@ -198,9 +198,9 @@ cudaError_t mixture_cuda(const ForwardParams& params, void* work, cudaStream_t s
   p.c.planes = left.planes;
   p.c.all = left.all;
   p.sums = planes ? params.h : nullptr;
-  const cudaError_t error = left.all  ? shrink_all_cuda(f, work, stream)
+  const cudaError_t error = left.all ? shrink_all_cuda(f, work, stream)
                             : planes ? shrink_planes_cuda(f, work, stream)
-                                      : shrink_cuda(f, rest, stream);
+                                     : shrink_cuda(f, rest, stream);
   return error != cudaSuccess ? error : launch(p, f, rest, stream);
 }
 
@@ -211,9 +211,7 @@ static ExpandParams params_of(const RoutedShrinkParams& r, const int64_t* ids) {
   p.ids = ids;
   return p;
 }
-size_t expand_all_work(const RoutedShrinkParams& r) {
-  return work_of(r, params_of(r, nullptr));
-}
+size_t expand_all_work(const RoutedShrinkParams& r) { return work_of(r, params_of(r, nullptr)); }
 cudaError_t expand_all_cuda(const RoutedShrinkParams& r, const int64_t* ids, void* work, cudaStream_t stream) {
   return launch(params_of(r, ids), r, work, stream);
 }

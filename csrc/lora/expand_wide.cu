@@ -37,8 +37,7 @@ __device__ __forceinline__ int expert_of(const ExpandParams& p, int64_t slot) {
 // neighbours.
 //
 // A block orders the tokens of a window; a thread has every 1024th.
-__global__ void __launch_bounds__(kClusterThreads)
-    expand_rows(const ExpandParams p, int32_t* rows) {
+__global__ void __launch_bounds__(kClusterThreads) expand_rows(const ExpandParams p, int32_t* rows) {
   constexpr int kSide = plan_cuda::kClusterSide, kBins = kSide * kSide, kThreads = kClusterThreads;
   constexpr int kEach = kBins / kThreads, kTokens = plan_cuda::kClusterWindow / kThreads;
   static_assert(kBins % kThreads == 0 && kThreads == kWarp * kWarp, "a thread's bins; one warp scans the warps' sums");
@@ -230,8 +229,8 @@ __global__ void __launch_bounds__(kWideThreads, blocks_at_once(2, plan_cuda::kWi
 
 template <class T>
 cudaError_t launch_wide(const WideParams& p, const plan_cuda::ExpandWide& plan, cudaStream_t stream) {
-  const cudaError_t error = MOA_LAUNCH_EARLY((expand_fragments<T>), static_cast<unsigned>(plan.groups), kFragmentThreads,
-                                       plan.fragments_shared, stream, p);
+  const cudaError_t error = MOA_LAUNCH_EARLY((expand_fragments<T>), static_cast<unsigned>(plan.groups),
+                                             kFragmentThreads, plan.fragments_shared, stream, p);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts));
   if (p.e.panel_j == 1 && p.e.dz == nullptr)  // width 1: either

@@ -175,8 +175,8 @@ cudaError_t launch_tiles(const GramLaunch& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const size_t stages = kGramStages * (kGramStage * kGramColumns * sizeof(T) + static_cast<size_t>(p.shared));
   const size_t sums = (8 * kFrags + 1) * kGramPitch * sizeof(float), shared = stages > sums ? stages : sums;
-  return MOA_LAUNCH_EARLY((gram_mma<T, kFrags, kExact>), static_cast<unsigned>(p.plan.pieces * tiles), kGramThreads, shared,
-                    stream, all);
+  return MOA_LAUNCH_EARLY((gram_mma<T, kFrags, kExact>), static_cast<unsigned>(p.plan.pieces * tiles), kGramThreads,
+                          shared, stream, all);
 }
 template <class T>
 cudaError_t launch_tiles(const GramLaunch& p, cudaStream_t stream) {

@@ -1,6 +1,7 @@
 // Shrink, router and decode for test_shrink.py, test_router.py and test_decode.py. Arguments are named as the fields of
 // csrc/lora/lora.h.
 #include "emulator/bind_lora.h"
+#include "routing/cuda.h"
 
 using emu::fill;
 using emu::fill_layer;

@@ -71,6 +71,7 @@ void run_block(unsigned place) {
   }
   if (now->alive == 0) {
     now->here = false;
+    races_block_end();
     shared_end();
     device_check();
   } else if (!preempted) {
@@ -112,15 +113,25 @@ void run_blocks(const std::vector<unsigned long long>& order) {
 
 }  // namespace
 
+bool early, launched;
+
 std::vector<Launch>& launches() {
   static std::vector<Launch> all;
   return all;
 }
 
+void launch_in_front_ended() { races_await_launch(); }
+
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 size, size_t dynamic_bytes, Body run,
                      void* with) {
   const unsigned long long count = 1ull * size.x * size.y * size.z, blocks = 1ull * grid.x * grid.y * grid.z;
+  const bool is_early = early;
+  early = false;
   if (blocks == 0) return cudaSuccess;
+  if (is_early && !launched) {
+    throw std::runtime_error(std::string(kernel) + " is launched early, with no launch of this call in front of it");
+  }
+  launched = true;
   if (count == 0 || count > kMaxThreads || size.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
@@ -133,7 +144,7 @@ cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 s
   shuffled = settings.seed != 0;
   random_state = settings.seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
   places = settings.residents == 0 ? static_cast<unsigned>(settings.seed % kMaxResidents) + 1 : settings.residents;
-  races_grid_begin();
+  races_grid_begin(is_early);
   std::vector<unsigned long long> order(blocks);
   std::iota(order.begin(), order.end(), 0ull);
   for (unsigned long long i = blocks; shuffled && i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);

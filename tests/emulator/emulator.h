@@ -27,7 +27,8 @@ constexpr int warpSize = 32;
 #define MOA_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::emu::dynamic_shared())
 #define MOA_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
   ::emu::launch(#kernel, kernel, dim3(grid), dim3(block), dynamic_bytes, stream, __VA_ARGS__)
-#define MOA_LAUNCH_EARLY MOA_LAUNCH
+#define MOA_LAUNCH_EARLY(kernel, grid, block, dynamic_bytes, stream, ...) \
+  ::emu::launch_early(#kernel, kernel, dim3(grid), dim3(block), dynamic_bytes, stream, __VA_ARGS__)
 
 #include "emulator/collectives.h"
 #include "emulator/fragments.h"

@@ -30,7 +30,7 @@ MOA_INLINE void cp_async_16(void* shared, const void* global, bool valid) {
 MOA_INLINE void cp_async_commit() { emu::copy_commit(); }
 MOA_INLINE void prefetch_l2(const void*) {}
 MOA_INLINE void next_may_begin() {}
-MOA_INLINE void await_launch() {}
+MOA_INLINE void await_launch() { emu::launch_in_front_ended(); }
 MOA_INLINE uint4 load_once(const void* global, bool valid) {
   return valid ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
 }

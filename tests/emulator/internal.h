@@ -22,6 +22,7 @@ struct Launch {
   const void* function;
 };
 std::vector<Launch>& launches();
+extern bool launched;  // something, in this call
 
 // Blocks that have begun share the machine: one runs until it ends, until all its threads wait, or, under a seed, for a
 // while. What belongs to a block is kept per place on the machine, and `resident` is that of the running one.
@@ -67,8 +68,10 @@ inline bool on_stack(const void* p) {
 
 // races.cpp and trace.cpp, in the build that has them
 #ifdef MOA_EMULATE_TSAN
-void races_grid_begin();
+void races_grid_begin(bool early);
 void races_block_begin();
+void races_block_end();
+void races_await_launch();
 void races_block_barrier();
 void races_warp_barrier(Warp& warp, unsigned mask);
 void races_fence();
@@ -76,8 +79,10 @@ void races_host_writes(const void* p, size_t bytes);
 void races_forget_buffers();
 void trace_warp_met(const Warp& warp);
 #else
-inline void races_grid_begin() {}
+inline void races_grid_begin(bool) {}
 inline void races_block_begin() {}
+inline void races_block_end() {}
+inline void races_await_launch() {}
 inline void races_block_barrier() {}
 inline void races_warp_barrier(Warp&, unsigned) {}
 inline void races_fence() {}

@@ -310,6 +310,7 @@ void device_check() {
 }
 
 void device_free_all() {
+  launched = false;
   for (const Buffer& b : buffers) {
     if (b.adopted) continue;
     ASAN_UNPOISON_MEMORY_REGION(b.begin, b.gap_before);

@@ -3,7 +3,8 @@
 //
 // An access is an event (block, thread, clock of the thread). A thread's clock ticks at every barrier it passes. An
 // earlier event is ordered before this thread if
-//   it is this thread's own, or of an earlier launch;
+//   it is this thread's own, or of an earlier launch, which under an early one somebody must have awaited: this thread,
+//     or one that it knows of as below;
 //   or of this warp, and a __syncwarp or __syncthreads of both came between: what each lane has seen of each other;
 //   or of another warp of this block, and a __syncthreads came between;
 //   or of another block, which then handed it on by `arrive` at a counter that this thread, or one it knows of as above,
@@ -38,12 +39,14 @@ struct BlockClocks {
   unsigned seen[kMaxThreads][32];                      // [thread][lane of its warp]
   std::map<unsigned, std::vector<Acquired>> acquired;  // by the stamp of the block it is from
   std::map<unsigned, Views> pending;                   // by thread: met by atomics, no fence since
+  std::vector<std::pair<unsigned, unsigned>> awaits;   // of the launches in front: thread, clock
   std::unique_ptr<History> shared_history;
 };
 BlockClocks all_clocks[kMaxResidents];
 BlockClocks& own() { return all_clocks[resident]; }
 constexpr unsigned kHost = 1;              // its stamp, before every block's
 unsigned last_stamp = kHost, first_stamp;  // of the newest block; of the launch's first
+unsigned chain_stamp;                      // the first of the newest launch that is not early
 std::map<const void*, Views> released;     // by counter
 
 // What happened up to `clock` of `thread` in this block is known to the running thread.
@@ -67,7 +70,10 @@ bool ordered_by_counters(const BlockClocks& mine, Event e) {
 inline bool ordered(Event e) {
   const BlockClocks& mine = own();
   if (e.stamp == mine.stamp) return knows(mine, static_cast<unsigned>(e.thread), static_cast<unsigned>(e.clock));
-  return e.stamp < first_stamp || looking_at_shared || ordered_by_counters(mine, e);  // before the first: none, too
+  if (e.stamp < chain_stamp || looking_at_shared) return true;  // none, too
+  if (e.stamp >= first_stamp) return ordered_by_counters(mine, e);
+  return std::any_of(mine.awaits.begin(), mine.awaits.end(),
+                     [&](const auto& a) { return knows(mine, a.first, a.second); });
 }
 
 void merge(Views* into, unsigned stamp, const std::shared_ptr<const View>& view) {
@@ -188,6 +194,7 @@ Site long_site(unsigned site) { return &module_marker + static_cast<int>(site); 
   const auto verb = [](Event e) { return e.is_atomic ? "changes" : e.is_write ? "writes" : "reads"; };
   const Region region = region_of(p);
   char whose[64] = "of another block ";
+  if (then.stamp < first_stamp) strcpy(whose, "of the launch in front ");
   if (then.stamp == own().stamp) whose[0] = 0;
   fail(site, "a race: this thread %s byte %td of %s, which thread %u %s%s at %s with no barrier between", verb(now),
        p - region.begin, region.name, static_cast<unsigned>(then.thread), whose, verb(then),
@@ -266,8 +273,9 @@ void record_access(const void* address, size_t bytes, Access access, Site site) 
   place->history->visit(at, at + bytes, [=](size_t i, Cell& cell) { update(p + (i - at), cell, now, site, written); });
 }
 
-void races_grid_begin() {
+void races_grid_begin(bool early) {
   first_stamp = last_stamp + 1;
+  if (!early) chain_stamp = first_stamp;
   released.clear();
 }
 
@@ -276,6 +284,7 @@ void races_block_begin() {
   c.stamp = ++last_stamp;
   c.acquired.clear();
   c.pending.clear();
+  c.awaits.clear();
   if (c.shared_history == nullptr) c.shared_history = std::make_unique<History>(kArena);
   ++version;
   for (unsigned t = 0; t < thread_count; ++t) {
@@ -285,6 +294,14 @@ void races_block_begin() {
     std::fill(c.seen[t], c.seen[t] + 32, 0u);
   }
 }
+
+void races_block_end() {
+  if (chain_stamp < first_stamp && own().awaits.empty()) {
+    throw std::runtime_error(std::string(block.kernel) + ": a block of an early launch has ended without await_launch");
+  }
+}
+
+void races_await_launch() { own().awaits.emplace_back(self->rank, own().clocks[self->rank]); }
 
 void races_block_barrier() {
   BlockClocks& c = own();

@@ -76,6 +76,7 @@ void block_barrier(const char* name);
 void maybe_yield();  // lets others run here, under a seed other than 0
 // Returns when *counter, in global memory, is `value` or more: other blocks run meanwhile.
 void spin_until(const unsigned* counter, unsigned value, Site site);
+void launch_in_front_ended();  // await_launch: it has, but for the race detector
 
 // ---- Memory.
 void* shared_array(const void* site, const char* name, size_t bytes);
@@ -108,6 +109,7 @@ void record_access(const void* p, size_t bytes, Access access, Site site);
 
 // ---- Launch.
 using Body = void (*)(void* closure);
+extern bool early;  // the next launch is: it runs behind the one in front, but only await_launch orders them
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block, size_t dynamic_bytes, Body body,
                      void* closure);
 
@@ -123,6 +125,11 @@ cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
     std::apply(closure->kernel, closure->args);
   };
   return run_grid(name, reinterpret_cast<const void*>(kernel), grid, block, dynamic_bytes, body, &closure);
+}
+template <class K, class... A>
+cudaError_t launch_early(const char* name, K kernel, const A&... args) {
+  early = true;
+  return launch(name, kernel, args...);
 }
 
 }  // namespace emu

@@ -117,7 +117,9 @@ def test_every_experts_products(emulator: ModuleType, rng, dtype: np.dtype) -> N
     check(emulator, rng, route(rng, 2048, 2, 16), 16, 16, (40, 24), dtype)  # tokens by pairs
 
 
-@pytest.mark.parametrize(("experts", "rank", "k", "norm"), [(6, 5, 2, True), (16, 16, 2, False), (10, 16, 3, True)])
+@pytest.mark.parametrize(
+    ("experts", "rank", "k", "norm"), [(6, 5, 2, True), (16, 16, 2, False), (10, 16, 3, True)]
+)
 def test_a_layers_own_router_and_nothing_sorted(
     emulator: ModuleType, rng, experts: int, rank: int, k: int, norm: bool
 ) -> None:

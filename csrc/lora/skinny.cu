@@ -129,10 +129,10 @@ struct Stream {
 // What the tokens' mixtures take: shared memory, [tokens] of each.
 struct Gates {
   float* coef;     // [top_k][width]
-  int64_t* ids;    // [top_k]
-  float* logits;   // [experts]; or where the routing is given
-  int* positions;  // [top_k], in the sorted slots
+  int64_t* ids;    // [top_k]; -1 for no expert
   float* weights;  // [top_k]
+  float* logits;   // [experts]
+  int* positions;  // or, where the routing is given, [top_k] in the sorted slots
   static size_t bytes(int64_t tokens, int64_t top_k, int64_t experts, int64_t width) {
     return static_cast<size_t>(tokens * (top_k * (4 * width + 8 + 4) + 4 * (experts > top_k ? experts : top_k)));
   }

@@ -12,7 +12,7 @@ namespace moa {
 constexpr int64_t kMaxExpertsCuda = 8192;  // a row of bins must fit into shared memory: plan_cuda.h
 
 // Weights and ids of p, and their sort: offsets [experts + 1], order [tokens * top_k]. One launch while there are few
-// slots, two or three beyond. Without order the sort is left out, and needs neither offsets nor work.
+// slots, two or three beyond. Without offsets the sort is left out, and needs neither order nor work.
 size_t topk_work(const TopkParams& p);
 cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, void* work, cudaStream_t stream);
 

@@ -80,8 +80,17 @@ struct Route {
   int64_t blocks;            // of the selection
   int64_t tokens_per_block;  // of the selection
 };
-inline Route route(int64_t tokens, int64_t top_k, int64_t experts, bool f64) {
+inline Route route(int64_t tokens, int64_t top_k, int64_t experts, bool f64, bool sorts = true) {
   const int lanes = topk(experts, f64).lanes, at_once = kSortThreads / lanes;
+  // Blocks of 128 threads and more, `limit` blocks at most.
+  const auto spread = [&](Launches launches, int64_t limit) {
+    const int64_t least = 128 / lanes, most = (tokens + least - 1) / least, blocks = most < limit ? most : limit;
+    const int64_t each = blocks > 0 ? (tokens + blocks - 1) / blocks : 0;
+    int threads = 128;
+    while (threads < kSortThreads && threads < each * lanes) threads *= 2;
+    return Route{launches, threads, each > 0 ? (tokens + each - 1) / each : 0, each};
+  };
+  if (!sorts) return spread(Launches::apart, 1056);
   if (tokens * top_k <= 4096 && tokens <= 4 * at_once) {
     int threads = 128;
     while (threads < kSortThreads && (threads < tokens * lanes || threads < tokens * top_k)) threads *= 2;
@@ -89,13 +98,7 @@ inline Route route(int64_t tokens, int64_t top_k, int64_t experts, bool f64) {
   }
   const int64_t wanted = (tokens + at_once - 1) / at_once, sorting = most_sort_blocks(tokens * top_k, experts);
   const int64_t full = wanted < 96 ? wanted : 96;
-  if (sorting >= full) {
-    const int64_t least = 128 / lanes, most = (tokens + least - 1) / least, blocks = most < sorting ? most : sorting;
-    const int64_t each = (tokens + blocks - 1) / blocks;
-    int threads = 128;
-    while (threads < kSortThreads && threads < each * lanes) threads *= 2;
-    return {Launches::fused, threads, (tokens + each - 1) / each, each};
-  }
+  if (sorting >= full) return spread(Launches::fused, sorting);
   const int64_t blocks = wanted < 1056 ? wanted : 1056, each = (tokens + blocks - 1) / blocks;
   return {Launches::apart, kSortThreads, (tokens + each - 1) / each, each};
 }

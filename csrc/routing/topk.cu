@@ -65,8 +65,8 @@ cudaError_t launch_topk(const TopkParams& p, const TopkLaunch& l, int64_t blocks
   return MOA_LAUNCH((topk_kernel<float, 32, 16>), grid, threads, shared, stream, p, l);
 }
 
-plan_cuda::Route route_of(const TopkParams& p) {
-  return plan_cuda::route(p.tokens, p.top_k, p.experts, p.logits_type == DType::f64);
+plan_cuda::Route route_of(const TopkParams& p, bool sorts = true) {
+  return plan_cuda::route(p.tokens, p.top_k, p.experts, p.logits_type == DType::f64, sorts);
 }
 
 }  // namespace
@@ -80,10 +80,10 @@ size_t topk_work(const TopkParams& p) {
 
 cudaError_t topk_cuda(const TopkParams& p, int32_t* offsets, int32_t* order, void* work, cudaStream_t stream) {
   if (p.experts > kMaxExpertsCuda) return cudaErrorInvalidValue;
-  const plan_cuda::Route route = route_of(p);
+  const bool sorts = offsets != nullptr;
+  const plan_cuda::Route route = route_of(p, sorts);
   const int64_t slots = p.tokens * p.top_k;
-  const bool sorts = order != nullptr, one = sorts && route.launches == Launches::one;
-  const bool fused = sorts && route.launches == Launches::fused;
+  const bool one = route.launches == Launches::one, fused = route.launches == Launches::fused;
   SortParams sort{};
   sort.indices = p.indices;
   sort.slots = slots;

@@ -147,6 +147,15 @@ fragments(
     RACE,
 )
 
+everyone = plant(WIDE, "test_mixture.py -k 'every_experts and bf16 or own_router'")
+for name, old, new, says in [
+    ("first-plane", "s < c.planes; ++s, from", "s < 1; ++s, from", WRONG),
+    ("plane-of-slots", "(c.all ? p.e.tokens * c.experts : c.slots)", "c.slots", WRONG),
+    ("position", "c.all ? token_of(slot) * c.experts + at.expert : position", "position", WRONG),
+    ("ids-of-places", "p.e.ids != nullptr ? Place", "p.e.ids == nullptr ? Place", f"{WRONG}|{OUT}"),
+]:
+    everyone(f"expand-all-{name}", old, new, "plain:0", says)
+
 across = plant(TILE, "test_expand_wide.py -k 'test_ranks and bf16 and 64 or test_experts and 40'", unit=WIDE)
 across(
     "expand-wide-stage-in-use",

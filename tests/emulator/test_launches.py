@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from types import ModuleType
@@ -48,6 +49,11 @@ def dry(plain: ModuleType) -> ModuleType:
 
 def count(module: ModuleType) -> int:
     return len(module.take_launches())
+
+
+def names(module: ModuleType) -> list[str]:
+    """The kernels, without what they are made for."""
+    return [re.match(r"\(?(\w+)", name)[1] for name, _ in module.take_launches()]
 
 
 def zeros(*shape: int, dtype: np.dtype) -> np.ndarray:
@@ -116,6 +122,20 @@ def test_few_tokens_are_two_launches_with_the_base(dry: ModuleType, dtype: np.dt
         gates = (offsets, order, np.zeros((tokens, k), F32))
         dry.mixture_linear(x, weight, None, A, B, *gates, None, 1.0, None, y)
         assert count(dry) == 2
+
+
+def test_many_tokens_of_few_experts_leave_the_sort_out(dry: ModuleType) -> None:
+    """Without gradients: every expert's products at once, of which expand takes what the ids say."""
+    tokens, width, out, experts, rank = 8192, 4096, 4096, 8, 16
+    x, y = zeros(tokens, width, dtype=BF16), np.zeros((tokens, out), BF16)
+    A, B = zeros(experts, rank, width, dtype=BF16), zeros(experts, out, rank, dtype=BF16)
+    there = np.zeros((tokens, experts), F32), np.zeros((tokens, 2), F32), np.zeros((tokens, 2), np.int64)
+    router = zeros(experts, width, dtype=F32)
+    assert dry.routed_expand(x, A, B, router, 2, 0, False, 1.0, None, *there, y)
+    assert names(dry) == ["dense_mma", "dense_sum", "topk_kernel", "expand_fragments", "expand_wide"]
+    gates = np.zeros(experts + 1, np.int32), np.zeros(2 * tokens, np.int32), there[1]
+    dry.mixture(x, A, B, *gates, None, 1.0, None, None, None, y, None)
+    assert names(dry) == ["dense_mma", "expand_places", "expand_fragments", "expand_wide"]
 
 
 def test_all_of_A_is_read_while_tokens_choose_most_of_it(dry: ModuleType) -> None:

@@ -19,6 +19,7 @@
 // Compiled by nvcc this is real; compiled by g++ with MOA_EMULATE the same names come from tests/emulator/emulator.h,
 // and the whole .cu file runs on a CPU. So kernels write no PTX, no __shared__ and no <<<>>> of their own.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -78,18 +79,36 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_b
   return cudaGetLastError();
 }
 
-// Programmatic dependent launch, where the kernel was compiled for sm_90 or later: code for earlier ones, on whatever card
-// it runs, has no await_launch. In front of it on the stream must be a launch of ours, in the same call: of others nobody
+// Whether the current device runs code for sm_90 or later: code for earlier ones, on whatever card it runs, has no
+// await_launch. All kernels are compiled for the same architectures, so each device is asked once.
+inline cudaError_t may_launch_early(const void* kernel, bool* may) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // the version, or 0
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  int version = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (version == 0) {
+    cudaFuncAttributes compiled;
+    error = cudaFuncGetAttributes(&compiled, kernel);
+    if (error != cudaSuccess) return error;
+    version = compiled.ptxVersion;
+    if (device < kDevices) known[device].store(version, std::memory_order_relaxed);
+  }
+  *may = version >= 90;
+  return cudaSuccess;
+}
+
+// Programmatic dependent launch. In front of it on the stream must be a launch of ours, in the same call: of others nobody
 // knows when they let it begin.
 template <class... P, class... A>
 cudaError_t launch_early(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
                          const A&... args) {
   if (is_empty(grid)) return cudaSuccess;
   const void* const function = reinterpret_cast<const void*>(kernel);
-  cudaFuncAttributes compiled;
-  cudaError_t error = cudaFuncGetAttributes(&compiled, function);
-  if (error == cudaSuccess && compiled.ptxVersion < 90)
-    return launch(kernel, grid, block, dynamic_bytes, stream, args...);
+  bool may = false;
+  cudaError_t error = may_launch_early(function, &may);
+  if (error == cudaSuccess && !may) return launch(kernel, grid, block, dynamic_bytes, stream, args...);
   if (error == cudaSuccess) error = ask_for_shared(function, dynamic_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute early{};

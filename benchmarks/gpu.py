@@ -21,8 +21,9 @@ from torch import Tensor
 
 import moa_ops
 from benchmarks import gpu_timer
-from benchmarks.alternatives import ALTERNATIVES, YARDSTICKS, Alternative
+from benchmarks.alternatives import ALTERNATIVES, YARDSTICKS, Alternative, GatherBmm, PlainLora
 from benchmarks.beside import step
+from benchmarks.gpu_record import GIVEN
 from benchmarks.inputs import DTYPES, Problem, Shape, check
 from benchmarks.record import BASE, OURS, Case
 
@@ -34,7 +35,7 @@ class Point:
     """A layer to time: its shape, what is timed, and the most it may cost over the base on an H200 (bf16)."""
 
     shape: Shape
-    section: str  # "forward", "training", "decode" (forward, as CUDA graphs)
+    section: str  # "forward", "training", "decode" (forward, as CUDA graphs), GIVEN (the same)
     aim: float
 
 
@@ -44,9 +45,13 @@ POINTS = (
     Point(Shape(8192, 4096, 4096, 8), "training", 1.20),
     Point(Shape(16, 4096, 4096, 8), "decode", 1.35),
     Point(Shape(1, 4096, 4096, 8), "decode", 1.35),
+    Point(Shape(16, 4096, 4096, 64), GIVEN, 1.35),
 )
 ROUTINGS = ((16384, 128, 8, 12e-6), (8192, 8, 2, None), (64, 64, 8, None))  # T, E, k, aim in seconds
-TINY = (Point(Shape(24, 64, 48, 4), "forward", 1.12), Point(Shape(24, 64, 48, 4), "training", 1.2))
+TINY = tuple(
+    Point(Shape(24, 64, 48, 4), section, aim)
+    for section, aim in (("forward", 1.12), ("training", 1.2), (GIVEN, 1.35))
+)
 
 
 def inputs_of(problem: Problem, train: bool) -> list[Tensor]:
@@ -135,12 +140,32 @@ def variants(
     return functions, known
 
 
+def given_variants(problem: Problem, expected: Tensor) -> tuple[dict[str, Any], dict[str, dict]]:
+    """The same where nobody routes, as in a model that decides once for many layers: every token's experts
+    and gates are there.
+    """
+    _, routing = problem.layer.route(problem.x)
+    gather, plain = GatherBmm(problem), PlainLora(problem)
+    gates = gather.gates(problem.x)
+    gather.gates = lambda _: gates
+    ours = lambda x: problem.layer(x, routing=routing)  # noqa: E731
+    functions = {BASE: problem.linear, OURS: ours, gather.name: gather, plain.name: plain}
+    results = {OURS: ours, gather.name: gather}
+    known = {
+        name: {"error": check(name, f(problem.x), expected, problem.dtype)} for name, f in results.items()
+    }
+    return functions, known
+
+
 def layer_case(point: Point, dtype: str, device: torch.device, budget: float, copy_rate: float) -> Case:
     """One row: the layer and everything beside it."""
-    train, decode = point.section == "training", point.section == "decode"
+    train, decode = point.section == "training", point.section in ("decode", GIVEN)
     problem = Problem(point.shape, DTYPES[dtype], device=device)
     with torch.set_grad_enabled(train):
-        functions, known = variants(problem, train, problem.expected())
+        if point.section == GIVEN:
+            functions, known = given_variants(problem, problem.expected())
+        else:
+            functions, known = variants(problem, train, problem.expected())
     xs, grad_y = inputs_of(problem, train), problem.grad_y
     case = Case(
         point.section, point.shape.label, dtype, BASE, "cold", yardsticks=[*YARDSTICKS, "one PEFT LoRA"]

@@ -13,6 +13,8 @@ import torch
 from benchmarks import machine, record
 from benchmarks.record import NOT_OPPONENTS, OURS, Case
 
+GIVEN = "decode, experts given"  # a case's section
+
 
 def driver() -> str | None:
     """The driver's version, as nvidia-smi says it."""

@@ -80,7 +80,13 @@ def layers(record: dict[str, Any], cases: list[Case], source: str) -> str:
 
 def cards(record: dict[str, Any], cases: list[Case], source: str) -> str:
     """The table of a GPU check's record."""
-    kinds = {"forward": "forward", "training": "training step", "decode": "forward, CUDA graph"}
+    graph = "forward, CUDA graph"
+    kinds = {
+        "forward": "forward",
+        "training": "training step",
+        "decode": graph,
+        gpu_record.GIVEN: f"{graph}, experts given",
+    }
     rows = []
     for case in cases:
         ours, best = case.timed().get(OURS), case.best_alternative()
@@ -110,9 +116,10 @@ def cards(record: dict[str, Any], cases: list[Case], source: str) -> str:
     table = Table("", columns, rows).markdown(heading="").strip()
     machine, versions = record["machine"], record["versions"]
     caption = (
-        f"Own router included; medians of CUDA events over rotated inputs, L2 flushed; the floor counts "
-        f"bytes alone. {machine['name']}, driver {machine['driver']}; torch {versions['torch']}; commit "
-        f"{record['commit']}, {record['date']}. From `{source}` by `python -m benchmarks readme`."
+        f"Own router included, but where the experts are given; medians of CUDA events over rotated inputs, "
+        f"L2 flushed; the floor counts bytes alone. {machine['name']}, driver {machine['driver']}; torch "
+        f"{versions['torch']}; commit {record['commit']}, {record['date']}. From `{source}` by `python -m "
+        f"benchmarks readme`."
     )
     return f"{table}\n\n{caption}" if rows else ""
 

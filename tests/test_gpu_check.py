@@ -36,23 +36,25 @@ def measured() -> tuple[dict, list[record.Case]]:
 def test_cases_hold_ours_the_floor_and_the_others(measured: tuple) -> None:
     facts, cases = measured
     assert facts["copy_gbytes_per_s"] > 0
-    assert [case.section for case in cases] == ["forward", "training", "routing", "mixture"]
+    assert [case.section for case in cases] == ["forward", "training", gpu.GIVEN, "routing", "mixture"]
     for case in cases:
         assert case.ratio(OURS) > 0
     for case in cases[:2]:
         assert case.facts["floor"] > 1
         assert {"loop", "dense-masked", "grouped_mm", "one PEFT LoRA"} <= case.variants.keys()
         assert case.best_alternative()[0] not in ("one plain LoRA", "one PEFT LoRA")
+    assert cases[2].best_alternative()[0] == "gather+bmm"
 
 
 def test_cases_name_the_kernels_of_ours(measured: tuple) -> None:
     """On a CPU our operators stand for them."""
     _, cases = measured
-    forward, training, routing, _ = ([k["name"] for k in case.facts["kernels"]] for case in cases)
+    forward, training, given, routing, _ = ([k["name"] for k in case.facts["kernels"]] for case in cases)
     assert forward == ["moa_ops::routed_linear"]
     assert any("backward" in name for name in training)
+    assert given == ["moa_ops::segment_linear"]
     assert routing == ["moa_ops::topk_routing"]
-    (found,) = cases[2].facts["kernels"]
+    (found,) = cases[3].facts["kernels"]
     assert found["launches"] == 1 and 0 < found["seconds"] < 1
     assert "kernels of routing, T=64 E=8 k=2: moa_ops::topk_routing" in gpu_record.table(cases)
 
@@ -191,7 +193,8 @@ def test_the_readme_takes_a_record(tmp_path: Path, measured: tuple, capsys: pyte
     readme.main([str(path)])
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [row.split(",")[0] for row in rows[2:]] == ["| forward", "| training step", "| routing"]
+    kinds = [row.split(",")[0] for row in rows[2:]]
+    assert kinds == ["| forward", "| training step", "| forward", "| routing"]
     assert f"{cases[0].ratio(OURS):.2f}" in rows[2]
     assert "no GPU, driver None" in text
 

@@ -30,6 +30,10 @@ MOA_BIND(m) {
     d.finish(moa::atomics_cuda(d.out<uint32_t>(v), static_cast<unsigned long long*>(d.out(wide)), d.out<int32_t>(votes),
                                nullptr));
   });
+  m.def("early", [](Array x, Array y, Array z) {
+    emu::Device d;
+    d.finish(moa::early_cuda(d.in<float>(x), x.size(), d.out<float>(y), d.out<float>(z), nullptr));
+  });
   m.def("relay", [](Array x, int blocks, Array y, Array z, Array counters) {
     emu::Device d;
     d.finish(moa::relay_cuda(d.in<float>(x), static_cast<int>(x.size()), blocks, d.out<float>(y), d.out<float>(z),

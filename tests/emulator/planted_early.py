@@ -17,6 +17,9 @@ for name, file, tests, unit in [
     ("gram", "csrc/lora/gram_tile.cuh", "test_gram.py -k 'bf16'", "csrc/lora/gram.cu"),
 ]:
     plant(file, tests, unit=unit)(f"early-{name}", "  await_launch();\n", "", "tsan:0", f"{RACE}|{WITHOUT}")
+plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k overlap")(
+    "early-vocabulary", "  await_launch();\n  const uint32_t bits", "  const uint32_t bits", "tsan:0", RACE
+)
 WIDE = "test_expand_wide.py"
 plant("csrc/lora/expand_wide.cu", WIDE)(
     "early-wide", "  await_launch();\n  WideTile", "  WideTile", "tsan:0", f"{RACE}|{WITHOUT}"

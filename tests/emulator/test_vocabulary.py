@@ -175,6 +175,15 @@ def test_the_last_block_adds_the_parts(emulator: ModuleType, rng: np.random.Gene
     assert counter[0] == 0
 
 
+@pytest.mark.parametrize("n", [0, 4, 128, 1000])
+def test_launches_that_overlap(emulator: ModuleType, rng: np.random.Generator, n: int) -> None:
+    x, y, z = normal(rng, n), unwritten(n), unwritten(-(-n // 128) * 128)
+    emulator.early(x, y, z)
+    assert y.tobytes() == (2 * x).tobytes()
+    assert z[:n].tobytes() == (x + y[::-1]).tobytes()
+    assert not z[n:].any()
+
+
 @pytest.mark.parametrize("blocks", [1, 3, 40])
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 7])
 def test_blocks_relay(emulator: ModuleType, rng: np.random.Generator, blocks: int, seed: int) -> None:

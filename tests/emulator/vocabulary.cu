@@ -212,6 +212,20 @@ __global__ void __launch_bounds__(kWarp) relay_kernel(const float* x, int n, flo
   }
 }
 
+// z[i] = x[i] + y[n - 1 - i], 0 behind n; the launch in front, which need not have ended before it is awaited, makes y = 2 x.
+__global__ void __launch_bounds__(kWarp) double_kernel(const float* x, int64_t n, float* y) {
+  next_may_begin();
+  const int64_t i = int64_t{blockIdx.x} * kWarp + threadIdx.x;
+  if (i < n) y[i] = 2.0f * x[i];
+}
+__global__ void __launch_bounds__(kWarp) early_kernel(const float* x, int64_t n, const float* y, float* z) {
+  const int64_t i = 4 * (int64_t{blockIdx.x} * kWarp + threadIdx.x);
+  const uint4 four = load_once(x + (i < n ? i : 0), i < n);
+  await_launch();
+  const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+  for (int j = 0; j < 4; ++j) z[i + j] = __uint_as_float(bits[j]) + (i + j < n ? y[n - 1 - i - j] : 0.0f);
+}
+
 template <class T>
 cudaError_t launch_mma(const void* a, const void* b, float* c, cudaStream_t stream) {
   return MOA_LAUNCH(mma_kernel<T>, 1, kWarp, 0, stream, static_cast<const T*>(a), static_cast<const T*>(b), c);
@@ -253,6 +267,11 @@ cudaError_t atomics_cuda(uint32_t* v, unsigned long long* wide, int32_t* votes, 
 cudaError_t sum_cuda(const float* x, int64_t n, float* parts, unsigned* counter, float* sum, cudaStream_t stream) {
   return MOA_LAUNCH(sum_kernel, static_cast<unsigned>((n + kSumThreads - 1) / kSumThreads), kSumThreads, 0, stream, x,
                     n, parts, counter, sum);
+}
+cudaError_t early_cuda(const float* x, int64_t n, float* y, float* z, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((n + 4 * kWarp - 1) / (4 * kWarp));
+  const cudaError_t error = MOA_LAUNCH(double_kernel, 4 * blocks, kWarp, 0, stream, x, n, y);
+  return error != cudaSuccess ? error : MOA_LAUNCH_EARLY(early_kernel, blocks, kWarp, 0, stream, x, n, y, z);
 }
 cudaError_t relay_cuda(const float* x, int n, int blocks, float* y, float* z, uint32_t* counters, cudaStream_t stream) {
   return MOA_LAUNCH(relay_kernel, static_cast<unsigned>(blocks), kWarp, 0, stream, x, n, y, z, counters);

@@ -19,6 +19,8 @@ cudaError_t convert_cuda(DType type, const float* x, int64_t n, void* rounded, f
 cudaError_t atomics_cuda(uint32_t* v, unsigned long long* wide, int32_t* votes, cudaStream_t stream);
 // sum[0] = x[0] + ... in a fixed order: a part per block, and the last block to arrive adds them. counter: 0, and 0 after.
 cudaError_t sum_cuda(const float* x, int64_t n, float* parts, unsigned* counter, float* sum, cudaStream_t stream);
+// y = 2 x, z[i] = x[i] + y[n - 1 - i], by two launches that overlap. n a multiple of 4; z [n filled up to 128], 0 behind n.
+cudaError_t early_cuda(const float* x, int64_t n, float* y, float* z, cudaStream_t stream);
 // y = x, z[i] = x[0] + .. + x[n - 1] + i, by blocks that wait for each other. counters: two, 0.
 cudaError_t relay_cuda(const float* x, int n, int blocks, float* y, float* z, uint32_t* counters, cudaStream_t stream);
 

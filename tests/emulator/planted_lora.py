@@ -150,7 +150,7 @@ decode(
     "tsan:0",
     f"{RACE}|{OUT}",
 )
-decode("decode-token-tail", "t < tokens && o < p.out;", "o < p.out;", "plain:0", f"{OUT}|{RACE}|{WRONG}")
+decode("decode-token-tail", "t < tokens && o < p.out;", "o < p.out;", "tsan:0", f"{OUT}|{RACE}|{WRONG}")
 decode("decode-output-tail", "t < tokens && o < p.out;", "t < tokens && o <= p.out;", "asan:0", OUT)
 
 plant(SHRINK_TILE[0], "test_offsets.py -k 'rows and bf16'", unit=SHRINK_TILE[1])(

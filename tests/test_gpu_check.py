@@ -89,6 +89,12 @@ def test_what_flushes_the_cache_is_no_kernel_of_ours(monkeypatch: pytest.MonkeyP
     assert [kernel["name"] for kernel in gpu_timer.kernels(ours, CPU)] == ["moa_ops::own_linear"]
 
 
+def test_a_record_names_no_folder_of_the_machine() -> None:
+    say = f"print({str(gpu_check.ROOT / 'setup.py')!r}, {sys.prefix + '/lib/x.py'!r})"
+    done = run_step(Step("says", "tests", [sys.executable, "-c", say], 60), 60)
+    assert done["tail"] == "setup.py lib/x.py\n"
+
+
 def test_bytes_of_a_mixture() -> None:
     shape = Shape(10, 100, 200, 4, r=2, top_k=2)
     assert gpu.extra_bytes(shape, 2, train=False) == 2 * (10 * (100 + 2 * 200) + 4 * 2 * 300)

@@ -93,6 +93,20 @@ RouterArguments::RouterArguments(const Tensor& x_, const Tensor& router_weight) 
 
 // ---- mixture ----
 
+LinearParams linear_params(const Tensor& y, const Tensor& x, const Tensor& weight) {
+  LinearParams p{};
+  p.type = dtype_of(x, "x");
+  p.tokens = x.size(0);
+  p.in = x.size(1);
+  p.out = weight.size(0);
+  p.x = data<void>(x);
+  p.ldx = row_stride(x);
+  p.weight = data<void>(weight);
+  p.ldw = row_stride(weight);
+  p.y = data<void>(y);
+  return p;
+}
+
 Adapters::Adapters(LoraParams* p, const Tensor& x_, const Tensor& A, const Tensor& B)
     : place(place_of(x_)),
       x((check_tensor(x_, "x", place, {-1, -1}), with_dense_rows(x_))),

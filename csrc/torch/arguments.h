@@ -39,6 +39,9 @@ struct RouterArguments {
   RouterArguments(const Tensor& x, const Tensor& router_weight);
 };
 
+// y and x W^T; all three have dense rows.
+LinearParams linear_params(const Tensor& y, const Tensor& x, const Tensor& weight);
+
 // x and the adapters, and whatever had to be copied to be read by a kernel. scale and ranks are left to the device.
 struct Adapters {
   Place place;

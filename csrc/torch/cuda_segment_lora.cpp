@@ -36,15 +36,7 @@ void gemm(const Tensor& y, const Tensor& start, double beta, const Tensor& a, co
 // y = start + x W^T, where start is y itself, a bias or nothing; few tokens by our own product.
 void linear(const CudaCall& call, const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {
   SkinnyParams p{};
-  p.type = dtype_of(x, "x");
-  p.tokens = x.size(0);
-  p.in = x.size(1);
-  p.out = weight.size(0);
-  p.x = data<void>(x);
-  p.ldx = row_stride(x);
-  p.weight = data<void>(weight);
-  p.ldw = row_stride(weight);
-  p.y = data<void>(y);
+  static_cast<LinearParams&>(p) = linear_params(y, x, weight);
   if (rows_are_dense(x) && rows_are_dense(weight) && skinny_fits(p)) {
     if (start.has_value()) p.start = data<void>(*start);
     p.ldstart = start.has_value() && start->dim() == 2 ? p.out : 0;

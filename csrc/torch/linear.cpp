@@ -3,7 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "isa/table.h"
-#include "torch/ops.h"
+#include "torch/arguments.h"
 
 namespace moa {
 namespace {
@@ -66,17 +66,7 @@ static void add_linear(const Tensor& y, const OptionalTensor& bias, const Tensor
   const int64_t rows = rows_of_bias(y, bias);
   if (rows == y.size(0)) return library_linear(y, bias, x, weight);
   if (rows > 0) return library_linear(y, y, x, weight);
-  LinearParams p{};
-  p.type = dtype_of(x, "x");
-  p.tokens = x.size(0);
-  p.in = x.size(1);
-  p.out = weight.size(0);
-  p.x = data<void>(x);
-  p.ldx = row_stride(x);
-  p.weight = data<void>(weight);
-  p.ldw = row_stride(weight);
-  p.y = data<void>(y);
-  kernels().linear(p);
+  kernels().linear(linear_params(y, x, weight));
 }
 
 void mixture_and_linear(ForwardParams* p, const Tensor& y, const Tensor& x, const OptionalTensor& weight,

@@ -15,6 +15,22 @@ void fill(emu::Device* device, moa::LoraParams* p, int64_t tokens, const py::arr
   p->weights = device->in(weights);
 }
 
+void fill_mixture(emu::Device* device, moa::ForwardParams* p, const py::array& x, const py::array& lora_A,
+                  const py::array& lora_B, const py::array& offsets, const py::array& order, const py::array& weights,
+                  const py::object& scale, double scaling, const py::object& ranks, const py::array& y) {
+  emu::fill(device, p, y.shape(0), lora_A, offsets, order, scale, scaling, ranks);
+  p->x_type = emu::dtype_of(x);
+  p->rank = lora_A.shape(1);
+  p->in = x.shape(1);
+  p->out = y.shape(1);
+  p->weights = device->in(weights);
+  p->x = device->in(x);
+  p->ldx = row_stride(x);
+  p->lora_A = device->in(lora_A);
+  p->lora_B = device->in(lora_B);
+  p->y = device->out(y);
+}
+
 }  // namespace
 
 MOA_BIND(m) {
@@ -41,17 +57,7 @@ MOA_BIND(m) {
                       const py::object& h) {
     emu::Device device;
     moa::ForwardParams p{};
-    emu::fill(&device, &p, y.shape(0), lora_A, offsets, order, scale, scaling, ranks);
-    p.x_type = emu::dtype_of(x);
-    p.rank = lora_A.shape(1);
-    p.in = x.shape(1);
-    p.out = y.shape(1);
-    p.weights = device.in(weights);
-    p.x = device.in(x);
-    p.ldx = row_stride(x);
-    p.lora_A = device.in(lora_A);
-    p.lora_B = device.in(lora_B);
-    p.y = device.out(y);
+    fill_mixture(&device, &p, x, lora_A, lora_B, offsets, order, weights, scale, scaling, ranks, y);
     p.base = device.in(base);
     p.ldbase = base.is_none() ? 0 : row_stride(base.cast<py::array>());
     p.bias = device.in(bias);
@@ -65,20 +71,10 @@ MOA_BIND(m) {
            const py::object& scale, double scaling, const py::object& ranks, const py::array& y) {
           emu::Device device;
           moa::ForwardParams p{};
-          emu::fill(&device, &p, y.shape(0), lora_A, offsets, order, scale, scaling, ranks);
-          p.x_type = emu::dtype_of(x);
-          p.rank = lora_A.shape(1);
-          p.in = x.shape(1);
-          p.out = y.shape(1);
-          p.weights = device.in(weights);
-          p.x = device.in(x);
-          p.ldx = row_stride(x);
-          p.lora_A = device.in(lora_A);
-          p.lora_B = device.in(lora_B);
+          fill_mixture(&device, &p, x, lora_A, lora_B, offsets, order, weights, scale, scaling, ranks, y);
           p.bias = device.in(bias);
           p.weight = device.in(weight);
           p.ldw = row_stride(weight);
-          p.y = device.out(y);
           device.finish(moa::mixture_cuda(p, device.work(moa::mixture_work(p)), nullptr));
         });
   m.def("backward_expand",

@@ -8,6 +8,26 @@ using emu::fill_layer;
 using emu::fill_router;
 using emu::row_stride;
 
+namespace {
+
+void fill_decode(emu::Device* device, moa::DecodeParams* p, const py::array& x, const py::array& lora_A,
+                 const py::array& lora_B, const py::array& router, int64_t top_k, int score_func, bool norm,
+                 const py::object& selection_bias, const py::object& scale, double scaling, const py::object& ranks,
+                 const py::array& y) {
+  fill_layer(device, p, x, lora_A, router, top_k);
+  p->out = lora_B.shape(1);
+  p->lora_B = device->in(lora_B);
+  p->scale = device->in<double>(scale);
+  p->scaling = scaling;
+  p->ranks = device->in<int32_t>(ranks);
+  p->score_func = static_cast<moa::ScoreFunc>(score_func);
+  p->norm_topk_prob = norm;
+  p->selection_bias = device->in(selection_bias);
+  p->y = device->out(y);
+}
+
+}  // namespace
+
 MOA_BIND(m) {
   m.def("shrink", [](const py::array& x, const py::array& lora_A, const py::array& offsets, const py::array& order,
                      const py::object& ranks, const py::array& h) {
@@ -106,16 +126,7 @@ MOA_BIND(m) {
                      double scaling, const py::object& ranks, const py::array& y) {
     emu::Device device;
     moa::DecodeParams p{};
-    fill_layer(&device, &p, x, lora_A, router, top_k);
-    p.out = lora_B.shape(1);
-    p.lora_B = device.in(lora_B);
-    p.scale = device.in<double>(scale);
-    p.scaling = scaling;
-    p.ranks = device.in<int32_t>(ranks);
-    p.score_func = static_cast<moa::ScoreFunc>(score_func);
-    p.norm_topk_prob = norm;
-    p.selection_bias = device.in(bias);
-    p.y = device.out(y);
+    fill_decode(&device, &p, x, lora_A, lora_B, router, top_k, score_func, norm, bias, scale, scaling, ranks, y);
     device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
   });
   // The same with the base, y = bias + x W^T + mixture; and the base alone, y = start + x W^T: start may be y.
@@ -125,19 +136,11 @@ MOA_BIND(m) {
            const py::object& selection_bias, const py::object& scale, const py::object& ranks, const py::array& y) {
           emu::Device device;
           moa::DecodeParams p{};
-          fill_layer(&device, &p, x, lora_A, router, top_k);
-          p.out = lora_B.shape(1);
-          p.lora_B = device.in(lora_B);
-          p.scale = device.in<double>(scale);
-          p.scaling = scaling;
-          p.ranks = device.in<int32_t>(ranks);
-          p.score_func = static_cast<moa::ScoreFunc>(score_func);
-          p.norm_topk_prob = norm;
-          p.selection_bias = device.in(selection_bias);
+          fill_decode(&device, &p, x, lora_A, lora_B, router, top_k, score_func, norm, selection_bias, scale, scaling,
+                      ranks, y);
           p.bias = device.in(bias);
           p.weight = device.in(weight);
           p.ldw = row_stride(weight);
-          p.y = device.out(y);
           device.finish(moa::decode_cuda(p, device.work(moa::decode_work(p)), nullptr));
         });
   m.def("skinny", [](const py::array& x, const py::array& weight, const py::object& start, const py::array& y) {

@@ -132,8 +132,8 @@ def run_step(step: Step, left: float) -> dict[str, Any]:
 
 
 def without_places(text: str) -> str:
-    """Files by their path in the repository, or in Python's environment: the record is committed."""
-    for folder in (str(ROOT), sys.prefix):
+    """Files by their path in Python's environment, else in the repository: a record is public."""
+    for folder in (sys.prefix, str(ROOT)):
         text = text.replace(f"{folder}/", "")
     return text
 

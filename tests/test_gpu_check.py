@@ -89,8 +89,10 @@ def test_what_flushes_the_cache_is_no_kernel_of_ours(monkeypatch: pytest.MonkeyP
     assert [kernel["name"] for kernel in gpu_timer.kernels(ours, CPU)] == ["moa_ops::own_linear"]
 
 
-def test_a_record_names_no_folder_of_the_machine() -> None:
-    say = f"print({str(gpu_check.ROOT / 'setup.py')!r}, {sys.prefix + '/lib/x.py'!r})"
+@pytest.mark.parametrize("environment", ["/opt/python", f"{gpu_check.ROOT}/.venv"], ids=["outside", "inside"])
+def test_a_record_names_no_folder(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", environment)
+    say = f"print({str(gpu_check.ROOT / 'setup.py')!r}, {environment + '/lib/x.py'!r})"
     done = run_step(Step("says", "tests", [sys.executable, "-c", say], 60), 60)
     assert done["tail"] == "setup.py lib/x.py\n"
 

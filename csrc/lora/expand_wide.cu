@@ -1,14 +1,15 @@
-// Expand and combine for many tokens in 16-bit types: equation in expand.cu, tile in expand_wide.cuh.
+// Expand and combine for many tokens in 16-bit types: equation in expand.cu, tiles in expand_wide.cuh.
 //
 //   1  expand_places (expand.cu): where each slot is in the sorted order; the router's weight in two terms. Not where ids are
 //      given and every expert's values: nothing is sorted then
 //   2  expand_rows, where tokens are grouped by pairs of experts: the token of each row
 //   3  expand_fragments: coefficients of 32 rows each, as the product takes them
-//   4  expand_wide: y
+//   4  expand_dense, where steps are few, or expand_listed: y
 //
 // Every sum has a fixed order, by ascending step: results are bitwise reproducible, and no token's depends on its
 // neighbours. The router's share is a product of two terms of bfloat16 each, (u + l)(U + L), off by about 2^-17.
-#include "lora/expand_wide.cuh"
+#include "lora/expand_dense.cuh"
+#include "lora/expand_listed.cuh"
 
 namespace moa {
 namespace {
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const Wi
   };
   const auto take_part = [&](int step) { atomicOr(&mask[step / 32], 1u << step % 32); };
 
-  for (int i = threadIdx.x; i < p.words; i += kFragmentThreads) mask[i] = 0;
+  for (int i = threadIdx.x; i < p.words; i += kFragmentThreads) mask[i] = p.every;
   __syncthreads();
   for (int i = threadIdx.x; i < slots; i += kFragmentThreads) {
     const int token = token_of(i);
@@ -214,15 +215,28 @@ __global__ void __launch_bounds__(kFragmentThreads, 4) expand_fragments(const Wi
   }
 }
 
-template <class T, bool kByRows>
-__global__ void __launch_bounds__(kWideThreads, blocks_at_once(2, plan_cuda::kWideShared))
-    expand_wide(const WideParams p) {
-  MOA_DYNAMIC_SHARED(unsigned char, shared);
-  await_launch();
-  WideTile<T, kByRows> tile(p, shared);
+// ---- y ----
+
+template <template <class, bool> class Tile, class T, bool kByRows>
+__device__ __forceinline__ void wide_block(const WideParams& p, unsigned char* shared) {
   const int64_t all = (p.e.width + plan_cuda::kWideColumns - 1) / plan_cuda::kWideColumns,
                 unit = blockIdx.y * p.e.units;
-  tile.run(blockIdx.x, unit, static_cast<int>(clamp(all - unit, 0, p.e.units)));
+  Tile<T, kByRows>(p, shared).run(blockIdx.x, unit, static_cast<int>(clamp(all - unit, 0, p.e.units)));
+}
+
+template <class T, bool kByRows>
+__global__ void __launch_bounds__(kWideThreads, blocks_at_once(2, plan_cuda::kWideShared))
+    expand_dense(const WideParams p) {
+  MOA_DYNAMIC_SHARED(unsigned char, shared);
+  wide_block<DenseTile, T, kByRows>(p, shared);
+}
+
+template <class T, bool kByRows>
+__global__ void __launch_bounds__(kWideThreads, blocks_at_once(2, plan_cuda::kWideShared))
+    expand_listed(const WideParams p) {
+  MOA_DYNAMIC_SHARED(unsigned char, shared);
+  await_launch();
+  wide_block<ListedTile, T, kByRows>(p, shared);
 }
 
 // ---- launchers ----
@@ -233,9 +247,11 @@ cudaError_t launch_wide(const WideParams& p, const plan_cuda::ExpandWide& plan, 
                                              kFragmentThreads, plan.fragments_shared, stream, p);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts));
-  if (p.e.panel_j == 1 && p.e.dz == nullptr)  // width 1: either
-    return MOA_LAUNCH_EARLY((expand_wide<T, true>), grid, kWideThreads, plan.shared, stream, p);
-  return MOA_LAUNCH_EARLY((expand_wide<T, false>), grid, kWideThreads, plan.shared, stream, p);
+  const bool by_rows = p.e.panel_j == 1 && p.e.dz == nullptr;  // width 1: either
+  auto* const kernel = plan.dense ? by_rows ? expand_dense<T, true> : expand_dense<T, false>
+                       : by_rows  ? expand_listed<T, true>
+                                  : expand_listed<T, false>;
+  return MOA_LAUNCH_EARLY(kernel, grid, kWideThreads, plan.shared, stream, p);
 }
 
 // Work memory, each part at a whole 256 bytes; from null on it only counts.
@@ -260,6 +276,7 @@ WideParams arrange(const ExpandParams& e, const plan_cuda::ExpandWide& plan, Wid
   p.fragments_each = plan.fragments;
   p.entries = plan.entries;
   p.kept = plan.kept;
+  p.every = plan.dense ? (1u << plan.steps) - 1u : 0;
   p.e.units = plan.units;
   p.e.places = work->take<Place>(e.c.slots);
   p.e.rows = plan.cluster ? work->take<int32_t>(e.tokens) : nullptr;

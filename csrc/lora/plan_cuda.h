@@ -279,29 +279,59 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t ran
 }
 
 // ---- Expand, many tokens ----
-// A block has 256 rows, a warp 32 of them by 64 columns: 64 sums a thread, two blocks a multiprocessor. A step is then 16
-// products for 4 + 2 accesses of 512 bytes, 24 cycles of L1 for 26 of the tensor cores.
+// A block has 256 rows, a warp 32 of them.
 constexpr int kWideThreads = 256, kWideGroups = 8, kWideRows = 32 * kWideGroups, kWideColumns = 64;
-// Eight steps a stage, 16 KB: all of E r = 128, one barrier for 64 columns. Two stages of two blocks are 64 KB, beside
-// the coefficients of both (64 KB each at E r = 128): left to L1, 42 % of their accesses hit and L2 was 68 % busy.
-constexpr int kWideSteps = 8, kWideStages = 2, kWideEntry = 16;
-constexpr size_t kWideShared = 97 * 1024;  // from E r = 128 on
+constexpr int kWideShared = 97 * 1024;  // of a block at most: two are on a multiprocessor
 constexpr int kFragmentThreads = 256;
+// Steps listed: 64 columns at a time, 64 sums a thread; a step is then 16 products for 4 + 2 accesses of 512 bytes, 24
+// cycles of L1 for 26 of the tensor cores. Eight steps a stage, 16 KB, one barrier for each. Two stages of two blocks are
+// 64 KB, beside eight fragments a warp of both (64 KB each): left to L1, 42 % of their accesses hit and L2 was 68 % busy.
+constexpr int kWideSteps = 8, kWideStages = 2, kWideEntry = 16;
+// All steps for all rows: up to 12, which are nearly all that 32 rows take part in as long as rows are not grouped. Eight of
+// them are 64 registers of coefficients, and no access; the sums of 32 columns are 32 more. At T = 8192, width 4096, E r
+// = 128 that is 14 us of tensor cores and 10 us of shared memory beside 20 us of writing, all of which may go on at once;
+// listed, with a barrier for 64 columns, it multiplied, then wrote: 55 us on an H200 and on an H100 alike, though their
+// memories differ by 1.4. Not measured.
+constexpr int kDenseHeld = 8, kDenseMore = 4;
 // Tokens grouped by pairs of experts: 64 by 64 bins, 16 KB, over windows that one block orders.
 constexpr int kClusterSide = 64, kClusterThreads = 1024;
 constexpr int kClusterWindow = 8192;
 
-// Measured on an H200, bf16, width 4096, r = 16, us (the tile of few tokens in brackets): T = 8192, k = 2, E = 8 forward 55
-// (112), dx with the router 60 (161); E = 64 84 (148), 98 (204); T = 2048, k = 8, E = 128 119 (352). In front of it
-// expand_places 2 to 5, expand_fragments 4 (9 at E = 128), expand_rows 7. With the coefficients left to L1 it was 74, 64;
-// 112, 106; 114. That was before copies went without branches and steps were unrolled, which no card has seen.
+// Measured on an H200, bf16, width 4096, r = 16, us, all steps listed (the tile of few tokens in brackets): T = 8192, k = 2,
+// E = 8 forward 55 (112), dx with the router 60 (161); E = 64 84 (148), 98 (204); T = 2048, k = 8, E = 128 119 (352). In
+// front of it expand_places 2 to 5, expand_fragments 4 (9 at E = 128), expand_rows 7. With the coefficients left to L1 it
+// was 74, 64; 112, 106; 114. Copies without branches and unrolled steps, since then, gave an H100 55 and 78.
 struct ExpandWide {
-  bool fits, cluster;
+  bool fits, cluster, dense;
   int64_t tiles, parts, units;  // a block has a tile of rows and `units` of 64 columns
   int64_t groups;               // of 32 rows
   int depth, lora_steps, steps, words, fragments, entries, kept;
   size_t shared, fragments_shared;
 };
+// All blocks at once; where there are many tiles, rounds that a last one does not spoil.
+inline void set_listed(ExpandWide* p, int64_t units) {
+  const int64_t rounds = p->tiles > kProcessors / 2 ? 4 : 1;
+  p->units = ceil_div(units, most(1, least(units, 2 * kProcessors * rounds / p->tiles)));
+  const int64_t rest = kWideStages * kWideSteps * 16 * kWideColumns * 2 + p->entries * (kWideEntry + 1) +
+                       kWideGroups * 4 + kWideRows * 4;
+  p->kept = static_cast<int>(
+      least(least(p->fragments, 8), (static_cast<int64_t>(kSharedMost) - rest) / (kWideGroups * 1024)));
+  p->shared = static_cast<size_t>(rest + p->kept * kWideGroups * 1024);
+}
+// Rounds of two blocks a multiprocessor; what a block waits for before its first product is about half a unit's time.
+inline void set_dense(ExpandWide* p, int64_t units) {
+  p->kept = p->steps - static_cast<int>(least(p->lora_steps, kDenseHeld));
+  p->fragments = p->steps;
+  const int64_t unit = (kDenseHeld + p->kept) * 16 * kWideColumns * 2, rest = p->kept * kWideGroups * 1024;
+  int64_t best = INT64_MAX;
+  for (int64_t u = 1; u <= least(units, (kWideShared - rest) / unit); ++u) {
+    const int64_t cost = ceil_div(p->tiles * ceil_div(units, u), 2 * kProcessors) * (2 * u + 1);
+    if (cost >= best) continue;
+    best = cost;
+    p->units = u;
+  }
+  p->shared = static_cast<size_t>(rest + p->units * unit);
+}
 inline ExpandWide expand_wide(int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width,
                               bool router) {
   ExpandWide p{};
@@ -323,15 +353,10 @@ inline ExpandWide expand_wide(int64_t tokens, int64_t top_k, int64_t experts, in
   p.entries = static_cast<int>(entries);
   p.groups = ceil_div(tokens, 32);
   p.tiles = ceil_div(tokens, kWideRows);
-  // All blocks at once; where there are many tiles, rounds that a last one does not spoil.
-  const int64_t units = ceil_div(width, kWideColumns), rounds = p.tiles > kProcessors / 2 ? 4 : 1;
-  p.units = ceil_div(units, most(1, least(units, 2 * kProcessors * rounds / p.tiles)));
+  p.dense = !p.cluster && p.steps - least(p.lora_steps, kDenseHeld) <= kDenseMore;
+  const int64_t units = ceil_div(width, kWideColumns);
+  p.dense ? set_dense(&p, units) : set_listed(&p, units);
   p.parts = ceil_div(units, most(1, p.units));
-  const int64_t rest =
-      kWideStages * kWideSteps * 16 * kWideColumns * 2 + entries * (kWideEntry + 1) + kWideGroups * 4 + kWideRows * 4;
-  p.kept =
-      static_cast<int>(least(least(fragments, 8), (static_cast<int64_t>(kSharedMost) - rest) / (kWideGroups * 1024)));
-  p.shared = static_cast<size_t>(rest + p.kept * kWideGroups * 1024);
   p.fragments_shared = static_cast<size_t>(32 * top_k * 8 + words * 8 + 4);
   return p;
 }

@@ -132,14 +132,14 @@ MOA_BIND(m) {
                     py::arg("parts") = p.parts, py::arg("units") = p.units, py::arg("fragments") = p.fragments,
                     py::arg("shared") = p.shared);
   });
-  m.def("expand_wide_plan",
-        [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width, bool router) {
-          const auto p = moa::plan_cuda::expand_wide(tokens, top_k, experts, rank, width, router);
-          return py::dict(py::arg("fits") = p.fits, py::arg("cluster") = p.cluster, py::arg("tiles") = p.tiles,
-                          py::arg("parts") = p.parts, py::arg("units") = p.units, py::arg("steps") = p.steps,
-                          py::arg("fragments") = p.fragments, py::arg("entries") = p.entries,
-                          py::arg("shared") = p.shared, py::arg("fragments_shared") = p.fragments_shared);
-        });
+  m.def(
+      "expand_wide_plan", [](int64_t tokens, int64_t top_k, int64_t experts, int64_t rank, int64_t width, bool router) {
+        const auto p = moa::plan_cuda::expand_wide(tokens, top_k, experts, rank, width, router);
+        return py::dict(py::arg("fits") = p.fits, py::arg("cluster") = p.cluster, py::arg("dense") = p.dense,
+                        py::arg("tiles") = p.tiles, py::arg("parts") = p.parts, py::arg("units") = p.units,
+                        py::arg("steps") = p.steps, py::arg("fragments") = p.fragments, py::arg("entries") = p.entries,
+                        py::arg("shared") = p.shared, py::arg("fragments_shared") = p.fragments_shared);
+      });
   m.def("gram_plan", [](int64_t slots, int64_t experts) {  // for multiply-adds
     const auto p = moa::plan_cuda::gram(slots, experts, moa::plan_cuda::kGramSimtStage);
     return py::make_tuple(p.chunk, p.group, moa::plan_cuda::kGramSimtStage);

@@ -22,8 +22,15 @@ plant("tests/emulator/vocabulary.cu", "test_vocabulary.py -k overlap")(
 )
 WIDE = "test_expand_wide.py"
 plant("csrc/lora/expand_wide.cu", WIDE)(
-    "early-wide", "  await_launch();\n  WideTile", "  WideTile", "tsan:0", f"{RACE}|{WITHOUT}"
+    "early-listed", "  await_launch();\n  wide_block", "  wide_block", "tsan:0", f"{RACE}|{WITHOUT}"
 )
+for name, old in [
+    ("dense", "    if (p.e.dz == nullptr) await_launch();"),
+    ("dense-router", "    if (p.e.dz != nullptr) await_launch();  // "),
+]:
+    plant("csrc/lora/expand_dense.cuh", WIDE, unit="csrc/lora/expand_wide.cu")(
+        f"early-{name}", old, "    // ", "tsan:0", f"{RACE}|{WITHOUT}"
+    )
 plant("csrc/lora/expand_wide.cu", WIDE)(
     "early-fragments",
     "  await_launch();\n  next_may_begin();\n  const Coefficients& c = p.e.c;",

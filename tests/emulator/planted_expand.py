@@ -96,6 +96,7 @@ chunks("expand-token-tail", "row >= p.tokens ? -1", "row > p.tokens ? -1", "plai
 chunks("expand-plain-or", "atomicOr(&expert[e], 1u << row / 8)", "expert[e] |= 1u << row / 8", "tsan:0", RACE)
 
 WIDE, TILE = "csrc/lora/expand_wide.cu", "csrc/lora/expand_wide.cuh"
+LISTED, DENSE = "csrc/lora/expand_listed.cuh", "csrc/lora/expand_dense.cuh"
 places = plant(EXPAND, "test_expand_wide.py -k 'test_ranks and bf16 and 16'")
 places(
     "expand-place-tail",
@@ -156,30 +157,65 @@ for name, old, new, says in [
 ]:
     everyone(f"expand-all-{name}", old, new, "plain:0", says)
 
-across = plant(TILE, "test_expand_wide.py -k 'test_ranks and bf16 and 64 or test_experts and 40'", unit=WIDE)
+across = plant(LISTED, "test_expand_wide.py -k '80-bf16 or test_experts and 40'", unit=WIDE)
 across(
-    "expand-wide-stage-in-use",
+    "expand-listed-stage-in-use",
     "        __syncthreads();  // the stage is there",
     "        __syncwarp();  // the stage is there",
     "tsan:0",
     RACE,
 )
-across("expand-wide-other-groups", "takes << at % 4", "takes << (at + 1) % 4", "plain:0", WRONG)
+across("expand-listed-other-groups", "takes << at % 4", "takes << (at + 1) % 4", "plain:0", WRONG)
 across(
-    "expand-wide-step-count", "at += i < warp ?", "at += i <= warp ?", "plain:0", f"{WRONG}|{OUT}|misaligned"
+    "expand-listed-step-count",
+    "at += i < warp ?",
+    "at += i <= warp ?",
+    "plain:0",
+    f"{WRONG}|{OUT}|misaligned",
 )
-across("expand-wide-fragments-kept", "next = own + p.kept * 2 * kWarp;", "next = own;", "plain:0", WRONG)
-across(
+across("expand-listed-fragments-kept", "next = own + p.kept * 2 * kWarp;", "next = own;", "plain:0", WRONG)
+across("expand-listed-neighbour", "g / 2 * 2 + i", "g / 2 * 2 + 1 - i", "plain:0", WRONG)
+columns = plant(LISTED, "test_expand_wide.py -k 'column_after and 108'", unit=WIDE)
+columns("expand-listed-columns-ahead", "          copied_o += kColumns;\n", "", "plain:0", WRONG)
+columns("expand-listed-base", "base[i] = this->base_at(", "base[1 - i] = this->base_at(", "plain:0", WRONG)
+
+dense = plant(DENSE, "test_expand_wide.py -k 'held_and_not or test_ranks and 24'", unit=WIDE)
+for name, old, new, way, says in [
+    ("first-not-there", "    cp_async_wait<1>();\n", "", "tsan:0", "no cp_async_wait"),
+    ("first-without-barrier", "    __syncthreads();  // the first 64", "    // the first 64", "tsan:0", RACE),
+    ("bf16-alone", "holds + s >= p.lora_steps", "false", "plain:0", WRONG),
+    ("more-of-others", "own + (2 * holds + i) * kWarp", "own + i * kWarp", "plain:0", WRONG),
+    ("column", "8 * (n / 2) + 4 * i + 2 * odd", "8 * (n / 2) + 4 * odd + 2 * i", "plain:0", WRONG),
+]:
+    dense(f"expand-dense-{name}", old, new, way, says)
+dense_columns = plant(DENSE, "test_expand_wide.py -k 'test_widths or column_after and 24'", unit=WIDE)
+for name, old, new, way, says in [
+    (
+        "others-not-there",
+        "        cp_async_wait<0>();\n        __sync",
+        "        __sync",
+        "tsan:0",
+        "no cp_async_wait",
+    ),
+    ("others-without-barrier", "        __syncthreads();  // the others", "// the others", "tsan:0", RACE),
+    ("unit", "      from += strips * kStrip;\n", "", "plain:0", WRONG),
+    ("token-tail", "return t < p.e.tokens ? t : -1;", "return t;", "asan:0", OUT),
+    ("width-tail", "static_cast<int>(left < 8 ? left : 8)", "8", "asan:0", f"{WRONG}|{OUT}"),
+]:
+    dense_columns(f"expand-dense-{name}", old, new, way, says)
+
+common = plant(TILE, "test_expand_wide.py -k 'test_widths or test_ranks and bf16 and 24'", unit=WIDE)
+common(
     "expand-wide-turn", "v[lo] = upper ? other : v[lo];", "v[lo] = upper ? v[lo] : other;", "plain:0", WRONG
 )
-across("expand-wide-neighbour", "g / 2 * 2 + i", "g / 2 * 2 + 1 - i", "plain:0", WRONG)
-columns = plant(TILE, "test_expand_wide.py -k 'test_widths or column_after'", unit=WIDE)
-columns("expand-wide-columns-ahead", "          copied_o += kColumns;\n", "", "plain:0", WRONG)
-columns("expand-wide-output-tail", "      if (i < n) to[i] = one[i];", "      to[i] = one[i];", "asan:0", OUT)
-columns("expand-wide-base", "more[i] = eight(base", "more[1 - i] = eight(base", "plain:0", WRONG)
-wide_finite = plant(TILE, "test_expand_wide.py -k finite", unit=WIDE)
-wide_finite("expand-wide-not-finite", "__any_sync(kFullMask, !finite())", "false", "plain:0", WRONG)
-wide_finite("expand-wide-chose", "s.router != 0 ? c[row] != 0.0f : chose[row]", "true", "plain:0", WRONG)
+common("expand-wide-output-tail", "      if (i < n) to[i] = one[i];", "      to[i] = one[i];", "asan:0", OUT)
+for kind, file in [("listed", LISTED), ("dense", DENSE)]:
+    plant(file, "test_expand_wide.py -k finite", unit=WIDE)(
+        f"expand-{kind}-not-finite", "__any_sync(kFullMask, !this->finite())", "false", "plain:0", WRONG
+    )
+plant(TILE, "test_expand_wide.py -k finite", unit=WIDE)(
+    "expand-wide-chose", "s.router != 0 ? c[row] != 0.0f : chose[row]", "true", "plain:0", WRONG
+)
 
 plant("csrc/lora/expand_coefficients.cuh", "test_mixture.py -k 'test_tokens and bf16'", unit=EXPAND)(
     "mixture-first-plane-alone", "s < p.c.planes; ++s) {", "s < 1; ++s) {", "plain:0", WRONG

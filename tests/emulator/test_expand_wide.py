@@ -28,7 +28,7 @@ TOKENS = 1030  # four tiles, and some rows
 
 
 @HALF
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 64, 130])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 24, 33, 64, 80, 130])
 def test_ranks(emulator: ModuleType, rng, dtype: np.dtype, rank: int) -> None:
     check(emulator, rng, route(rng, TOKENS, 2, 3, 0.1), rank, 24, dtype, experts=3)
 
@@ -72,11 +72,13 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
         check(emulator, rng, route(rng, TOKENS, 2, 4, 0.1), rank, width, dtype, experts=4, adapter=F32)
 
 
-def test_column_after_column(emulator: ModuleType, rng) -> None:
+@pytest.mark.parametrize("rank, dense", [(24, True), (108, False)])
+def test_column_after_column(emulator: ModuleType, rng, rank: int, dense: bool) -> None:
     """So wide that a block goes on with other columns."""
-    tokens, rank, width = TOKENS, 24, 3500
+    tokens, width = TOKENS, 3500
     if isinstance(emulator, ModuleType):
-        assert emulator.expand_wide_plan(tokens, 2, 2, rank, width, False)["units"] == 2
+        plan = emulator.expand_wide_plan(tokens, 2, 2, rank, width, False)
+        assert (plan["dense"], plan["units"]) == (dense, 2)
     ids = route(rng, tokens, 2, 2)
     offsets, order = sort(ids, 2)
     values, weights = normal(rng, ids.size, rank), normal(rng, tokens, 2)
@@ -85,6 +87,29 @@ def test_column_after_column(emulator: ModuleType, rng) -> None:
     want = exact(y) + expected(values, panels.transpose(0, 2, 1), ids, exact(weights), None)
     emulator.expand(values, panels, offsets, order, weights, None, 1.0, None, y, None, y)
     assert_close(y, want)
+
+
+@HALF
+@pytest.mark.parametrize("experts", [3, 8, 9, 12, 13])
+@pytest.mark.parametrize("router", [True, False])
+def test_steps_held_and_not(emulator: ModuleType, rng, dtype, experts: int, router: bool) -> None:
+    """Up to 12 steps, eight of which are held, are not listed; a router has two for each eight experts."""
+    steps = experts + 2 * -(-experts // 8) * router
+    if isinstance(emulator, ModuleType):
+        assert emulator.expand_wide_plan(TOKENS, 2, experts, 16, 136, router)["dense"] == (steps <= 12)
+    ids = route(rng, TOKENS, 2, experts, 0.1)
+    offsets, order = sort(ids, experts)
+    values, weights = normal(rng, ids.size, 16), normal(rng, TOKENS, 2)
+    panels = normal(rng, experts, 16, 136, dtype=dtype)
+    dz, weight = (normal(rng, ids.size), normal(rng, experts, 136)) if router else (None, None)
+    dx = unwritten(TOKENS, 136, dtype=dtype)
+    emulator.backward_expand(values, panels, offsets, order, weights, None, 0.5, None, dz, weight, dx)
+    want = expected(values, panels, ids, 0.5 * exact(weights) * (ids >= 0), None)
+    if router:
+        chosen = np.where(ids.ravel() >= 0)[0]
+        at = np.argsort(order)[chosen]
+        np.add.at(want, chosen // 2, exact(dz)[at, None] * exact(weight)[ids.ravel()[chosen]])
+    assert_close(dx, want)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -132,13 +157,14 @@ def test_tokens_by_pairs_of_experts(emulator: ModuleType, rng, experts: int, k: 
 
 @HALF
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("experts", [10, 40])
 def test_what_is_not_finite_stays_with_its_tokens(
-    emulator: ModuleType, rng, dtype: np.dtype, bad: float
+    emulator: ModuleType, rng, dtype: np.dtype, bad: float, experts: int
 ) -> None:
-    ids = route(rng, TOKENS, 2, 40, 0.1)
-    offsets, order = sort(ids, 40)
+    ids = route(rng, TOKENS, 2, experts, 0.1)
+    offsets, order = sort(ids, experts)
     values, weights = normal(rng, ids.size, 16), normal(rng, TOKENS, 2)
-    panels = normal(rng, 40, 16, 72, dtype=dtype)
+    panels = normal(rng, experts, 16, 72, dtype=dtype)
     panels[3, 4, 17] = rounded(np.array([bad]), dtype)[0]
     by_rows = np.ascontiguousarray(panels.transpose(0, 2, 1))
     y, dx = unwritten(TOKENS, 72, dtype=dtype), unwritten(TOKENS, 72, dtype=dtype)
@@ -156,16 +182,18 @@ def test_what_is_not_finite_stays_with_its_tokens(
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_of_the_router(emulator: ModuleType, rng, bad: float) -> None:
-    ids = route(rng, TOKENS, 2, 12, 0.1)
-    offsets, order = sort(ids, 12)
+@pytest.mark.parametrize("experts", [8, 12])
+def test_what_is_not_finite_of_the_router(emulator: ModuleType, rng, bad: float, experts: int) -> None:
+    ids = route(rng, TOKENS, 2, experts, 0.1)
+    offsets, order = sort(ids, experts)
     values, weights = normal(rng, ids.size, 16), normal(rng, TOKENS, 2)
-    panels, dz, router = normal(rng, 12, 16, 40, dtype=F16), normal(rng, ids.size), normal(rng, 12, 40)
-    router[9, 17] = bad
+    panels, dz = normal(rng, experts, 16, 40, dtype=F16), normal(rng, ids.size)
+    router = normal(rng, experts, 40)
+    router[7, 17] = bad
     dx = unwritten(TOKENS, 40, dtype=F16)
     emulator.backward_expand(values, panels, offsets, order, weights, None, 1.0, None, dz, router, dx)
     hit = np.zeros((TOKENS, 40), bool)
-    hit[(ids == 9).any(1), 17] = True
+    hit[(ids == 7).any(1), 17] = True
     assert (np.isfinite(exact(dx)) == ~hit).all()
 
 
@@ -174,9 +202,14 @@ def test_plan(emulator: ModuleType) -> None:
         pytest.skip("the plan is no operator")
     plan = emulator.expand_wide_plan
     few, many = plan(8192, 2, 8, 16, 4096, False), plan(8192, 2, 64, 16, 4096, True)
-    assert (few["cluster"], few["tiles"], few["parts"], few["units"]) == (False, 32, 8, 8)
-    assert few["fragments"] == 8 and few["entries"] == 8 and 2 * few["shared"] < 225 * 1024
-    assert many["cluster"] and many["fragments"] == 80 and many["steps"] == 80
+    assert few["dense"] and (few["tiles"], few["parts"], few["units"]) == (32, 16, 4)
+    assert few["fragments"] == few["steps"] == 8 and few["shared"] == 64 * 1024
+    back = plan(8192, 2, 8, 16, 4096, True)  # two steps of the router beyond those held, 1 KB a warp each
+    assert back["dense"] and back["steps"] == 10 and (back["units"], back["shared"]) == (4, (80 + 16) * 1024)
+    assert many["cluster"] and not many["dense"] and many["fragments"] == 80 and many["steps"] == 80
+    assert plan(8192, 2, 12, 16, 4096, False)["dense"] and not plan(8192, 2, 13, 16, 4096, False)["dense"]
+    assert not plan(8192, 2, 12, 16, 4096, True)["dense"]  # and four of the router
+    assert not plan(8192, 3, 40, 16, 4096, False)["dense"]
     assert not plan(8192, 2, 12, 16, 4096, False)["cluster"] and plan(8192, 2, 13, 16, 4096, False)["cluster"]
     assert not plan(2047, 2, 64, 16, 4096, False)["cluster"]  # few tokens
     assert not plan(8192, 3, 64, 16, 4096, False)["cluster"]  # more than a pair
@@ -193,7 +226,7 @@ def test_plan(emulator: ModuleType) -> None:
 
 def test_tiles_do_not_conflict(emulator: ModuleType, rng) -> None:
     """Nothing that a thread reads or writes in shared memory meets another's bank."""
-    for k, experts, rank, dtype in [(2, 8, 16, BF16), (2, 4, 48, F16)]:
+    for k, experts, rank, dtype in [(2, 8, 16, BF16), (2, 4, 48, F16), (2, 14, 16, BF16)]:
         offsets, order = sort(route(rng, TOKENS, k, experts), experts)
         values, weights = normal(rng, TOKENS * k, rank), normal(rng, TOKENS, k)
         panels, y = normal(rng, experts, 128, rank, dtype=dtype), np.zeros((TOKENS, 128), dtype)

@@ -132,10 +132,10 @@ def test_many_tokens_of_few_experts_leave_the_sort_out(dry: ModuleType) -> None:
     there = np.zeros((tokens, experts), F32), np.zeros((tokens, 2), F32), np.zeros((tokens, 2), np.int64)
     router = zeros(experts, width, dtype=F32)
     assert dry.routed_expand(x, A, B, router, 2, 0, False, 1.0, None, *there, y)
-    assert names(dry) == ["dense_mma", "dense_sum", "topk_kernel", "expand_fragments", "expand_wide"]
+    assert names(dry) == ["dense_mma", "dense_sum", "topk_kernel", "expand_fragments", "expand_dense"]
     gates = np.zeros(experts + 1, np.int32), np.zeros(2 * tokens, np.int32), there[1]
     dry.mixture(x, A, B, *gates, None, 1.0, None, None, None, y, None)
-    assert names(dry) == ["dense_mma", "expand_places", "expand_fragments", "expand_wide"]
+    assert names(dry) == ["dense_mma", "expand_places", "expand_fragments", "expand_dense"]
 
 
 def test_all_of_A_is_read_while_tokens_choose_most_of_it(dry: ModuleType) -> None:

@@ -124,25 +124,16 @@ struct DenseTile : WideSums<T, kByRows, 4> {  // 32 columns at a time
   // ---- y ----
 
   __device__ __forceinline__ void finish(int64_t group, int64_t o0) const {
-    const auto token = [&](int row) {
-      const int64_t t = group * 32 + 8 * row + g;
-      return t < p.e.tokens ? t : -1;
-    };
     const int64_t o = o0 + 8 * q;
     const int n = static_cast<int>(clamp(p.e.width - o, 0, 8));
     const uint4 bias = this->bias_at(o, n);
 #pragma unroll
-    for (int row = 0; row < 4; row += 2) {  // two loads under way
-      uint4 base[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) base[i] = this->base_at(token(row + i), o, n);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t t = token(row + i);
-        uint32_t v[4];
-        this->round_row(v, row + i, 0, bias, base[i]);
-        if (t >= 0) this->store(static_cast<T*>(p.e.y) + t * p.e.width + o, v, n, p.eights && n == 8);
-      }
+    for (int row = 0; row < 4; ++row) {
+      const int64_t t = group * 32 + 8 * row + g;
+      const bool there = t < p.e.tokens;
+      uint32_t v[4];
+      this->round_row(v, row, 0, bias, this->base_at(there ? t : -1, o, n));
+      if (there) this->store(static_cast<T*>(p.e.y) + t * p.e.width + o, v, n, p.eights && n == 8);
     }
   }
 

@@ -20,12 +20,12 @@ WAYS = os.environ.get("MOA_EMULATOR", "plain:7 tsan:0").split()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Whoever names the ways (a sanitizer's run, a mutation's) wants the tests of kernels, and those only.
 
-    Large problems run without the race detector and AddressSanitizer: they see the same with fewer blocks.
+    Some run without the race detector and AddressSanitizer, which see it with fewer blocks, or in bfloat16.
     """
     here, only_kernels = Path(__file__).parent, "MOA_EMULATOR" in os.environ
 
     def left_out(item: pytest.Item) -> bool:
-        if item.get_closest_marker("large") and ("[tsan" in item.name or "[asan" in item.name):
+        if item.get_closest_marker("plain_alone") and ("[tsan" in item.name or "[asan" in item.name):
             return True
         return only_kernels and item.path.parent == here and "emulator" not in item.fixturenames
 

@@ -126,7 +126,7 @@ def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts:
         check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 72, dtype, experts=experts)
 
 
-@pytest.mark.large
+@pytest.mark.plain_alone
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 def test_4096_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     check(emulator, rng, route(rng, 40, 3, 4096, 0.1), 3, 9, dtype, experts=4096)
@@ -298,7 +298,9 @@ def test_wild_routing_stays_inside(emulator: ModuleType, rng) -> None:
             )
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(BF16, id="bf16"), pytest.param(F16, id="f16", marks=pytest.mark.plain_alone)]
+)
 @pytest.mark.parametrize("rank", [4, 132])
 def test_wild_order_leaves_places_to_chance(emulator: ModuleType, rng, rank: int, dtype: np.dtype) -> None:
     """Slots that no position names are looked up in memory that holds anything, such as 2313 twins.

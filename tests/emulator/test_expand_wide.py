@@ -23,7 +23,9 @@ from emulator.arrays import (
 from emulator.test_expand import check, expected
 from emulator.test_shrink import route, sort
 
-HALF = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+HALF = pytest.mark.parametrize(
+    "dtype", [pytest.param(BF16, id="bf16"), pytest.param(F16, id="f16", marks=pytest.mark.plain_alone)]
+)
 TOKENS = 1030  # four tiles, and some rows
 
 

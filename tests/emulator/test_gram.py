@@ -131,7 +131,7 @@ def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts:
         check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 40, dtype, experts=experts)
 
 
-@pytest.mark.large
+@pytest.mark.plain_alone
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 def test_4096_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     check(emulator, rng, route(rng, 40, 3, 4096, 0.1), 3, 5, dtype, experts=4096)
@@ -216,7 +216,7 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
         (65, 64, 40, 0),
         (130, 33, 200, 8),
         (1100, 5, 9, 0),
-        pytest.param(3, 4096, 24, 0, marks=pytest.mark.large),
+        pytest.param(3, 4096, 24, 0, marks=pytest.mark.plain_alone),
     ],
 )
 @pytest.mark.parametrize("size", [1e-20, 1e-6, 1.0])

@@ -107,7 +107,9 @@ def test_float32_adapters_under_half(emulator: ModuleType, rng, dtype: np.dtype)
     check(emulator, rng, route(rng, 200, 2, 4, 0.1), 4, 6, (640, 71), dtype, adapter=F32)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(BF16, id="bf16"), pytest.param(F16, id="f16", marks=pytest.mark.plain_alone)]
+)
 def test_every_experts_products(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     """Many tokens, few rows of A in all: expand takes what it needs of all of them, h is nowhere."""
     check(emulator, rng, route(rng, 2050, 2, 8, 0.1), 8, 16, (72, 40), dtype)
@@ -140,7 +142,7 @@ def test_a_layers_own_router_and_nothing_sorted(
     assert_close(y, want, f"E={experts} r={rank} k={k}", 5e-3)
 
 
-@pytest.mark.large
+@pytest.mark.plain_alone
 def test_many_slots_of_few_tokens(emulator: ModuleType, rng) -> None:
     check(emulator, rng, route(rng, 60, 40, 64), 64, 8, (600, 40), BF16)  # places by each block still
     check(emulator, rng, route(rng, 60, 200, 200), 200, 8, (72, 40), BF16)  # too many for a tile

@@ -108,7 +108,7 @@ def test_flags(emulator: ModuleType, rng, dtype: np.dtype, score_func: int, norm
     check(emulator, rng, 9, 3, 40, 8, (64, 64), dtype, score_func=score_func, norm=norm)
 
 
-@pytest.mark.large
+@pytest.mark.plain_alone
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=["f32", "f64", "bf16"])
 def test_many_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     check(emulator, rng, 3, 2, 4096, 2, (16, 24), dtype)

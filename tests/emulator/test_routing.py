@@ -126,9 +126,9 @@ def check_topk(emulator, logits, k, score_func=SOFTMAX, norm=False, bias=None, m
 @pytest.mark.parametrize(
     ("tokens", "experts"),
     [
-        *itertools.product([0, 1, 7, 257], [1, 3, 7, 8, 32, 33, 64, 65, 128, 129]),
-        *itertools.product([0, 1, 7], [513]),
-        pytest.param(257, 513, marks=pytest.mark.large),
+        *itertools.product([0, 1, 7], [1, 3, 7, 8, 32, 33, 64, 65, 128, 129, 513]),
+        *itertools.product([257], [1, 3, 7, 8, 32, 33, 64, 65, 128]),
+        *[pytest.param(257, experts, marks=pytest.mark.plain_alone) for experts in (129, 513)],
     ],
 )
 def test_experts_and_tokens(emulator: ModuleType, rng, experts: int, tokens: int) -> None:
@@ -218,8 +218,10 @@ def test_one_launch_while_there_is_little(emulator: ModuleType) -> None:
 SORTS = [
     *itertools.product([0, 1, 31, 1000, 8192], [1, 3, 64, 360, 744, 4096, 8192]),
     *itertools.product([8193, 20011], [1, 3, 64]),
-    (8193, 513),
-    *[pytest.param(*large, marks=pytest.mark.large) for large in ((20011, 513), (8193, 4096), (8193, 8192))],
+    *[
+        pytest.param(*large, marks=pytest.mark.plain_alone)
+        for large in ((8193, 513), (20011, 513), (8193, 4096), (8193, 8192))
+    ],
 ]
 
 

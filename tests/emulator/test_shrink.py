@@ -138,7 +138,7 @@ def test_experts_and_tokens(emulator: ModuleType, rng, dtype: np.dtype, experts:
         check(emulator, rng, route(rng, tokens, k, experts, 0.2), 4, 40, dtype, experts=experts)
 
 
-@pytest.mark.large
+@pytest.mark.plain_alone
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 def test_4096_experts(emulator: ModuleType, rng, dtype: np.dtype) -> None:
     check(emulator, rng, route(rng, 40, 3, 4096, 0.1), 3, 9, dtype, experts=4096)

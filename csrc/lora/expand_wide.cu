@@ -248,10 +248,12 @@ cudaError_t launch_wide(const WideParams& p, const plan_cuda::ExpandWide& plan, 
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts));
   const bool by_rows = p.e.panel_j == 1 && p.e.dz == nullptr;  // width 1: either
-  auto* const kernel = plan.dense ? by_rows ? expand_dense<T, true> : expand_dense<T, false>
-                       : by_rows  ? expand_listed<T, true>
-                                  : expand_listed<T, false>;
-  return MOA_LAUNCH_EARLY(kernel, grid, kWideThreads, plan.shared, stream, p);
+  if (plan.dense) {
+    if (by_rows) return MOA_LAUNCH_EARLY((expand_dense<T, true>), grid, kWideThreads, plan.shared, stream, p);
+    return MOA_LAUNCH_EARLY((expand_dense<T, false>), grid, kWideThreads, plan.shared, stream, p);
+  }
+  if (by_rows) return MOA_LAUNCH_EARLY((expand_listed<T, true>), grid, kWideThreads, plan.shared, stream, p);
+  return MOA_LAUNCH_EARLY((expand_listed<T, false>), grid, kWideThreads, plan.shared, stream, p);
 }
 
 // Work memory, each part at a whole 256 bytes; from null on it only counts.

@@ -221,6 +221,7 @@ def run_everything(module: ModuleType, rng: np.random.Generator) -> None:
     for dtype in (BF16, F16):
         test_shrink.check(module, rng, route(rng, 2048, 2, 3), 4, 16, dtype, experts=3)
         test_decode.check(module, rng, 3, 2, 8, 16, 64, 40, dtype, adapter=F32)
+        test_expand.check(module, rng, route(rng, 1030, 2, 3), 16, 8, dtype, experts=3)
         test_expand.check(module, rng, route(rng, 2100, 1, 20), 16, 8, dtype, experts=20)
         test_gram.check(module, rng, route(rng, 40, 2, 3), 40, 24, dtype, experts=3)
         test_decode.check(module, rng, 64, 2, 64, 16, 64, 24, dtype)

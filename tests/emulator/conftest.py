@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from emulator.repeated import Repeated
 # variant:seed, or cpu:0 and cuda:0 for the operators there (operators.py). AddressSanitizer has to be in the
 # process from its start: test_asan.py runs these tests again.
 WAYS = os.environ.get("MOA_EMULATOR", "plain:7 tsan:0").split()
+EVERY = int(os.environ.get("MOA_EMULATOR_EVERY", "1"))  # 2: half of the tests
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,6 +28,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def left_out(item: pytest.Item) -> bool:
         if item.get_closest_marker("plain_alone") and ("[tsan" in item.name or "[asan" in item.name):
+            return True
+        if zlib.crc32(item.name.encode()) % EVERY != 0:
             return True
         return only_kernels and item.path.parent == here and "emulator" not in item.fixturenames
 

@@ -110,6 +110,30 @@ static inline bool any_not_finite(__m512i pairs) {
   return _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent) != 0;
 }
 
+// sums[32][64] from column `col` on = 32 tokens' coefficients, `pitch` bytes apart, times a pair of column tiles a step:
+// two tiles against two, so that four products need four tiles.
+static inline void dense_pair(const bf16_t* coef, int64_t pitch, const uint32_t* b, int64_t steps, float* sums) {
+  const bf16_t* lower = coef + 8 * pitch;  // sixteen rows on
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < steps; ++k, coef += 32, lower += 32, b += 512) {
+    _tile_loadd(4, coef, pitch);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + 256, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, lower, pitch);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, 256);
+  _tile_stored(1, sums + 16, 256);
+  _tile_stored(2, sums + 16 * 64, 256);
+  _tile_stored(3, sums + 16 * 64 + 16, 256);
+}
+
 // One task of expand (kernels.h): tokens [t0, t1), columns [c0, c0 + cols). coef: [tokens][2 packs] of every token and
 // every expert, zero where it is not chosen; packs: pairs of ranks, of all experts. False, and nothing written, where
 // cols are no whole tiles, or where an expert has weights that are not finite: zero times those would reach the tokens
@@ -119,16 +143,16 @@ static bool dense_expand(const Segments& s, const bf16_t* coef, int64_t packs, i
                          const bf16_t* base, int64_t ldbase, const bf16_t* bias, int64_t t0, int64_t t1, int64_t c0,
                          int64_t cols, const Depth& depth, const Panel& panel) {
   if (cols % 64 != 0) return false;
-  const int64_t steps = plan::ceil_div(packs, 16), strips = cols / 64;
-  // [strip of 64 columns][step of 16 pairs][4 tiles][16 pairs][16 columns]
-  uint32_t* b = scratch<uint32_t>(Scratch::tiles, strips * steps * 1024);
+  const int64_t steps = plan::ceil_div(packs, 16);
+  // [pair of tiles, 32 columns][step of 16 pairs of ranks][2 tiles][16 pairs][16 columns]
+  uint32_t* b = scratch<uint32_t>(Scratch::tiles, cols / 32 * steps * 512);
   int64_t at = 0;
   bool finite = true;
   auto put = [&](const bf16_t* row) {
     for (int64_t c = 0; c < cols; c += 16) {
       const __m512i pairs = row != nullptr ? _mm512_loadu_si512(row + 2 * c) : _mm512_setzero_si512();
       finite = finite && !any_not_finite(pairs);
-      _mm512_storeu_si512(b + (c / 64 * steps + at / 16) * 1024 + c / 16 % 4 * 256 + at % 16 * 16, pairs);
+      _mm512_storeu_si512(b + (c / 32 * steps + at / 16) * 512 + c / 16 % 2 * 256 + at % 16 * 16, pairs);
     }
     ++at;
   };
@@ -147,42 +171,24 @@ static bool dense_expand(const Segments& s, const bf16_t* coef, int64_t packs, i
   } else {
     memset(start, 0, cols * sizeof(float));
   }
-  alignas(64) float sums[16 * 64];
+  alignas(64) float sums[32 * 64];
   TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) shapes.set(tile, 16, 64);
   shapes.load();
-  for (int64_t strip = 0; strip < strips; ++strip)
-    for (int64_t t = t0; t < t1; t += 16) {
-      const int64_t m = min64(16, t1 - t), col = c0 + strip * 64;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      const uint32_t* p = b + strip * steps * 1024;
-      for (int64_t k = 0; k < steps; ++k, p += 1024) {  // coef has rows to spare behind the last token's
-        _tile_loadd(4, coef + t * 32 * steps + 32 * k, 64 * steps);
-        _tile_loadd(5, p, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, p + 256, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(5, p + 512, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(6, p + 768, 64);
-        _tile_dpbf16ps(3, 4, 6);
-      }
-      _tile_stored(0, sums, 256);
-      _tile_stored(1, sums + 16, 256);
-      _tile_stored(2, sums + 32, 256);
-      _tile_stored(3, sums + 48, 256);
-      for (int64_t i = 0; i < m; ++i) {
-        const bf16_t* from = base != nullptr ? base + (t + i) * ldbase + col : nullptr;
-        bf16_t* to = y + (t + i) * width + col;
-        if (from != nullptr && t + 16 + i < t1) {  // the next tile's two lines
-          __builtin_prefetch(from + 16 * ldbase, 1, 3);
-          __builtin_prefetch(from + 16 * ldbase + 32, 1, 3);
+  for (int64_t c = 0; c < cols; c += 64)
+    for (int64_t t = t0; t < t1; t += 32) {  // coef has rows to spare behind the last token's
+      const uint32_t* p = b + c / 32 * steps * 512;
+      dense_pair(coef + t * 32 * steps, 64 * steps, p, steps, sums);
+      dense_pair(coef + t * 32 * steps, 64 * steps, p + steps * 512, steps, sums + 32);
+      for (int64_t i = 0; i < min64(32, t1 - t); ++i) {
+        const bf16_t* from = base != nullptr ? base + (t + i) * ldbase + c0 + c : nullptr;
+        bf16_t* to = y + (t + i) * width + c0 + c;
+        if (from != nullptr && t + 32 + i < t1) {  // the next tiles' two lines
+          __builtin_prefetch(from + 32 * ldbase, 1, 3);
+          __builtin_prefetch(from + 32 * ldbase + 32, 1, 3);
         }
         for (int64_t n = 0; n < 64; n += 16) {
-          __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * 64 + n), _mm512_loadu_ps(start + strip * 64 + n));
+          __m512 sum = _mm512_add_ps(_mm512_load_ps(sums + i * 64 + n), _mm512_loadu_ps(start + c + n));
           if (from != nullptr) sum = _mm512_add_ps(sum, widened(from + n));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
         }
@@ -191,15 +197,15 @@ static bool dense_expand(const Segments& s, const bf16_t* coef, int64_t packs, i
   return true;
 }
 
-// The coefficients that dense_expand wants: [tokens, and 15 rows more][32 steps]. A token twice under one expert has
+// The coefficients that dense_expand wants: [tokens, and 31 rows more][32 steps]. A token twice under one expert has
 // the sum of both.
 template <class Depth>
 static const bf16_t* dense_coefficients(const Segments& s, const bf16_t* coef, int64_t ldc, int64_t steps,
                                         const Depth& depth) {
   const TokenAt token_at(s);
   const int64_t ld = 32 * steps;
-  bf16_t* all = scratch<bf16_t>(Scratch::call_dense, (s.tokens + 15) * ld);
-  memset(all, 0, (s.tokens + 15) * ld * sizeof(bf16_t));
+  bf16_t* all = scratch<bf16_t>(Scratch::call_dense, (s.tokens + 31) * ld);
+  memset(all, 0, (s.tokens + 31) * ld * sizeof(bf16_t));
   int64_t at = 0;
   for (int64_t e = 0; e < s.experts; ++e) {
     const int64_t here = round_up(depth(e), 2);

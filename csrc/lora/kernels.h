@@ -269,7 +269,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
   using Acc = typename V::Acc;
   using In = typename V::In;
   const TokenAt token_at(s);
-  const bool strips = V::kPacks && plan::gram_strips(ldc);
+  const bool strips = V::kStrips && plan::gram_strips(ldc);
   const int64_t block = strips ? plan::gram_strip_cols(width, kStrip<V>) : plan::gram_cols(width);
   const int64_t col_blocks = plan::ceil_div(width, block);
   const int64_t clearing = min64(s.experts, plan::kGramClearTasks);
@@ -353,8 +353,8 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
           }
         }
         Ahead none(x, 0);
-        const int64_t block = V::kPacks ? plan::kGramBlock : steps;  // sums go on from block to block
-        const int64_t wide = strips ? kStrip<V> : cols;              // columns that all ranks meet before the next ones
+        const int64_t block = V::kStrips ? plan::kGramBlock : steps;  // sums go on from block to block
+        const int64_t wide = strips ? kStrip<V> : cols;  // columns that all ranks meet before the next ones
         for (int64_t s0 = 0; s0 < steps; s0 += block)
           for (int64_t c = 0; c < cols; c += wide)
             for (int64_t j = 0; j < rank; j += V::kAxpyM) {

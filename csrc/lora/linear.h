@@ -124,31 +124,32 @@ static void packed_product(const T* x, int64_t ldx, int64_t tokens, int64_t dept
   using In = typename V::In;
   using Acc = typename V::Acc;
   constexpr bool direct = Same<T, In>::value;  // then y is its own accumulator
-  if (depth == 0) return;                      // nothing to add
+  constexpr int64_t most_run = plan::packed_run(kWide<V>), most_rows = plan::packed_block(kWide<V>);
+  if (depth == 0) return;  // nothing to add
   const bool wide = plan::worth_threads(width * depth * static_cast<int64_t>(sizeof(T)));
-  const int64_t col_blocks = plan::ceil_div(width, plan::kPackedCols);
+  const int64_t block = plan::packed_cols(width, kStrip<V>, kWide<V>), col_blocks = plan::ceil_div(width, block);
   const int64_t most = direct ? tokens : plan::kPackedConverted;
   for (int64_t first = 0; first < tokens; first += most) {
     const int64_t now = min64(most, tokens - first), blocks = plan::ceil_div(now, plan::kPackedTokens);
     const In** rows = scratch<const In*>(Scratch::call_pointers, now);
     In* buffer = direct ? nullptr : scratch<In>(Scratch::call_first, now * depth);
-    parallel_tasks(plan::ceil_div(now, plan::kPackedBlock), wide && !direct, [&](int64_t task) {
-      for (int64_t t = task * plan::kPackedBlock, end = min64(t + plan::kPackedBlock, now); t < end; ++t)
+    parallel_tasks(plan::ceil_div(now, most_rows), wide && !direct, [&](int64_t task) {
+      for (int64_t t = task * most_rows, end = min64(t + most_rows, now); t < end; ++t)
         rows[t] = row_as<V, T>(x + (first + t) * ldx, depth, direct ? nullptr : buffer + t * depth);
     });
     parallel_tasks(blocks * col_blocks, wide, [&](int64_t task) {
       const int64_t t0 = task / col_blocks * plan::kPackedTokens, t1 = min64(t0 + plan::kPackedTokens, now);
-      const int64_t c0 = task % col_blocks * plan::kPackedCols, cols = min64(plan::kPackedCols, width - c0);
-      In* packed = scratch<In>(Scratch::panel, plan::kPackedRun * plan::kPackedCols);
+      const int64_t c0 = task % col_blocks * block, cols = min64(block, width - c0);
+      In* packed = scratch<In>(Scratch::panel, most_run * block);
       Acc* sums = direct ? nullptr : scratch<Acc>(Scratch::tile, (t1 - t0) * cols);
       T* out = y + (first + t0) * width + c0;
-      for (int64_t k0 = 0; k0 < depth; k0 += plan::kPackedRun) {
-        const int64_t count = min64(plan::kPackedRun, depth - k0);
+      for (int64_t k0 = 0; k0 < depth; k0 += most_run) {
+        const int64_t count = min64(most_run, depth - k0);
         for (int64_t c = 0; c < cols; c += kStrip<V>)
           pack(c0 + c, min64(kStrip<V>, cols - c), k0, count, packed + c * count);
-        for (int64_t b0 = t0; b0 < t1; b0 += plan::kPackedBlock)
+        for (int64_t b0 = t0; b0 < t1; b0 += most_rows)
           for (int64_t c = 0; c < cols; c += kStrip<V>)
-            for (int64_t t = b0, end = min64(b0 + plan::kPackedBlock, t1); t < end; t += V::kAxpyM) {
+            for (int64_t t = b0, end = min64(b0 + most_rows, t1); t < end; t += V::kAxpyM) {
               const int64_t n = min64(V::kAxpyM, end - t), strip = min64(kStrip<V>, cols - c);
               const In* from = packed + c * count;
               if constexpr (direct) {
@@ -199,7 +200,7 @@ template <class V, class T>
 static plan::Linear linear_form(DType type, int64_t tokens, int64_t in) {
   constexpr bool direct = Same<T, typename V::In>::value;
   if (V::kLinearTokens == 0) return plan::Linear::library;
-  if (V::kPacks && plan::packs(tokens, direct, processor())) return plan::Linear::packed;
+  if (V::kPacks && plan::packs(tokens, direct, kWide<V>, processor())) return plan::Linear::packed;
   const bool fast_gemv = !direct && !V::kWidens;
   return plan::few_tokens(tokens, in, most_tokens<V, T>(type), direct, fast_gemv) ? plan::Linear::streamed
                                                                                   : plan::Linear::library;
@@ -219,7 +220,7 @@ static bool linear_backward(const LinearBackwardParams& p) {
   constexpr bool direct = Same<T, typename V::In>::value;
   if (V::kLinearTokens == 0) return false;
   if constexpr (V::kPacks)
-    if (plan::packs_backward(p.tokens, direct, processor())) {
+    if (plan::packs_backward(p.tokens, direct, kWide<V>, processor())) {
       linear_backward_packed<V, T>(p);
       return true;
     }

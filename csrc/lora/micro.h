@@ -207,6 +207,9 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
 // A panel's elements of a tile's columns. A panel in strips of so many, each with all its rows, meets no cache set twice.
 template <class V>
 static constexpr int64_t kStrip = V::kAxpyN * V::kIn;
+// Whether its vectors have 512 bits.
+template <class V>
+static constexpr bool kWide = V::kIn * sizeof(typename V::In) == 64;
 // How many rows a panel has, and how far apart its strips begin; kStrip where a row lies in one piece.
 struct PanelRows {
   int64_t count, step;

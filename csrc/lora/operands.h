@@ -47,17 +47,17 @@ struct Operands {
   }
   // Ranks [j0, j1) of A_e as rows along them, a run of a panel (panel.h): `count` from input k0 on. On AVX2 in strips.
   PanelRun<In> a_across(int64_t e, int64_t j0, int64_t j1, int64_t k0, int64_t count) const {
-    const int64_t ld = round_up(j1 - j0, V::kIn), strip = V::kPacks ? kStrip<V> : ld;
+    const int64_t ld = round_up(j1 - j0, V::kIn), strip = V::kStrips ? kStrip<V> : ld;
     const TA* a = A + (e * p.rank + j0) * p.in + k0;
     In* dst = scratch<In>(Scratch::panel, round_up(ld, strip) * count);
     for (int64_t j = 0; j < j1 - j0; j += strip)
       transpose_as<V>(a + j * p.in, p.in, min64(strip, j1 - j0 - j), count, dst + j * count, strip);
-    return {dst, strip, V::kPacks ? count : 1};
+    return {dst, strip, V::kStrips ? count : 1};
   }
   // The same of B_e, `count` from output o0 on, where it lies so already; but in strips it is copied.
   PanelRun<In> b_across(int64_t e, int64_t j0, int64_t j1, int64_t o0, int64_t count) const {
     const TA* b = B + (e * p.out + o0) * p.rank;
-    if constexpr (V::kPacks) {
+    if constexpr (V::kStrips) {
       In* dst = scratch<In>(Scratch::panel, round_up(j1 - j0, kStrip<V>) * count);
       for (int64_t j = j0; j < j1; j += kStrip<V>)
         for (int64_t o = 0; o < count; ++o)
@@ -73,12 +73,12 @@ struct Operands {
     [[maybe_unused]] const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
     const TA* b = B + (e * p.out + c0) * p.rank;
     if constexpr (V::kPack == 1) {  // on AVX2 in strips
-      const int64_t strip = V::kPacks ? kStrip<V> : cols;
+      const int64_t strip = V::kStrips ? kStrip<V> : cols;
       In* dst = scratch<In>(Scratch::panel, rank * round_up(cols, strip));
       for (int64_t c = 0; c < cols; c += strip)
         transpose_as<V>(b + c * p.rank, p.rank, min64(strip, cols - c), rank, dst + c * rank, strip);
       for (int64_t k = 0; k < rank; ++k) rows[k] = dst + k * strip;
-      return {rank, V::kPacks ? rank * strip : kStrip<V>};
+      return {rank, V::kStrips ? rank * strip : kStrip<V>};
     } else {
       const TA* src = b;
       int64_t lds = p.rank;
@@ -102,7 +102,7 @@ struct Operands {
     const int64_t rank = rank_of(e), packs = plan::ceil_div(rank, V::kPack);
     const TA* a = A + e * p.rank * p.in + c0;
     const int64_t all = round_up(p.rank, V::kPack) / V::kPack;
-    if (V::kPacks && plan::expand_strips(p.seg.offsets[e + 1] - p.seg.offsets[e], rank)) {
+    if (V::kStrips && plan::expand_strips(p.seg.offsets[e + 1] - p.seg.offsets[e], rank)) {
       const int64_t count = router != nullptr ? all + 1 : rank;
       In* dst = scratch<In>(Scratch::panel, count * round_up(cols, kStrip<V>));
       for (int64_t k = 0; k < count; ++k) {

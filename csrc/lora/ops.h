@@ -88,7 +88,7 @@ struct Lora : Operands<V, TA> {
   }
 
   static bool by_panel(int64_t slots, int64_t ranks, bool turned) {
-    if (V::kPacks) return plan::shrink_strips(slots, ranks);
+    if (V::kStrips) return plan::shrink_strips(slots, ranks);
     return V::kPanels && plan::shrink_panel(slots, ranks, turned, processor());
   }
 

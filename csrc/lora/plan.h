@@ -146,23 +146,38 @@ constexpr int64_t kLinearPanel = 8;    // rows of W, or pairs of them, between t
 inline int64_t linear_rows(int64_t out) { return clamp(ceil_div(out, 8 * 4) * 4, 4, 64); }
 inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 64) * 64, 64, 512); }
 
-// On AVX2 the base's product of more tokens is our own too, from packed blocks of W: half types, which no library
+// The base's product of more tokens is our own too, from packed blocks of W. On AVX2: half types, which no library
 // multiplies there, and float32 beside what MKL has for processors that are not Intel's. Two Zen 3 cores, GF/s, library,
 // streamed, packed, W 2048 x 2048: float32 T = 4 21, 70, 48, T = 16 48, 90, 93, T = 24 62, 98, 108, T = 512 150, -, 162,
 // W 1024 x 1024 T = 64 82 to 105, -, 135 to 153, T = 512 121 to 131, -, 153 to 158; gradient T = 8 28, 63, 42, T = 16 50, -,
 // 61, T = 512 151, -, 156. bfloat16 T = 4 20, 90, -, T = 16 20, 120, 90, T = 48 20, 136, 136, T = 512 20, 130, 165; its
 // gradient T = 512 1, -, 143.
+// With vectors of 512 bits (`wide`): float32 on Intel's processors, beside MKL at its best. A layer / nn.Linear, two
+// Granite Rapids cores, library and packed, 2048 x 2048, E = 8: T = 33 1.08 and 0.98, T = 64 1.10 and 1.00, T = 192 1.08
+// and 1.00, T = 512 1.07 and 1.02; 1024 x 1024 T = 512, E = 64 1.26 and 1.20, T = 4096, E = 16 1.18 and 1.19; a training
+// step T = 64 1.13 and 1.16, T = 256 1.11 and 1.10, T = 512 1.09 and 1.08. The same in bfloat16 on AMX's tiles, base and
+// dense expand in one sum, was 5 % faster at T = 64, no faster at T = 512 and slower at T = 2048: L2 and L3 cannot feed
+// them faster than oneDNN does.
 enum class Linear { library, streamed, packed };
-inline bool packs(int64_t tokens, bool direct, const Processor& cpu) {
+inline bool packs(int64_t tokens, bool direct, bool wide, const Processor& cpu) {
+  if (wide) return direct && cpu.intel && tokens > 32 && tokens <= 1024;
   return direct ? tokens >= 16 && !cpu.intel : tokens >= 40;
 }
-inline bool packs_backward(int64_t tokens, bool direct, const Processor& cpu) {
+inline bool packs_backward(int64_t tokens, bool direct, bool wide, const Processor& cpu) {
+  if (wide) return direct && cpu.intel && tokens > 192 && tokens <= 1024;
   return tokens > 8 && !(direct && cpu.intel);
 }
-// Columns and tokens of a task, and of these the tokens that meet the whole block before the next ones: the block of a run
-// is 96 KB, their part of it 192 KB. Half or twice as much of each is no faster. Products of a run: they bound float32
-// rounding too. Tokens at a time where x is converted first.
-constexpr int64_t kPackedCols = 48, kPackedTokens = 512, kPackedBlock = 96, kPackedRun = 512, kPackedConverted = 1024;
+// Tokens of a task, and of these the ones that meet the whole block of columns before the next ones: the block of a run
+// is 96 KB, their part of it 192 KB; with wide vectors 512 KB, as L2 is, and 192 KB. Half or twice as much of each is no
+// faster. Products of a run: they bound float32 rounding too; 512 take 1.03 of the time of 1024 there. Tokens at a time
+// where x is converted first.
+constexpr int64_t kPackedTokens = 512, kPackedConverted = 1024;
+constexpr int64_t packed_block(bool wide) { return wide ? 48 : 96; }
+constexpr int64_t packed_run(bool wide) { return wide ? 1024 : 512; }
+// Columns of a task: two strips, or one where that makes few tasks.
+inline int64_t packed_cols(int64_t width, int64_t strip, bool wide) {
+  return wide && ceil_div(width, 2 * strip) < 8 ? strip : 2 * strip;
+}
 
 // Gram: columns per task; its x panel is gathered again for every tile of ranks.
 inline int64_t gram_cols(int64_t width) {
@@ -199,8 +214,13 @@ constexpr int64_t kGramRun = 512;
 inline bool router_tiles(int64_t tokens, int64_t experts) { return tokens >= 32 && experts > 16; }
 // Rows of a task there: blocks of 64, up to four where that leaves eight tasks.
 inline int64_t router_tile_rows(int64_t tokens) { return 64 * clamp(tokens / (8 * 64), 1, 4); }
-constexpr int64_t kPanelTokens = 48;  // per task: their part of a run is 48 KB, which E / 64 passes read
-constexpr int64_t kPanelRun = 256;    // products summed in one run of accumulators: bounds float32 rounding
+// Per task: their part of a run is 48 KB, which E / 64 passes read. Fewer where 48 would make few, uneven tasks: T = 512,
+// 1024 inputs, E = 64 on two cores takes 11 of 48 and so 12, or 22 of 24.
+constexpr int64_t kPanelTokens = 48;
+inline int64_t panel_tokens(int64_t tokens, bool wide) {
+  return wide && tokens < 1024 ? kPanelTokens / 2 : kPanelTokens;
+}
+constexpr int64_t kPanelRun = 256;  // products summed in one run of accumulators: bounds float32 rounding
 // Router logits: tokens and experts per task. Few experts: a tile of x stays in L1 while W streams from L2; many: four
 // rows of W stay while the task's 48 rows of x stream.
 struct Router {

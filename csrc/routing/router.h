@@ -113,7 +113,7 @@ static void router_logits_panel(const RouterParams& p) {
   const T* x = static_cast<const T*>(p.x);
   In* logits = static_cast<In*>(p.logits);
   // Of AVX2, whose tiles are narrow, in strips; else in one.
-  const int64_t ld = round_up(p.experts, V::kPacks ? kStrip<V> : V::kIn), strip = V::kPacks ? kStrip<V> : ld;
+  const int64_t ld = round_up(p.experts, V::kStrips ? kStrip<V> : V::kIn), strip = V::kStrips ? kStrip<V> : ld;
   const int64_t run = plan::kPanelRun;
   In* turned = scratch<In>(Scratch::call_packed, p.in * ld);
   const bool wide = plan::worth_threads((p.tokens + p.experts) * p.in * static_cast<int64_t>(sizeof(In)));
@@ -122,8 +122,9 @@ static void router_logits_panel(const RouterParams& p) {
     for (int64_t e = 0; e < p.experts; e += strip)
       transpose(weight + e * p.in + k0, p.in, min64(strip, p.experts - e), count, turned + k0 * ld + e * count, strip);
   });
-  parallel_tasks(plan::ceil_div(p.tokens, plan::kPanelTokens), wide, [&](int64_t task) {
-    const int64_t t0 = task * plan::kPanelTokens, m = min64(plan::kPanelTokens, p.tokens - t0);
+  const int64_t chunk = plan::panel_tokens(p.tokens, kWide<V>);
+  parallel_tasks(plan::ceil_div(p.tokens, chunk), wide, [&](int64_t task) {
+    const int64_t t0 = task * chunk, m = min64(chunk, p.tokens - t0);
     const In* rows[plan::kPanelTokens];
     In* buffer = direct ? nullptr : scratch<In>(Scratch::rows, m * p.in);
     for (int64_t i = 0; i < m; ++i)
@@ -141,7 +142,7 @@ static void router_logits(const RouterParams& p) {
     if (plan::router_tiles(p.tokens, p.experts)) return router_logits_tiles(p);
 #endif
   if constexpr (V::kPanels)
-    if (V::kPacks ? plan::strips_pay(p.tokens, p.experts) : plan::panel_pays(p.tokens, p.experts, processor()))
+    if (V::kStrips ? plan::strips_pay(p.tokens, p.experts) : plan::panel_pays(p.tokens, p.experts, processor()))
       return router_logits_panel<V, T>(p);
   using In = typename V::In;
   constexpr bool direct = Same<T, In>::value;

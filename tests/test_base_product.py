@@ -92,7 +92,8 @@ def test_long_sums_keep_their_accuracy(isa: str, tokens: int, dtype: torch.dtype
     if isa == "scalar":
         pytest.skip("the library's GEMM, which may sum in one run")
     for width, out in ((8192, 70), (70, 8192)):
-        x, weight, grad = (torch.rand(*shape).to(dtype) for shape in ((tokens, width), (out, width), (tokens, out)))
+        shapes = (tokens, width), (out, width), (tokens, out)
+        x, weight, grad = (torch.rand(*shape).to(dtype) for shape in shapes)
         A, B = torch.full((1, 1, width), 1 / 8192, dtype=dtype), torch.ones(1, out, 1, dtype=dtype)
         for actual, expected in zip(run(x, weight, A, B, grad), exact(x, weight, A, B, grad), strict=True):
             assert_close(actual, expected, f"{width} to {out}")

@@ -163,11 +163,24 @@ struct Acc512 {
 struct F32 : Acc512 {
   using In = float;
   using InVec = __m512;
-  static constexpr bool kPanels = true, kPacks = true;
+  static constexpr bool kPanels = true, kPacks = true, kWidens = true;
   static constexpr int kIn = 16, kPack = 1, kLinearTokens = 192;
 
   static inline InVec load(const float* p) { return _mm512_loadu_ps(p); }
+  static inline InVec load(const bf16_t* p) {  // widened on the way
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  static inline InVec load(const f16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static inline InVec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  template <class T>
+  static inline InVec load_n(const T* p, int n) {
+    T some[kIn] = {};
+    memcpy(some, p, n * sizeof(T));
+    return load(some);
+  }
   static inline InVec splat(const float* p) { return _mm512_set1_ps(*p); }
   static inline AccVec fma(InVec a, InVec b, AccVec c) { return _mm512_fmadd_ps(a, b, c); }
 };

@@ -28,7 +28,6 @@ template <class V, class T>
 static void linear_tokens(const LinearParams& p, int64_t t0, int64_t tokens) {
   using In = typename V::In;
   using Acc = typename V::Acc;
-  constexpr bool as_it_lies = Same<T, In>::value || V::kWidens;
   const T* weight = static_cast<const T*>(p.weight);
   T* y = static_cast<T*>(p.y);
   const In** rows = rows_of<V, T>(p.x, p.ldx, t0, tokens, p.in);
@@ -37,17 +36,11 @@ static void linear_tokens(const LinearParams& p, int64_t t0, int64_t tokens) {
   parallel_tasks(plan::ceil_div(p.out, block), plan::worth_threads(p.out * p.in * sizeof(T)), [&](int64_t task) {
     const int64_t begin = task * block, end = min64(begin + block, p.out);
     Acc* tile = scratch<Acc>(Scratch::tile, tokens * block);
-    In* buffer = as_it_lies ? nullptr : scratch<In>(Scratch::panel, V::kDotN * p.in);
     for (int64_t o = begin; o < end; o += V::kDotN) {
       const int64_t n = min64(V::kDotN, end - o), soon = min64(fetched, p.out - o - n);
       const T* w = weight + o * p.ldw;
       const Ahead ahead(w + n * p.ldw, soon * p.ldw * static_cast<int64_t>(sizeof(T)));
-      if constexpr (as_it_lies) {
-        dot_block<V>(rows, tokens, 0, w, p.ldw, n, p.in, tile + o - begin, block, false, ahead);
-      } else {
-        for (int64_t i = 0; i < n; ++i) convert_row(w + i * p.ldw, buffer + i * p.in, p.in);
-        dot_block<V>(rows, tokens, 0, buffer, p.in, n, p.in, tile + o - begin, block, false, ahead);
-      }
+      dot_block<V>(rows, tokens, 0, w, p.ldw, n, p.in, tile + o - begin, block, false, ahead);
     }
     for (int64_t t = 0; t < tokens; ++t) {
       Acc* sum = tile + t * block;
@@ -201,17 +194,16 @@ static plan::Linear linear_form(DType type, int64_t tokens, int64_t in) {
   constexpr bool direct = Same<T, typename V::In>::value;
   if (V::kLinearTokens == 0) return plan::Linear::library;
   if (V::kPacks && plan::packs(tokens, direct, kWide<V>, processor())) return plan::Linear::packed;
-  const bool fast_gemv = !direct && !V::kWidens;
-  return plan::few_tokens(tokens, in, most_tokens<V, T>(type), direct, fast_gemv) ? plan::Linear::streamed
-                                                                                  : plan::Linear::library;
+  return plan::few_tokens(tokens, in, most_tokens<V, T>(type), direct) ? plan::Linear::streamed : plan::Linear::library;
 }
 
 template <class V, class T>
 static void linear(const LinearParams& p) {
   if constexpr (V::kPacks)
     if (linear_form<V, T>(p.type, p.tokens, p.in) == plan::Linear::packed) return linear_packed<V, T>(p);
-  for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
-    linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
+  if constexpr (V::kLinearTokens > 0)
+    for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
+      linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
 }
 
 // False, and nothing done, where the library's GEMM is as fast.

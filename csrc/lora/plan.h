@@ -113,13 +113,10 @@ constexpr int64_t kShrinkRun = 128;
 // The base's product is our own where the library's GEMM, which packs W first, is slower. `most` tokens is what an
 // instruction set has (vec.h); short rows have too few products to pay for the sum of their lanes. W 2048 x 2048 against
 // F.linear: float32 T = 1 0.4, T = 16 0.4, T = 64 0.6 to 0.8, T = 192 0.9 to 1.0; bfloat16 T = 1 0.3, T = 16 0.75, T = 32
-// 0.9; the gradient of x float32 T = 1 0.8, T = 4 0.4, T = 32 0.75, bfloat16 T = 1 0.5, T = 8 0.75. A type that is
-// converted to be multiplied (`direct` is false) has no fast GEMM at any T: float16 T = 256 0.3, its gradient 0.005. One
-// token has a GEMV, which is slow beside rows that widen as they are loaded (on AVX2 bfloat16 0.3 to 0.45 of its time,
-// float16 0.4 to 0.5), not beside rows that are converted first.
-inline bool few_tokens(int64_t tokens, int64_t in, int64_t most, bool direct, bool fast_gemv) {
-  if (!direct) return (tokens > 1 || !fast_gemv) && tokens <= most;
-  return tokens <= most && 8 * tokens <= in;
+// 0.9; the gradient of x float32 T = 1 0.8, T = 4 0.4, T = 32 0.75, bfloat16 T = 1 0.5, T = 8 0.75. A type that widens as
+// it is loaded (not `direct`) has no fast GEMM on most machines: on AVX2 float16 T = 256 0.3, its gradient 0.005.
+inline bool few_tokens(int64_t tokens, int64_t in, int64_t most, bool direct) {
+  return tokens <= most && (!direct || 8 * tokens <= in);
 }
 inline bool few_tokens_backward(int64_t tokens, int64_t out, int64_t most, bool direct, bool fast_gemv) {
   if (!direct) return tokens <= most / 4;
@@ -127,13 +124,15 @@ inline bool few_tokens_backward(int64_t tokens, int64_t out, int64_t most, bool 
 }
 // The most tokens where the library is faster than on Zen 4. Two Emerald Rapids cores, W 2048 x 2048: float32 T = 1 0.93,
 // T = 4 0.52, T = 32 0.80, T = 64 1.05, T = 192 1.40, gradient T = 1 1.42, T = 8 0.79; bfloat16 by tiles T = 4 0.69, T = 8
-// 1.13, T = 32 3.1, gradient T = 1 0.87, T = 2 1.09; float16 T = 16 0.98, T = 64 1.31, gradient T = 4 0.97, T = 16 1.03.
+// 1.13, T = 32 3.1, gradient T = 1 0.87, T = 2 1.09. A layer in float16 / nn.Linear, two Xeon cores with 480 MB of L3,
+// the library's product and ours: T = 1 1.2 and 0.87, T = 16 1.14 and 0.88, T = 32 1.15 and 1.05, T = 48 1.15 and 1.17, a
+// step T = 8 1.44 and 1.19, T = 16 the same.
 inline bool fast_gemv(DType type, const Processor& cpu) { return type == DType::f32 && cpu.intel; }
 inline int64_t most_beside_library(DType type, const Processor& cpu) {
   switch (type) {
     case DType::f32: return cpu.intel ? 32 : INT64_MAX;
     case DType::bf16: return cpu.amx_bf16 ? 4 : INT64_MAX;
-    case DType::f16: return cpu.avx512_fp16 ? 16 : INT64_MAX;
+    case DType::f16: return cpu.avx512_fp16 ? 32 : INT64_MAX;
     default: return INT64_MAX;
   }
 }
@@ -152,8 +151,8 @@ inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 
 // W 1024 x 1024 T = 64 82 to 105, -, 135 to 153, T = 512 121 to 131, -, 153 to 158; gradient T = 8 28, 63, 42, T = 16 50, -,
 // 61, T = 512 151, -, 156. bfloat16 T = 4 20, 90, -, T = 16 20, 120, 90, T = 48 20, 136, 136, T = 512 20, 130, 165; its
 // gradient T = 512 1, -, 143.
-// With vectors of 512 bits (`wide`): float32 on Intel's processors, beside MKL at its best. A layer / nn.Linear, two
-// Granite Rapids cores, library and packed, 2048 x 2048, E = 8: T = 33 1.08 and 0.98, T = 64 1.10 and 1.00, T = 192 1.08
+// With vectors of 512 bits (`wide`): float32 on Intel's processors, beside MKL at its best. A layer / nn.Linear, two such
+// Xeon cores, library and packed, 2048 x 2048, E = 8: T = 33 1.08 and 0.98, T = 64 1.10 and 1.00, T = 192 1.08
 // and 1.00, T = 512 1.07 and 1.02; 1024 x 1024 T = 512, E = 64 1.26 and 1.20, T = 4096, E = 16 1.18 and 1.19; a training
 // step T = 64 1.13 and 1.16, T = 256 1.11 and 1.10, T = 512 1.09 and 1.08. The same in bfloat16 on AMX's tiles, base and
 // dense expand in one sum, was 5 % faster at T = 64, no faster at T = 512 and slower at T = 2048: L2 and L3 cannot feed

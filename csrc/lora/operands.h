@@ -39,9 +39,7 @@ struct Operands {
     if constexpr (kDirect) {
       transpose(b, p.rank, p.out, j1 - j0, dst, b_ld());
     } else {
-      TA* turned = scratch<TA>(Scratch::convert, (j1 - j0) * p.out);
-      transpose(b, p.rank, p.out, j1 - j0, turned, p.out);
-      for (int64_t j = 0; j < j1 - j0; ++j) convert_row(turned + j * p.out, dst + j * b_ld(), p.out);
+      transpose_as<V>(b, p.rank, p.out, j1 - j0, dst, b_ld());
     }
     return dst;
   }

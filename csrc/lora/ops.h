@@ -202,7 +202,7 @@ struct Lora : Operands<V, TA> {
       if (dw != nullptr)
         dw[s.order[q]] = static_cast<Acc>(p.scale[e]) * dot_row(h + q * p.rank, u + q * p.rank, p.rank);
     };
-    if (V::kPack == 1 && kDirect && Same<TX, In>::value && plan::backward_along_ranks(n, p.rank)) {
+    if (kDirect && Same<TX, In>::value && plan::backward_along_ranks(n, p.rank)) {
       backward_shrink_along_ranks(b);
       each_slot(bytes, weight);
     } else {
@@ -228,12 +228,22 @@ struct Lora : Operands<V, TA> {
     const bool wide = plan::worth_threads(n * p.rank * p.out * static_cast<int64_t>(sizeof(In)));
     parallel_tasks(runs, wide, [&](int64_t task) {
       const int64_t o0 = task * plan::kShrinkRun, run = min64(plan::kShrinkRun, p.out - o0);
-      const In** rows = scratch<const In*>(Scratch::pointers, run);
-      In* dy = scratch<In>(Scratch::rows, V::kAxpyM * run);  // of a group of slots, side by side
+      const int64_t steps = plan::ceil_div(run, V::kPack), ld = steps * V::kPack;
+      const In** rows = scratch<const In*>(Scratch::pointers, steps);
+      In* dy = scratch<In>(Scratch::rows, V::kAxpyM * ld);  // of a group of slots, side by side
+      In* pairs = V::kPack == 1 ? nullptr : scratch<In>(Scratch::panel, ld * p.rank);
       for (int64_t e = 0; e < s.experts; ++e) {
         if (s.offsets[e] == s.offsets[e + 1]) continue;
         const In* rows_B = reinterpret_cast<const In*>(B + (e * p.out + o0) * p.rank);
-        for (int64_t o = 0; o < run; ++o) rows[o] = rows_B + o * p.rank;
+        for (int64_t k = 0; k < steps; ++k) {
+          if constexpr (V::kPack == 1) {
+            rows[k] = rows_B + k * p.rank;
+          } else {
+            const In* first = rows_B + 2 * k * p.rank;
+            interleave(first, 2 * k + 1 < run ? first + p.rank : nullptr, p.rank, pairs + 2 * k * p.rank);
+            rows[k] = pairs + 2 * k * p.rank;
+          }
+        }
         for (int64_t q = s.offsets[e], end = s.offsets[e + 1]; q < end;) {
           const Acc* from[V::kAxpyM];
           Acc* to[V::kAxpyM];
@@ -242,10 +252,11 @@ struct Lora : Operands<V, TA> {
             from[m] = zeros;
             to[m] = parts + task * size + q * p.rank;
             memset(to[m], 0, p.rank * sizeof(Acc));  // the ranks that the expert has not
-            memcpy(dy + m * run, static_cast<const In*>(b.dy) + s.order[q] / s.top_k * b.lddy + o0, run * sizeof(In));
+            memcpy(dy + m * ld, static_cast<const In*>(b.dy) + s.order[q] / s.top_k * b.lddy + o0, run * sizeof(In));
+            if (run < ld) dy[m * ld + run] = In{};
           }
           Ahead none(dy, 0);
-          axpy_block<V>(m, from, to, dy, run, 1, rows, run, rank_of(e), &none);
+          axpy_block<V>(m, from, to, dy, ld, V::kPack, rows, steps, rank_of(e), &none);
         }
       }
     });
@@ -279,6 +290,35 @@ struct Lora : Operands<V, TA> {
           }
           axpy_block<V>(m, from, to, dy + first * b.lddy + o, 1, (second - first) * b.lddy, rows, n, p.rank, &none);
         }
+      }
+      return true;
+    } else if constexpr (Same<Acc, float>::value && !Same<TA, Acc>::value) {  // in floats, rounded once
+      constexpr int M = F32::kAxpyM;
+      const Segments& s = p.seg;
+      const int64_t p0 = s.offsets[e], n = s.offsets[e + 1] - p0;
+      if (n > plan::kGramFewSlots || rank_of(e) < p.rank) return false;
+      float* wide = scratch<float>(Scratch::convert, (plan::kGramFewSlots + M + 1) * p.rank);
+      float* sums = wide + plan::kGramFewSlots * p.rank;
+      float* zeros = sums + M * p.rank;
+      memset(zeros, 0, p.rank * sizeof(float));
+      float* dy = scratch<float>(Scratch::rows, n * cols);
+      const float* rows[plan::kGramFewSlots];
+      for (int64_t i = 0; i < n; ++i) {
+        convert_row(coef + (p0 + i) * coef_ld(false), wide + i * p.rank, p.rank);
+        convert_row(static_cast<const TX*>(b.dy) + s.order[p0 + i] / s.top_k * b.lddy + c0, dy + i * cols, cols);
+        rows[i] = wide + i * p.rank;
+      }
+      Ahead none(dy, 0);
+      for (int64_t o = 0; o < cols; o += M) {
+        const int m = static_cast<int>(min64(M, cols - o));
+        const float* from[M];
+        float* to[M];
+        for (int i = 0; i < m; ++i) {
+          from[i] = zeros;
+          to[i] = sums + i * p.rank;
+        }
+        axpy_block<F32>(m, from, to, dy + o, 1, cols, rows, n, p.rank, &none);
+        convert_row(sums, dB + (e * p.out + c0 + o) * p.rank, m * p.rank);
       }
       return true;
     } else {

@@ -156,9 +156,6 @@ static inline void transpose(const bf16_t* src, int64_t lds, int64_t rows, int64
 #endif
   if (i < rows) transpose_plain(src + i * lds, lds, rows - i, cols, dst + i, ldd);
 }
-static inline void transpose(const f16_t* src, int64_t lds, int64_t rows, int64_t cols, f16_t* dst, int64_t ldd) {
-  transpose_plain(src, lds, rows, cols, dst, ldd);
-}
 
 }  // namespace MOA_ISA
 }  // namespace moa

@@ -110,8 +110,8 @@ static inline bool any_not_finite(__m512i pairs) {
   return _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent) != 0;
 }
 
-// sums[32][64] from column `col` on = 32 tokens' coefficients, `pitch` bytes apart, times a pair of column tiles a step:
-// two tiles against two, so that four products need four tiles.
+// sums[32][64], 32 columns of them = 32 tokens' coefficients, rows `pitch` bytes apart, times a pair of column tiles a
+// step: two tiles against two, so that four products need four tiles.
 static inline void dense_pair(const bf16_t* coef, int64_t pitch, const uint32_t* b, int64_t steps, float* sums) {
   const bf16_t* lower = coef + 8 * pitch;  // sixteen rows on
   _tile_zero(0);

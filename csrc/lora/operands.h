@@ -36,11 +36,7 @@ struct Operands {
   const In* b_columns(int64_t e, int64_t j0, int64_t j1) const {
     const TA* b = B + e * p.out * p.rank + j0;
     In* dst = scratch<In>(Scratch::panel, (j1 - j0) * b_ld());
-    if constexpr (kDirect) {
-      transpose(b, p.rank, p.out, j1 - j0, dst, b_ld());
-    } else {
-      transpose_as<V>(b, p.rank, p.out, j1 - j0, dst, b_ld());
-    }
+    transpose_as<V>(b, p.rank, p.out, j1 - j0, dst, b_ld());
     return dst;
   }
   // Ranks [j0, j1) of A_e as rows along them, a run of a panel (panel.h): `count` from input k0 on. On AVX2 in strips.

@@ -154,11 +154,11 @@ inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 
 // 61, T = 512 151, -, 156. bfloat16 T = 4 20, 90, -, T = 16 20, 120, 90, T = 48 20, 136, 136, T = 512 20, 130, 165; its
 // gradient T = 512 1, -, 143.
 // With vectors of 512 bits (`wide`): float32 on Intel's processors, beside MKL at its best. A layer / nn.Linear, two such
-// Xeon cores, library and packed, 2048 x 2048, E = 8: T = 33 1.08 and 0.98, T = 64 1.10 and 1.00, T = 192 1.08
+// Xeon cores, library and packed, 2048 x 2048, E = 8: T = 33 1.09 and 0.93, T = 64 1.09 and 0.97, T = 192 1.07
 // and 1.00, T = 512 1.07 and 1.02; 1024 x 1024 T = 512, E = 64 1.26 and 1.20, T = 4096, E = 16 1.18 and 1.19; a training
 // step T = 64 1.13 and 1.16, T = 256 1.11 and 1.10, T = 512 1.09 and 1.08. The same in bfloat16 on AMX's tiles, base and
-// dense expand in one sum, was 5 % faster at T = 64, no faster at T = 512 and slower at T = 2048: L2 and L3 cannot feed
-// them faster than oneDNN does.
+// dense expand in one sum, was 5 to 11 % faster at T = 64, 0 to 5 % at T = 512, at T = 1024 from 3 % faster to 8 % slower,
+// 10 to 15 % slower at T = 4096: L2 and L3 do not feed them faster than oneDNN does.
 enum class Linear { library, streamed, packed };
 inline bool packs(int64_t tokens, bool direct, bool wide, const Processor& cpu) {
   if (wide) return direct && cpu.intel && tokens > 32 && tokens <= 1024;
@@ -216,8 +216,9 @@ constexpr int64_t kGramRun = 512;
 inline bool router_tiles(int64_t tokens, int64_t experts) { return tokens >= 32 && experts > 16; }
 // Rows of a task there: blocks of 64, up to four where that leaves eight tasks.
 inline int64_t router_tile_rows(int64_t tokens) { return 64 * clamp(tokens / (8 * 64), 1, 4); }
-// Per task: their part of a run is 48 KB, which E / 64 passes read. Fewer where 48 would make few, uneven tasks: T = 512,
-// 1024 inputs, E = 64 on two cores takes 11 of 48 and so 12, or 22 of 24.
+// Per task: their part of a run is 48 KB, which E / 64 passes read. Fewer where 48 would make few, uneven tasks: of 512
+// tokens eleven of 48, which two cores share as six and five, or 22 of 24. T = 512, 1024 inputs, E = 64, a layer /
+// nn.Linear 1.218 and 1.214, a step 1.51 and 1.49: hardly beyond the noise.
 constexpr int64_t kPanelTokens = 48;
 inline int64_t panel_tokens(int64_t tokens, bool wide) {
   return wide && tokens < 1024 ? kPanelTokens / 2 : kPanelTokens;

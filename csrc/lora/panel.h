@@ -52,25 +52,30 @@ static void panel_tile(const typename V::In* const* x, int rows, int64_t k0, int
   }
 }
 
-// Rows [0, rows) of x, at most kAxpyM, against `cols` columns, at most kAxpyN vectors of them: one tile.
+// Rows [0, rows) of x, at most kAxpyM, against `cols` columns, at most kAxpyN vectors of them: one tile, no higher than
+// the rows need, in twos.
 template <class V>
 static inline void panel_rows(const typename V::In* const* x, int64_t rows, int64_t k0, int64_t k1,
                               const typename V::In* p, int64_t ldp, int64_t cols, bool add, typename V::Acc* out,
                               int64_t ldo) {
   constexpr int M = V::kAxpyM, N = V::kAxpyN;
-  static_assert(N <= 4, "the table below");
+  static_assert(M <= 6 && N <= 4, "the table below");
   using Tile = void (*)(const typename V::In* const*, int, int64_t, int64_t, const typename V::In*, int64_t, int, bool,
                         typename V::Acc*, int64_t);
-  constexpr int kThree = N >= 3 ? 3 : 1, kFour = N >= 4 ? 4 : 1;  // past N they are never asked for
-  static constexpr Tile kWhole[4] = {panel_tile<V, M, 1, false>, panel_tile<V, M, 2, false>,
-                                     panel_tile<V, M, kThree, false>, panel_tile<V, M, kFour, false>};
-  static constexpr Tile kTail[4] = {panel_tile<V, M, 1, true>, panel_tile<V, M, 2, true>,
-                                    panel_tile<V, M, kThree, true>, panel_tile<V, M, kFour, true>};
+  // Sizes past the instruction set's own tile repeat another: they are never asked for.
+#define MOA_TILES(m, tail)                                                            \
+  {                                                                                   \
+    panel_tile<V, (m < M ? m : M), 1, tail>, panel_tile<V, (m < M ? m : M), 2, tail>, \
+        panel_tile<V, (m < M ? m : M), (N > 3 ? 3 : N), tail>, panel_tile<V, (m < M ? m : M), N, tail> \
+  }
+  static constexpr Tile kWhole[3][4] = {MOA_TILES(2, false), MOA_TILES(4, false), MOA_TILES(6, false)};
+  static constexpr Tile kTail[3][4] = {MOA_TILES(2, true), MOA_TILES(4, true), MOA_TILES(6, true)};
+#undef MOA_TILES
   const typename V::In* filled[M];
   for (int i = 0; i < M; ++i) filled[i] = x[i < rows ? i : rows - 1];
   const int64_t vectors = plan::ceil_div(cols, V::kIn);
   const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
-  const Tile tile = (last < V::kIn ? kTail : kWhole)[vectors - 1];
+  const Tile tile = (last < V::kIn ? kTail : kWhole)[(rows - 1) / 2][vectors - 1];
   tile(filled, static_cast<int>(rows), k0, k1, p, ldp, last, add, out, ldo);
 }
 

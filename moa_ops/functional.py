@@ -229,7 +229,7 @@ def segment_lora(
     lora_A, lora_B, routing.weights and base. Under autocast, x and base are cast to its dtype. Raises
     ``ValueError`` and ``TypeError`` for arguments that do not fit together.
     """
-    return _moa_linear(x, None, None, base, lora_A, lora_B, routing, scaling, ranks)
+    return mixture(x, None, None, base, lora_A, lora_B, routing, scaling, ranks)
 
 
 def moa_linear(
@@ -248,10 +248,10 @@ def moa_linear(
     weight: ``[out, in]``, bias: ``[out]`` or None, in x's dtype. Differentiable in them too, where they
     require it. The rest as in :func:`segment_lora`.
     """
-    return _moa_linear(x, weight, bias, None, lora_A, lora_B, routing, scaling, ranks)
+    return mixture(x, weight, bias, None, lora_A, lora_B, routing, scaling, ranks)
 
 
-def _moa_linear(
+def mixture(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -262,8 +262,9 @@ def _moa_linear(
     scaling: float | Tensor,
     ranks: Tensor | None,
 ) -> Tensor:
-    """What both compute. Without gradients it is one operator, and nothing is asked that it asks itself: a
-    step of decoding is some 20 µs of kernels, and checks in Python would cost as much again.
+    """What :func:`segment_lora` and :func:`moa_linear` compute. Without gradients it is one operator, and nothing
+    is asked that it asks itself: a step of decoding is some 20 µs of kernels, and checks in Python would cost
+    as much again.
     """
     expert_scaling, factor = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, scaling)
     if not torch.is_grad_enabled() and type(x) is Tensor and ops.has_checks(x) and not under_autocast(x):

@@ -144,17 +144,17 @@ class Decision:
     rows: int
     sizes: Tensor | int = 1
     inputs: Tensor | None = None
-    expanded: dict[int, Routing] = field(default_factory=dict)
+    expanded: dict[int, Routing] = field(default_factory=dict)  # by number of tokens
+
+    def __post_init__(self) -> None:
+        self.expanded[self.routing.num_tokens] = self.routing
 
     def of_tokens(self, tokens: int) -> Routing | None:
         """The routing of ``tokens`` tokens in batch-major order, or ``None`` if they are not its own."""
-        if self.routing.num_tokens == tokens:
-            return self.routing
-        if not self.rows or tokens % self.rows:
-            return None
-        if tokens not in self.expanded:
-            self.expanded[tokens] = self.routing.repeat(tokens // self.rows)
-        return self.expanded[tokens]
+        known = self.expanded.get(tokens)
+        if known is None and self.rows and tokens % self.rows == 0:
+            known = self.expanded[tokens] = self.routing.repeat(tokens // self.rows)
+        return known
 
 
 @dataclass
@@ -185,6 +185,7 @@ class Call:
         block runs several times in a pass, by how often it ran before; ``runs`` counts that.
     grad: whether the pass as a whole records gradients.
     rotation: sets ``single`` anew for every pass. collect: decisions keep what their routers read.
+    fitted: masks, what they were fitted to, and the result: blocks of one width ask for the same.
     """
 
     num_experts: int
@@ -206,6 +207,7 @@ class Call:
     block: Block | None = None
     by_model: dict[str, Decision] = field(default_factory=dict)
     by_tokens: dict[int, Routing] = field(default_factory=dict)
+    fitted: list[tuple[Tensor, torch.Size, torch.device, Tensor | None]] = field(default_factory=list)
     grad: bool = field(default_factory=torch.is_grad_enabled)
 
     def routing(self, layer: AdaptedLinear, x: Tensor) -> Routing | None:
@@ -266,10 +268,11 @@ class Call:
         self.by_model.clear()
         self.runs.clear()
         self.decisions.clear()
+        self.fitted.clear()
 
     def snapshot(self) -> Call:
         """This moment of the call, for a recomputation: what is decided later does not change it."""
-        return replace(self, decisions=[], by_model=dict(self.by_model), kept=None)
+        return replace(self, decisions=[], by_model=dict(self.by_model), kept=None, fitted=[])
 
 
 # --------------------------------------------------------------------------------------------- checkpointing

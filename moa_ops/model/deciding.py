@@ -13,7 +13,7 @@ from moa_ops import functional
 from moa_ops.model.config import MoAConfig
 from moa_ops.model.context import Block, Call, Decision, current
 from moa_ops.model.layer import AdaptedLinear
-from moa_ops.model.routers import KINDS, MLPRouter, StaticRouter
+from moa_ops.model.routers import KINDS, LinearRouter, MLPRouter, StaticRouter
 from moa_ops.reference import accumulation_dtype
 from moa_ops.routing import Routing
 
@@ -79,22 +79,11 @@ class RouterSet(nn.ModuleDict):
 
     def routing(self, call: Call, layer: AdaptedLinear, x: Tensor) -> Routing:
         """The routing of x in ``layer``: its block's decision, or its own."""
-        site = self.site_of(layer)
         block = call.block if layer.block is not None else None
-        others = block is not None and _same_tokens(x, block.encoder)  # cross attention's keys and values
-        if site == layer.path:
-            mask = call.mask if block is None else call.encoder_mask if others else block.mask
-            decision = self.decide(call, site, x, mask)
-        elif block is None:
-            raise RuntimeError(
-                f"{layer.path} ran before its block did; use router_granularity='module' for this model"
-            )
-        elif others and self.config.routing_level == "token":
-            if block.encoder_decision is None:
-                block.encoder_decision = self.decide(call, site, x, call.encoder_mask)
-            decision = block.encoder_decision
+        if block is not None and block.decision is not None and block.encoder is None:
+            decision = block.decision  # as a rule: decoding has no time to ask more
         else:
-            decision = block.decision
+            decision = self._decision(call, block, layer, x)
         if decision.rows:
             call.check_rows(layer, x, decision.rows)
         routing = decision.of_tokens(x.shape[:-1].numel())
@@ -105,6 +94,22 @@ class RouterSet(nn.ModuleDict):
                 "exclude_modules, or use router_granularity='module'"
             )
         return routing
+
+    def _decision(self, call: Call, block: Block | None, layer: AdaptedLinear, x: Tensor) -> Decision:
+        site = self.site_of(layer)
+        others = block is not None and _same_tokens(x, block.encoder)  # cross attention's keys and values
+        if site == layer.path:
+            mask = call.mask if block is None else call.encoder_mask if others else block.mask
+            return self.decide(call, site, x, mask)
+        if block is None:
+            raise RuntimeError(
+                f"{layer.path} ran before its block did; use router_granularity='module' for this model"
+            )
+        if others and self.config.routing_level == "token":
+            if block.encoder_decision is None:
+                block.encoder_decision = self.decide(call, site, x, call.encoder_mask)
+            return block.encoder_decision
+        return block.decision
 
     def decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
         """The decision of a site's router for ``hidden`` ``[B, S, in]`` or ``[N, in]``."""
@@ -122,9 +127,9 @@ class RouterSet(nn.ModuleDict):
 
     def _decide(self, call: Call, site: str, hidden: Tensor, mask: Tensor | None) -> Decision:
         config, router = self.config, self[key_of(site)]
-        mask, sizes = fitted(mask, hidden), 1
+        mask, sizes = _fitted_once(call, mask, hidden), 1
         if config.routing_level == "sequence":
-            read = fitted(call.pool_mask, hidden) if call.pool_mask is not None else mask
+            read = _fitted_once(call, call.pool_mask, hidden) if call.pool_mask is not None else mask
             inputs, rows = pooled(hidden, read, config.router_pooling), hidden.shape[0]
             sizes = hidden.shape[1:-1].numel() if mask is None else mask.sum(1)
             mask = None
@@ -133,29 +138,33 @@ class RouterSet(nn.ModuleDict):
             mask = None if mask is None else mask.reshape(-1)
         if isinstance(router, StaticRouter):
             return Decision(site, None, _static(router.weight, len(inputs), mask), mask, rows, sizes)
-        logits = self._logits(router, inputs)
-        experts = logits.shape[-1]
-        top_k = experts if config.top_k is None or call.mode == "soft" else min(config.top_k, experts)
-        routing = functional.topk_routing(
-            logits,
-            top_k,
-            score_func=config.score_func,
-            norm_topk_prob=config.norm_topk_prob and call.mode != "soft",
-            mask=mask,
-        )
+        logits, routing = self._route(router, inputs, mask, soft=call.mode == "soft")
         if call.mode == "teacher_forced":
             routing = _teacher_forced(routing, logits, call.domain_ids, config, mask)
         return Decision(site, logits, routing, mask, rows, sizes, inputs if call.collect else None)
 
-    def _logits(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        want = router.hidden.weight.shape[1] if isinstance(router, MLPRouter) else router.weight.shape[1]
+    def _route(
+        self, router: nn.Module, inputs: Tensor, mask: Tensor | None, *, soft: bool
+    ) -> tuple[Tensor, Routing]:
+        config = self.config
+        first = router.hidden if isinstance(router, MLPRouter) else router
+        want, experts = first.weight.shape[1], (router.out if first is not router else router).weight.shape[0]
         if inputs.shape[-1] != want:
             raise ValueError(
                 f"a router made for inputs of width {want} got {list(inputs.shape)}; where a block's input "
                 "has another width than its linears, use router_granularity='module'"
             )
-        logits = router(unit_mean_square(inputs) if self.config.router_norm else inputs)
-        return logits if self.config.router_temperature == 1 else logits / self.config.router_temperature
+        top_k = experts if config.top_k is None or soft else min(config.top_k, experts)
+        flags: dict[str, Any] = {
+            "score_func": config.score_func,
+            "norm_topk_prob": config.norm_topk_prob and not soft,
+            "mask": mask,
+        }
+        x = unit_mean_square(inputs) if config.router_norm else inputs
+        if type(router) is LinearRouter and config.router_temperature == 1:
+            return functional.linear_routing(x, router.weight, top_k, **flags)
+        logits = router(x) / config.router_temperature
+        return logits, functional.topk_routing(logits, top_k, **flags)
 
 
 def block_hook(block: str, module: nn.Module) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
@@ -209,6 +218,17 @@ def fitted(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         return None
     mask = mask[:, mask.shape[1] - length :].to(hidden.device, torch.bool)
     return mask if mask.shape[0] == batch else mask.repeat_interleave(batch // mask.shape[0], 0)
+
+
+def _fitted_once(call: Call, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    rows, device = hidden.shape[:-1], hidden.device
+    for known, shape, where, result in call.fitted:
+        if known is mask and shape == rows and where == device:
+            return result
+    call.fitted.append((mask, rows, device, fitted(mask, hidden)))
+    return call.fitted[-1][3]
 
 
 def pooled(hidden: Tensor, mask: Tensor | None, how: str) -> Tensor:

@@ -60,8 +60,10 @@ class AdaptedLinear(MoALinear):
         path: its name in the base model; block: the path of the block it is in, or ``None``.
         slots: one :class:`Slot` per adapter.
         active: the adapter trained alone, or ``None``.
+        in_use: whether some adapter has a rank here.
     """
 
+    in_use: bool
     expert_scaling: Tensor | None
     expert_ranks: Tensor | None
 
@@ -212,6 +214,7 @@ class AdaptedLinear(MoALinear):
         device = self.lora_A.device
         scales = [slot.scaling for slot in self.slots]
         ranks = [slot.r for slot in self.slots]
+        self.in_use = any(ranks)
         used = {scale for scale, rank in zip(scales, ranks, strict=True) if rank}
         self.scaling = next(iter(used)) if len(used) == 1 else 1.0
         self.expert_scaling = torch.tensor(scales, device=device) if len(used) > 1 else None
@@ -231,7 +234,7 @@ class AdaptedLinear(MoALinear):
                 return self.base(x)
             if call.single is not None:
                 return self._forward_single(x, call)
-            routing = call.routing(self, x) if self.r else None
+            routing = call.routing(self, x) if self.in_use else None
         if routing is None:
             return self.base(x)
         scaling = self.scaling if self.expert_scaling is None else self.expert_scaling
@@ -264,10 +267,8 @@ class AdaptedLinear(MoALinear):
         ranks: Tensor | None,
     ) -> Tensor:
         dropped = self.lora_dropout > 0 and self.training
-        if self.base_layer is None and not dropped:
-            return functional.moa_linear(
-                x, self.weight, self.bias, lora_A, lora_B, routing, scaling=scaling, ranks=ranks
-            )
+        if self._modules["base_layer"] is None and not dropped:
+            return functional.mixture(x, self.weight, self.bias, None, lora_A, lora_B, routing, scaling, ranks)
         base = self.base(x)
         x = F.dropout(x, self.lora_dropout) if dropped else x
         return functional.segment_lora(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from zoo import batch_of, fill, mixture
 
 from helpers import error
-from moa_ops import MoAConfig, MoAModel, get_moa_model
-from moa_ops.model import LoraFactors, context
+from moa_ops import MoAConfig, MoAModel, get_moa_model, topk_routing
+from moa_ops.model import LoraFactors, context, deciding
 from moa_ops.model.deciding import fitted, mean_inputs, pooled
 from moa_ops.model.routers import prototype
 
@@ -228,6 +228,46 @@ def test_pooling_and_masks() -> None:
     assert torch.equal(fitted(mask[:1], x), mask[:1].repeat(3, 1))  # beams
     assert fitted(mask[:, :3], x) is None
     assert fitted(None, x) is None
+
+
+def test_a_mask_is_fitted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by every block; every step of a generation, whose mask grows, fits its own."""
+    model, batch = mixture(routing_level="token", top_k=2), batch_of("llama")
+    made: list[tuple[int, ...]] = []
+
+    def counted(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        made.append(tuple(mask.shape))
+        return fitted(mask, hidden)
+
+    monkeypatch.setattr(deciding, "fitted", counted)
+    rows, length = batch["attention_mask"].shape
+    with torch.no_grad():
+        model(**batch)
+    assert len(model.routers) > 1
+    assert made == [(rows, length)]
+    made.clear()
+    with torch.no_grad():
+        model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert made == [(rows, length + step) for step in range(3)]
+
+
+def test_a_linear_router_decides_as_its_parts_do() -> None:
+    """The one operator for logits and gates gives what the router module and ``topk_routing`` give."""
+    model, batch = mixture(routing_level="token", top_k=2), batch_of("llama")
+    call = model._call(batch | {})
+    call.collect = True
+    with torch.no_grad(), context.use(call):
+        model.base_model(**batch)
+    for decision in call.decisions:
+        router = model.routers[decision.site.replace(".", "/")]
+        x = decision.inputs
+        logits = router(deciding.unit_mean_square(x) if model.routers.config.router_norm else x)
+        assert error(decision.logits, logits) < 1e-6
+        config = model.routers.config
+        norm = {"score_func": config.score_func, "norm_topk_prob": config.norm_topk_prob}
+        expected = topk_routing(decision.logits, 2, mask=decision.mask, **norm)
+        assert torch.equal(decision.routing.indices, expected.indices)
+        assert torch.equal(decision.routing.weights, expected.weights)
 
 
 def test_a_linear_that_sees_other_tokens_says_so() -> None:

@@ -262,9 +262,9 @@ def mixture(
     scaling: float | Tensor,
     ranks: Tensor | None,
 ) -> Tensor:
-    """What :func:`segment_lora` and :func:`moa_linear` compute. Without gradients it is one operator, and nothing
-    is asked that it asks itself: a step of decoding is some 20 µs of kernels, and checks in Python would cost
-    as much again.
+    """What :func:`segment_lora` and :func:`moa_linear` compute. Without gradients it is one operator, and
+    nothing is asked that it asks itself: a step of decoding is some 20 µs of kernels, and checks in Python
+    would cost as much again.
     """
     expert_scaling, factor = (scaling, 1.0) if isinstance(scaling, Tensor) else (None, scaling)
     if not torch.is_grad_enabled() and type(x) is Tensor and ops.has_checks(x) and not under_autocast(x):

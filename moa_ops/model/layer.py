@@ -268,7 +268,8 @@ class AdaptedLinear(MoALinear):
     ) -> Tensor:
         dropped = self.lora_dropout > 0 and self.training
         if self._modules["base_layer"] is None and not dropped:
-            return functional.mixture(x, self.weight, self.bias, None, lora_A, lora_B, routing, scaling, ranks)
+            lora = (lora_A, lora_B, routing, scaling, ranks)
+            return functional.mixture(x, self.weight, self.bias, None, *lora)
         base = self.base(x)
         x = F.dropout(x, self.lora_dropout) if dropped else x
         return functional.segment_lora(

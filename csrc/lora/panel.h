@@ -63,9 +63,9 @@ static inline void panel_rows(const typename V::In* const* x, int64_t rows, int6
   using Tile = void (*)(const typename V::In* const*, int, int64_t, int64_t, const typename V::In*, int64_t, int, bool,
                         typename V::Acc*, int64_t);
   // Sizes past the instruction set's own tile repeat another: they are never asked for.
-#define MOA_TILES(m, tail)                                                            \
-  {                                                                                   \
-    panel_tile<V, (m < M ? m : M), 1, tail>, panel_tile<V, (m < M ? m : M), 2, tail>, \
+#define MOA_TILES(m, tail)                                                                             \
+  {                                                                                                    \
+    panel_tile<V, (m < M ? m : M), 1, tail>, panel_tile<V, (m < M ? m : M), 2, tail>,                  \
         panel_tile<V, (m < M ? m : M), (N > 3 ? 3 : N), tail>, panel_tile<V, (m < M ? m : M), N, tail> \
   }
   static constexpr Tile kWhole[3][4] = {MOA_TILES(2, false), MOA_TILES(4, false), MOA_TILES(6, false)};

@@ -53,6 +53,20 @@ static inline int64_t expert_at(const Segments& s, int64_t p) {
   return lo;
 }
 
+// The first expert whose segment begins at position p or after it.
+static inline int64_t first_expert(const Segments& s, int64_t p) {
+  int64_t lo = 0, hi = s.experts;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (s.offsets[mid] < p) {
+      lo = mid + 1;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
+}
+
 // A row of storage type T as the In elements of V: the row itself where they are the same type, else converted.
 template <class V, class T>
 static inline const typename V::In* row_as(const T* row, int64_t n, typename V::In* buffer) {
@@ -270,18 +284,26 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
   using In = typename V::In;
   const TokenAt token_at(s);
   const bool strips = V::kStrips && plan::gram_strips(ldc);
-  const int64_t block = strips ? plan::gram_strip_cols(width, kStrip<V>) : plan::gram_cols(width);
+  int64_t most = 0;
+  for (int64_t e = 0; e < s.experts; ++e)
+    if (s.offsets[e + 1] - s.offsets[e] > most) most = s.offsets[e + 1] - s.offsets[e];
+  const plan::Gram plan = strips ? plan::Gram{plan::gram_strip_cols(width, kStrip<V>), 1}
+                                 : plan::gram(s.slots(), most, s.experts, ldc, width);
+  const int64_t block = plan.cols;
   const int64_t col_blocks = plan::ceil_div(width, block);
   const int64_t clearing = min64(s.experts, plan::kGramClearTasks);
   const int64_t bytes = (s.slots() + s.experts * ldc) * width * 4;  // the zeros of empty experts are written too
-  parallel_tasks(clearing + col_blocks, plan::worth_threads(bytes), [&](int64_t task) {
+  parallel_tasks(clearing + plan.ranges * col_blocks, plan::worth_threads(bytes), [&](int64_t task) {
     if (task < clearing) {
       const int64_t end = s.experts * (task + 1) / clearing;
       for (int64_t e = s.experts * task / clearing; e < end; ++e)
         if (s.offsets[e] == s.offsets[e + 1]) clear(e);
       return;
     }
-    const int64_t c0 = (task - clearing) * block, cols = min64(block, width - c0);
+    const int64_t range = (task - clearing) / col_blocks;
+    const int64_t c0 = (task - clearing) % col_blocks * block, cols = min64(block, width - c0);
+    auto begin = [&](int64_t i) { return first_expert(s, s.slots() * i / plan.ranges); };
+    const int64_t e0 = begin(range), e1 = range + 1 < plan.ranges ? begin(range + 1) : s.experts;
     Acc* tile = scratch<Acc>(Scratch::tile, (2 * ldc + 1) * block);
     Acc* run_tile = tile + ldc * block;
     Acc* zeros = run_tile + ldc * block;
@@ -290,7 +312,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
       Acc* out = row(e, j, c0);
       return out != nullptr ? out : tile + j * cols;
     };
-    for (int64_t e = 0; e < s.experts; ++e) {
+    for (int64_t e = e0; e < e1; ++e) {
       const int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1], rank = depth(e);
       if (p0 == p1 || few(e, c0, cols)) continue;
       for (int64_t p = p0; rank > 0 && p < p1; p += plan::kGramRun) {

@@ -149,6 +149,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   using In = typename V::In;
   constexpr bool direct = Same<T, Acc>::value;  // y and base can be operands themselves
   const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width, processor());
+  const bool fetched = plan::expand_fetch(processor());
   const TokenAt token_at(s);
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
   const int64_t col_blocks = plan::ceil_div(width, plan.col_block);
@@ -251,7 +252,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
               summed[done] = row;
               ready[done++] = out;
             }
-          } else if (begun[i] == 0) {
+          } else if (fetched && begun[i] == 0) {
             prefetch_row(out, cols);  // y's lines come in for writing meanwhile
           }
           begun[i] = 1;

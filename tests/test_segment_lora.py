@@ -83,6 +83,31 @@ def test_sizes_people_use(tokens: int, experts: int, dtype: torch.dtype) -> None
     check_mixture(make_mixture(tokens, 512, 768, experts, 2, 16, dtype, bias=True, base=False))
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), MIXED, ids=IDS)
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "out_features", "experts", "top_k", "r"),
+    [(128, 1100, 1030, 16, 2, 16), (90, 70, 2100, 33, 3, 5), (64, 1024, 1024, 40, 1, 70)],
+)
+def test_few_slots_on_each_of_many_experts(
+    isa: str,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    experts: int,
+    top_k: int,
+    r: int,
+) -> None:
+    """The gradients of A and B go by ranges of experts here (plan::gram), whole rows at a time."""
+    shape = tokens, in_features, out_features, experts, top_k, r, dtype, adapter_dtype
+    p = make_mixture(*shape, ranks=top_k == 2)
+    slots = p.expert_offsets.diff()
+    assert slots.sum() <= 48 * experts
+    assert 8 * slots.max() <= slots.sum()
+    check_mixture(p)
+
+
 @pytest.mark.parametrize("r", [8, 30])
 def test_many_tokens_on_one_expert(edge_isa: str, r: int) -> None:
     """The gradients of A and B are long sums here, of larger ranks in strips of 24 columns on AVX2."""

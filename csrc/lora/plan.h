@@ -163,7 +163,9 @@ inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 
 // and 1.00, T = 512 1.07 and 1.02; 1024 x 1024 T = 512, E = 64 1.26 and 1.20, T = 4096, E = 16 1.18 and 1.19; a training
 // step T = 64 1.13 and 1.16, T = 256 1.11 and 1.10, T = 512 1.09 and 1.08. The same in bfloat16 on AMX's tiles, base and
 // dense expand in one sum, was 5 to 11 % faster at T = 64, 0 to 5 % at T = 512, at T = 1024 from 3 % faster to 8 % slower,
-// 10 to 15 % slower at T = 4096: L2 and L3 do not feed them faster than oneDNN does.
+// 10 to 15 % slower at T = 4096: L2 and L3 do not feed them faster than oneDNN does. In float32 what the adapters add, as
+// terms of the product's tiles or behind each block of its rows, was 1 % slower with E = 8 and 7 % with E = 64: the
+// product's own operands need the caches, and y's pass through the expand costs little.
 enum class Linear { library, streamed, packed };
 inline bool packs(int64_t tokens, bool direct, bool wide, const Processor& cpu) {
   if (wide) return direct && cpu.intel && tokens > 32 && tokens <= 1024;

@@ -68,14 +68,14 @@ static inline void panel_rows(const typename V::In* const* x, int64_t rows, int6
     panel_tile<V, (m < M ? m : M), 1, tail>, panel_tile<V, (m < M ? m : M), 2, tail>,                  \
         panel_tile<V, (m < M ? m : M), (N > 3 ? 3 : N), tail>, panel_tile<V, (m < M ? m : M), N, tail> \
   }
-  static constexpr Tile kWhole[3][4] = {MOA_TILES(2, false), MOA_TILES(4, false), MOA_TILES(6, false)};
-  static constexpr Tile kTail[3][4] = {MOA_TILES(2, true), MOA_TILES(4, true), MOA_TILES(6, true)};
+  static constexpr Tile kTiles[2][3][4] = {{MOA_TILES(2, false), MOA_TILES(4, false), MOA_TILES(6, false)},
+                                           {MOA_TILES(2, true), MOA_TILES(4, true), MOA_TILES(6, true)}};
 #undef MOA_TILES
   const typename V::In* filled[M];
   for (int i = 0; i < M; ++i) filled[i] = x[i < rows ? i : rows - 1];
   const int64_t vectors = plan::ceil_div(cols, V::kIn);
   const int last = static_cast<int>(cols - (vectors - 1) * V::kIn);
-  const Tile tile = (last < V::kIn ? kTail : kWhole)[(rows - 1) / 2][vectors - 1];
+  const Tile tile = kTiles[last < V::kIn][(rows - 1) / 2][vectors - 1];
   tile(filled, static_cast<int>(rows), k0, k1, p, ldp, last, add, out, ldo);
 }
 

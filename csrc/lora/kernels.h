@@ -53,20 +53,6 @@ static inline int64_t expert_at(const Segments& s, int64_t p) {
   return lo;
 }
 
-// The first expert whose segment begins at position p or after it.
-static inline int64_t first_expert(const Segments& s, int64_t p) {
-  int64_t lo = 0, hi = s.experts;
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2;
-    if (s.offsets[mid] < p) {
-      lo = mid + 1;
-    } else {
-      hi = mid;
-    }
-  }
-  return lo;
-}
-
 // A row of storage type T as the In elements of V: the row itself where they are the same type, else converted.
 template <class V, class T>
 static inline const typename V::In* row_as(const T* row, int64_t n, typename V::In* buffer) {
@@ -303,8 +289,9 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
     }
     const int64_t range = (task - clearing) / col_blocks;
     const int64_t c0 = (task - clearing) % col_blocks * block, cols = min64(block, width - c0);
-    auto begin = [&](int64_t i) { return first_expert(s, s.slots() * i / plan.ranges); };
-    const int64_t e0 = begin(range), e1 = range + 1 < plan.ranges ? begin(range + 1) : s.experts;
+    // A range begins after the expert that holds the last slot before its share.
+    auto begin = [&](int64_t i) { return i == 0 ? 0 : expert_at(s, s.slots() * i / plan.ranges - 1) + 1; };
+    const int64_t e0 = begin(range), e1 = begin(range + 1);
     Acc* tile = scratch<Acc>(Scratch::tile, (2 * ldc + 1) * block);
     Acc* run_tile = tile + ldc * block;
     Acc* zeros = run_tile + ldc * block;

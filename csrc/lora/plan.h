@@ -187,7 +187,6 @@ inline int64_t packed_cols(int64_t width, int64_t strip, bool wide) {
   return wide && ceil_div(width, 2 * strip) < 8 ? strip : 2 * strip;
 }
 
-constexpr int64_t kGramTile = 32 * 1024;  // sums of a task
 // Gram: columns per task; its x panel is gathered again for every tile of ranks.
 inline int64_t gram_cols(int64_t width) {
   return even_columns(width, width >= 2048 ? 256 : clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256));
@@ -197,6 +196,7 @@ inline int64_t gram_cols(int64_t width) {
 // the expert that has most, which no range can share. A training step / nn.Linear, two Xeon cores with AVX-512, columns
 // and rows, k = 2: T = 512, 1024 x 1024, E = 64 1.41 and 1.37; T = 2048, E = 256 1.75 and 1.63; T = 16, 2048 x 2048,
 // E = 64 1.49 and 1.47; T = 2048, E = 64 1.23 and 1.18.
+constexpr int64_t kGramTile = 32 * 1024;  // sums of a task then
 struct Gram {
   int64_t cols, ranges;
 };

@@ -4,6 +4,9 @@
 
 namespace moa {
 
+// Threads of the caller's pool.
+int64_t thread_count();
+
 // Splits tasks [0, n) over the caller's thread pool. Defined where the pool is known (csrc/torch/parallel.cpp).
 void parallel_run(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 

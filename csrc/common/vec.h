@@ -22,6 +22,7 @@
 
 #define MOA_UNROLL _Pragma("GCC unroll 8")
 #define MOA_UNROLL_4 _Pragma("GCC unroll 4")
+#define MOA_UNROLL_16 _Pragma("GCC unroll 16")
 
 namespace moa {
 namespace MOA_ISA {

@@ -134,7 +134,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   using Acc = typename V::Acc;
   using In = typename V::In;
   constexpr bool direct = Same<T, Acc>::value;  // y and base can be operands themselves
-  const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width, processor());
+  const plan::Expand plan = plan::expand(s.tokens, s.top_k, s.experts, width, thread_count(), processor());
   const bool fetched = plan::expand_fetch(processor());
   const TokenAt token_at(s);
   const int64_t token_blocks = plan::ceil_div(s.tokens, plan.token_block);
@@ -215,7 +215,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
       Ahead ahead = wrap && c0 + cols >= width ? Ahead(coef, 0)
                                                : fetch(wrap ? first : e - 1, wrap ? c0 + cols : c0,
                                                        wrap ? min64(plan.col_block, width - c0 - cols) : cols);
-      ahead.spread(plan::ceil_div(p1 - p0, V::kAxpyM) * plan::ceil_div(cols, V::kAxpyN * V::kAcc) * rows.count, 2);
+      ahead.spread(axpy_tiles_of<V>(p1 - p0, cols), rows.count, 2);
       for (int64_t p = p0; p < p1;) {
         const Acc* from[V::kAxpyM];
         Acc* to[V::kAxpyM];
@@ -261,12 +261,13 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
 // ---- gram ------------------------------------------------------------------------------------------------------------
 // G_e[j][:] = sum over the expert's slots of coef[p][j] * row(p)[:], j < depth(e), for the columns of one task.
 // row(e, j, col) is where a row of the result goes, or null: then it goes to the tile, [depth] x cols of Acc, which
-// store(e, col, cols, tile) takes. clear(e) writes the zeros of an expert without slots, all columns in one piece: with
+// store(e, col, cols, tile) takes, into the memory that fetch(e, col, cols) names. clear(e) writes the zeros of an expert without slots, all columns in one piece: with
 // few tokens and many experts they are nearly all that is written. few(e, col, cols) may do an expert of few slots its
 // own way, and says whether it has.
-template <class V, class T, class Depth, class Row, class Store, class Clear, class Few>
+template <class V, class T, class Depth, class Row, class Store, class Fetch, class Clear, class Few>
 static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, const T* x, int64_t ldx, int64_t width,
-                 const Depth& depth, const Row& row, const Store& store, const Clear& clear, const Few& few) {
+                 const Depth& depth, const Row& row, const Store& store, const Fetch& fetch, const Clear& clear,
+                 const Few& few) {
   using Acc = typename V::Acc;
   using In = typename V::In;
   const TokenAt token_at(s);
@@ -362,7 +363,8 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
             ck = 2;
           }
         }
-        Ahead none(x, 0);
+        Ahead ahead = p + run < p1 ? Ahead(x, 0) : fetch(e, c0, cols);
+        ahead.spread(axpy_tiles_of<V>(rank, cols), steps, 2);
         const int64_t block = V::kStrips ? plan::kGramBlock : steps;  // sums go on from block to block
         const int64_t wide = strips ? kStrip<V> : cols;  // columns that all ranks meet before the next ones
         for (int64_t s0 = 0; s0 < steps; s0 += block)
@@ -376,7 +378,7 @@ static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, con
                 from[i] = s0 == 0 ? zeros : to[i];
               }
               axpy_block<V>(m, from, to, w + j * cj + s0 * ck, cm, ck, rows + s0, min64(block, steps - s0),
-                            min64(c + wide, cols), &none, c, step);
+                            min64(c + wide, cols), &ahead, c, step);
             }
         if (p != p0)
           for (int64_t j = 0; j < rank; ++j) add_row(run_tile + j * cols, total(e, j), cols);

@@ -14,16 +14,37 @@ namespace moa {
 namespace MOA_ISA {
 
 // Memory wanted soon, brought into L2 line by line between the arithmetic: rows are too short, and experts too far
-// apart, for the hardware to foresee.
+// apart, for the hardware to foresee. In one piece, or as rows `stride` bytes apart, of which `at` and `end` are the
+// first: each step of a tile then asks for a part of one row.
 struct Ahead {
   const char* at;
   const char* end;
   int64_t pace = 256;  // bytes per step of a tile: one to four lines, in an axpy_tile one or two
-  Ahead(const void* p, int64_t bytes) : at(static_cast<const char*>(p)), end(at + bytes) {}
-  // Spreads what is wanted over so many steps of a tile that asks for `most` lines a step.
-  void spread(int64_t steps, int64_t most) {
-    const int64_t lines = (end - at) / 64 / (steps > 0 ? steps : 1) + 1;
-    pace = 64 * (lines < most ? lines : most);
+  int64_t stride = 0, lines = 0, tiles = 1, due = 0;  // of rows: a row's lines, the tiles that share them
+  Ahead(const void* p, int64_t bytes, int64_t row_stride = 0)
+      : at(static_cast<const char*>(p)), end(at + bytes), stride(row_stride), lines(bytes / 64) {}
+  // Spreads what is wanted over so many tiles of so many steps, which ask for `most` lines a step.
+  void spread(int64_t over, int64_t steps, int64_t most) {
+    tiles = over > 0 ? over : 1;
+    const int64_t a_step = (end - at) / 64 / (over * steps > 0 ? over * steps : 1) + 1;
+    pace = 64 * (a_step < most ? a_step : most);
+  }
+  // What the steps of the next axpy_tile ask for: two lines, `second` bytes apart, from `from` on, `step` bytes further
+  // each.
+  struct Steps {
+    const char* from;
+    int64_t step, second;
+  };
+  Steps next(int64_t steps) {
+    const char* from = at;
+    if (stride == 0) {
+      if (end - at < pace * steps) return {from, 0, 0};
+      at += pace * steps;
+      return {from, pace, 64};
+    }
+    int64_t count = 0;
+    for (due += lines; due >= tiles && count < 2 && at + 64 <= end; ++count, at += 64) due -= tiles;
+    return {from, count > 0 ? stride : 0, count > 1 ? 64 : 0};
   }
 };
 
@@ -38,9 +59,11 @@ namespace moa {
 namespace MOA_ISA {
 
 // ---- dot -------------------------------------------------------------------------------------------------------------
-// Processors with AMX foresee the rows to come, multiply twice as fast as Zen 4 and have an L1 of 48 KiB: a tile asks
-// for nothing, and where ten rows together exceed L1, goes over its columns in runs that stay there. T = 512, 2048
-// inputs, E = 8, r = 16: 428 us in runs, 452 whole; 1024 inputs 207 and 187.
+// Processors with AMX foresee the rows to come where few meet, multiply twice as fast as Zen 4 and have an L1 of 48 KiB:
+// a tile asks for what comes next only where an expert has several, and where ten rows together exceed L1, goes over its
+// columns in runs that stay there. T = 512, 2048 inputs, E = 8, r = 16: 428 us in runs, 452 whole; 1024 inputs 207 and
+// 187. Asking: 1024 inputs, E = 64 286 and 240 us, T = 2048, E = 256 1,580 and 1,420; but T = 16, 2048 inputs, E = 8 28 and
+// 35.
 #if defined(MOA_HAS_AMX_BF16)
 static constexpr bool kDotFetch = false, kDotRuns = true;
 #else
@@ -59,8 +82,8 @@ struct DotColumns {
 };
 
 // x: M row pointers. a: N rows of what V loads, `lda` elements apart. out: out[m * ldo + n], when all columns are summed.
-// soon_0, soon_1: two rows of x to come.
-template <class V, int M, int N, class A>
+// soon_0, soon_1: two rows of x to come. Fetch: whether it asks for them, and for what `ahead` names.
+template <class V, int M, int N, class A, bool Fetch>
 static void dot_tile(const typename V::In* const* x, const typename V::In* soon_0, const typename V::In* soon_1,
                      const A* a, int64_t lda, const DotColumns<typename V::Acc>& columns, typename V::Acc* out,
                      int64_t ldo, Ahead* ahead) {
@@ -100,7 +123,7 @@ static void dot_tile(const typename V::In* const* x, const typename V::In* soon_
   };
   int64_t k = begin;
   for (; k + kStep <= end; k += kStep, soon += step) {
-    if constexpr (kDotFetch) {
+    if constexpr (Fetch) {
       MOA_UNROLL
       for (int n = 0; n < 4; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
       __builtin_prefetch(soon_0 + k, 0, 2);
@@ -152,15 +175,19 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   constexpr int M = V::kDotM, N = V::kDotN;
   static_assert(M <= 6 && N <= 4, "the table below");
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
-#define MOA_ROW(m)                                                                                             \
-  {                                                                                                            \
-    dot_tile<V, (m <= M ? m : 1), 1, A>, dot_tile<V, (m <= M ? m : 1), (2 <= N ? 2 : 1), A>,                   \
-        dot_tile<V, (m <= M ? m : 1), (3 <= N ? 3 : 1), A>, dot_tile<V, (m <= M ? m : 1), (4 <= N ? 4 : 1), A> \
+#define MOA_TILE(m, n, fetch) dot_tile<V, (m <= M ? m : 1), (n <= N ? n : 1), A, fetch>
+#define MOA_ROW(m, fetch) {MOA_TILE(m, 1, fetch), MOA_TILE(m, 2, fetch), MOA_TILE(m, 3, fetch), MOA_TILE(m, 4, fetch)}
+#define MOA_ROWS(fetch)                                                                         \
+  {                                                                                             \
+    MOA_ROW(1, fetch), MOA_ROW(2, fetch), MOA_ROW(3, fetch), MOA_ROW(4, fetch), MOA_ROW(5, fetch), MOA_ROW(6, fetch) \
   }
-  static constexpr Tile kTiles[6][4] = {MOA_ROW(1), MOA_ROW(2), MOA_ROW(3), MOA_ROW(4), MOA_ROW(5), MOA_ROW(6)};
+  static constexpr Tile kTiles[2][6][4] = {MOA_ROWS(kDotFetch), MOA_ROWS(true)};
+#undef MOA_ROWS
 #undef MOA_ROW
+#undef MOA_TILE
   const int64_t tiles = ((m_size + M - 1) / M) * ((n_size + N - 1) / N);
-  ahead.spread(tiles * (k_size / kDotStep<V>), 4);
+  ahead.spread(tiles, k_size / kDotStep<V>, 4);
+  const bool fetch = kDotFetch || (m_size > M && ahead.end > ahead.at);
   // Tiles of equal height, as far as they can be: a low one at the end loads a for few products.
   auto height = [&](int64_t m, int64_t m_end) {
     const int64_t left = m_end - m, tiles = (left + M - 1) / M;
@@ -170,8 +197,8 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   auto tile = [&](int64_t m, int64_t rows, int64_t n, const Columns& columns) {
     const int64_t cols = n_size - n < N ? n_size - n : N, pass = n / N;
     const int64_t soon = m + rows + 2 * pass;
-    const bool more = kDotFetch && pass < M / 2 && soon + 1 < m_size + m_ahead;
-    kTiles[rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, columns,
+    const bool more = fetch && pass < M / 2 && soon + 1 < m_size + m_ahead;
+    kTiles[fetch][rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, columns,
                                out + m * ldo + n, ldo, &ahead);
   };
   const Columns all{0, k_size, k_size, nullptr};
@@ -218,6 +245,15 @@ struct PanelRows {
 // to_m[:] = from_m[:] + sum_k coef[m][k] panel_k[:], each N * kAcc wide from column col on (the last vector `last`
 // lanes), which stands at panel_k + at. panel: k_size row pointers. coef: the pack of In for (m, k) stands at
 // coef + m * cm + k * ck.
+//
+// The rows of y, or of a gradient, that a tile will write are asked for while it multiplies. Two Xeon cores with AMX, us
+// without and with: 1024 x 1024, T = 512, E = 64 dx 440 and 370, dA 320 and 270; T = 2048, E = 256 expand 2,640 and 2,170,
+// dx 3,440 and 3,010; 2048 x 2048, T = 512, E = 8 dx 600 and 500. Other processors: not measured.
+#if defined(MOA_HAS_AMX_BF16)
+static constexpr bool kAxpyFetch = true;
+#else
+static constexpr bool kAxpyFetch = false;
+#endif
 template <class V, int M, int N, bool Tail>
 static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const* to, int64_t col, int64_t at,
                       const typename V::In* coef, int64_t cm, int64_t ck, const typename V::In* const* panel,
@@ -230,16 +266,21 @@ static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const
     for (int n = 0; n < N; ++n)
       acc[m][n] = Tail && n == N - 1 ? V::load_acc_n(c + n * V::kAcc, last) : V::load_acc(c + n * V::kAcc);
   }
-  const int64_t step = ahead->end - ahead->at >= ahead->pace * k_size ? ahead->pace : 0;
-  const char* soon = ahead->at;
-  for (int64_t k = 0; k < k_size; ++k, soon += step) {
+  if constexpr (kAxpyFetch) {
+    MOA_UNROLL
+    for (int m = 0; m < M; ++m) MOA_UNROLL
+    for (int n = 0; n < N; ++n) __builtin_prefetch(to[m] + col + n * V::kAcc, 1, 3);
+  }
+  const Ahead::Steps soon = ahead->next(k_size);
+  const char* line = soon.from;
+  for (int64_t k = 0; k < k_size; ++k, line += soon.step) {
     const typename V::In* p = panel[k] + at;
     typename V::InVec pv[N];
     MOA_UNROLL
     for (int n = 0; n < N; ++n)
       pv[n] = Tail && n == N - 1 ? V::load_n(p + n * V::kIn, last * V::kPack) : V::load(p + n * V::kIn);
-    MOA_UNROLL
-    for (int n = 0; n < 2; ++n) __builtin_prefetch(soon + n * 64, 0, 2);
+    __builtin_prefetch(line, 0, 2);
+    __builtin_prefetch(line + soon.second, 0, 2);
     const typename V::In* w = coef + k * ck;
     MOA_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -248,7 +289,6 @@ static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(wv, pv[n], acc[m][n]);
     }
   }
-  ahead->at = soon;
   MOA_UNROLL
   for (int m = 0; m < M; ++m) {
     typename V::Acc* c = to[m] + col;
@@ -261,6 +301,12 @@ static void axpy_tile(const typename V::Acc* const* from, typename V::Acc* const
       }
     }
   }
+}
+
+// So many tiles has a block of `rows` rows and `cols` columns.
+template <class V>
+static inline int64_t axpy_tiles_of(int64_t rows, int64_t cols) {
+  return plan::ceil_div(rows, V::kAxpyM) * plan::ceil_div(cols, V::kAxpyN * V::kAcc);
 }
 
 template <class V, int M>

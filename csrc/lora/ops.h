@@ -51,7 +51,12 @@ struct Lora : Operands<V, TA> {
     const bool wide = plan::worth_threads((n + min64(n, s.experts) * p.rank) * k_size * sizeof(In));
     const bool x_outer = k_size * V::kDotM * static_cast<int64_t>(sizeof(In)) <= plan::kL1;
     parallel_tasks(chunks * splits, wide, [&](int64_t task) {
-      const int64_t begin = task / splits * plan.slots, end = min64(begin + plan.slots, n);
+      // A task begins with its expert, if that is near: one expert's rows are not read by two.
+      const auto bound = [&](int64_t i) {
+        const int64_t at = min64(i * plan.slots, n), start = at < n ? s.offsets[expert_at(s, at)] : at;
+        return at - start <= plan.slots / 2 ? start : at;
+      };
+      const int64_t begin = bound(task / splits), end = bound(task / splits + 1);
       const int64_t j0 = task % splits * plan.rank_split, j1 = min64(j0 + plan.rank_split, p.rank);
       // Rows of this task, and where they can be read in place, of the next one's first tile.
       const int64_t known = direct ? min64(end + V::kDotM, n) : end;
@@ -272,8 +277,21 @@ struct Lora : Operands<V, TA> {
     if constexpr (V::kPack == 1 && kDirect && Same<TX, In>::value && Same<TA, Acc>::value) {
       const Segments& s = p.seg;
       const int64_t p0 = s.offsets[e], p1 = s.offsets[e + 1];
-      if (p1 - p0 > plan::kGramFewSlots || rank_of(e) < p.rank) return false;
+      if (rank_of(e) < p.rank) return false;
       const TX* dy = static_cast<const TX*>(b.dy) + c0;
+      if constexpr (V::kPanels && !V::kStrips) {
+        constexpr int M = 16;
+        if (cols % M == 0 && plan::gram_outer(p1 - p0, p.rank, V::kIn, processor())) {
+          const In** rows = scratch<const In*>(Scratch::pointers, p1 - p0);
+          for (int64_t q = p0; q < p1; ++q) rows[q - p0] = dy + s.order[q] / s.top_k * b.lddy;
+          const auto tile = p.rank == V::kIn ? outer_tile<V, M, false> : outer_tile<V, M, true>;
+          for (int64_t o = 0; o < cols; o += M)
+            tile(rows, o, p1 - p0, coef + p0 * coef_ld(false), coef_ld(false), static_cast<int>(p.rank),
+                 dB + (e * p.out + c0 + o) * p.rank, p.rank);
+          return true;
+        }
+      }
+      if (p1 - p0 > plan::kGramFewSlots) return false;
       Acc* zeros = scratch<Acc>(Scratch::convert, p.rank);
       memset(zeros, 0, p.rank * sizeof(Acc));
       Ahead none(coef, 0);
@@ -344,7 +362,11 @@ struct Lora : Operands<V, TA> {
             [&](int64_t e, int64_t c0, int64_t cols, const In** rows) {
               return a_panel(e, c0, cols, rows, router_weight);
             },
-            [&](int64_t, int64_t, int64_t) { return Ahead(A, 0); });
+            [&](int64_t e, int64_t c0, int64_t cols) {
+              const bool fetched = V::kPack == 1 && plan::rows_fetch(processor());
+              constexpr int64_t size = sizeof(TA);
+              return Ahead(A + e * p.rank * p.in + c0, fetched ? cols * size : 0, p.in * size);
+            });
       if (b.dA != nullptr || b.d_router != nullptr) {
         TA* dA = static_cast<TA*>(b.dA);
         Acc* d_router = static_cast<Acc*>(b.d_router);
@@ -369,6 +391,7 @@ struct Lora : Operands<V, TA> {
               for (int64_t i = 1; d_router != nullptr && i < kRouterTerms; ++i)
                 add_row(tile + (router_at + i) * cols, d_router + e * p.in + c0, cols);
             },
+            [&](int64_t, int64_t, int64_t) { return Ahead(A, 0); },
             [&](int64_t e) {
               if (dA != nullptr) memset(dA + e * p.rank * p.in, 0, p.rank * p.in * sizeof(TA));
               if (d_router != nullptr) memset(d_router + e * p.in, 0, p.in * sizeof(Acc));
@@ -393,6 +416,10 @@ struct Lora : Operands<V, TA> {
             transpose(tile, cols, p.rank, cols, turned, p.rank);
             convert_row(turned, out, cols * p.rank);
           }
+        },
+        [&](int64_t e, int64_t c0, int64_t cols) {
+          const int64_t bytes = cols * p.rank * static_cast<int64_t>(sizeof(TA));
+          return Ahead(dB + (e * p.out + c0) * p.rank, plan::rows_fetch(processor()) ? bytes : 0);
         },
         [&](int64_t e) { memset(dB + e * p.out * p.rank, 0, p.out * p.rank * sizeof(TA)); },
         [&](int64_t e, int64_t c0, int64_t cols) { return few_slots_dB(b, coef, dB, e, c0, cols); });

@@ -1,5 +1,5 @@
-// Every tuning decision of the LoRA kernels on a CPU, one function a decision. None may depend on the number of
-// threads. Figures: two Zen 4 cores (32 KiB L1, 1 MiB L2 each), float32, r = 16, k = 2.
+// Every tuning decision of the LoRA kernels on a CPU, one function a decision. None may depend on the number of threads,
+// but for the expand's blocks, which change no bit. Figures: two Zen 4 cores (32 KiB L1, 1 MiB L2 each), float32, r = 16, k = 2.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ namespace plan {
 
 constexpr int64_t kL1 = 32 * 1024;
 constexpr int64_t kTile = 256 * 1024;        // output tile of the expand: a quarter of L2
-constexpr int64_t kLargeTile = 1024 * 1024;  // of processors with AMX, whose L2 has 2 MiB: T = 2048, E = 256 takes 0.90
+constexpr int64_t kLargeTile = 2048 * 1024;  // of processors with AMX, whose L2 has as much: T = 2048, E = 256 takes 0.90
 
 // Dense-masked against grouped, on vectors: grouped always. Per 16 outputs of a token the expand does k r multiply-adds
 // and, once per expert, a load and a store (about 3 cycles); computing all E experts with zero weights would do E r and
@@ -38,7 +38,15 @@ inline bool panel_pays(int64_t rows, int64_t columns, const Processor& cpu) {
 // E = 32 0.308 and 0.292 ms, E = 64 0.485 and 0.445; T = 2048, E = 256 7.4 and 6.2; T = 64, 2048 inputs, E = 64 0.222 and
 // 0.183.
 inline bool strips_pay(int64_t rows, int64_t columns) { return rows >= 32 && columns >= 32; }
+// Ranks that nearly fill a vector of so many lanes, or two, as u = dy B reads them: B as it lies (narrow_tile). us, two
+// Xeon cores, u by dot products and so: 1024 x 1024, T = 512, E = 64 270 and 215, T = 2048, E = 256 1,660 and 1,310;
+// 2048 x 2048, E = 8 460 and 405.
+constexpr int64_t kNarrowSlots = 4;
+inline bool narrow_panel(int64_t ranks, int64_t lanes, const Processor& cpu) {
+  return cpu.intel && ranks <= 2 * lanes && 5 * ranks >= 4 * ((ranks + lanes - 1) / lanes * lanes);
+}
 inline bool shrink_panel(int64_t slots, int64_t ranks, bool turned, const Processor& cpu) {
+  if (turned && slots >= kNarrowSlots && narrow_panel(ranks, 16, cpu)) return true;
   return (turned || ranks >= 80) && panel_pays(slots, ranks, cpu);
 }
 
@@ -88,12 +96,16 @@ inline int64_t even_columns(int64_t width, int64_t most) {
 struct Expand {
   int64_t token_block, col_block;
 };
-inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t width, const Processor& cpu) {
+inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t threads,
+                     const Processor& cpu) {
   const int64_t want = clamp(24 * experts / top_k, 256, 4096);
   const int64_t blocks = tokens < want * 3 / 2 ? 1 : ceil_div(tokens, want);
   const int64_t token_block = tokens > 0 ? ceil_div(tokens, blocks) : 1;
   int64_t cols = clamp((cpu.amx_bf16 ? kLargeTile : kTile) / 4 / token_block / 64 * 64, 64, 256);
-  if (ceil_div(width, cols) * blocks < 8) cols = clamp(ceil_div(ceil_div(width, 8), 64) * 64, 64, 256);
+  // Eight tasks, or where the kernels are measured to gain from longer rows, two a thread if those are fewer. us, two Xeon
+  // cores with AMX, 128 and 256 columns: 1024 x 1024, T = 512, E = 64 dx 400 and 350, T = 2048, E = 256 2,440 and 2,130.
+  const int64_t tasks = cpu.amx_bf16 ? clamp(2 * threads, 4, 8) : 8;
+  if (ceil_div(width, cols) * blocks < tasks) cols = clamp(ceil_div(ceil_div(width, tasks), 64) * 64, 64, 256);
   if (blocks % 2 != 0) cols = even_columns(width, cols);
   return {token_block, cols};
 }
@@ -102,6 +114,10 @@ inline Expand expand(int64_t tokens, int64_t top_k, int64_t experts, int64_t wid
 // they are gone again by then: a layer / nn.Linear, two Xeon cores, with and without: T = 512, 1024 x 1024, E = 8 1.115 and
 // 1.108, E = 64 1.210 and 1.205, T = 2048, E = 256 1.57 and 1.55.
 inline bool expand_fetch(const Processor& cpu) { return !cpu.intel; }
+// Whether dx asks for the next adapter's rows of A, and dB for the rows it will write. us, two Xeon cores, without and
+// with: 1024 x 1024, T = 512, E = 64 dx 440 and 400, dB 490 and 360; T = 2048, E = 256 dx 3,010 and 2,440, dB 2,150 and
+// 1,640. Other processors: not measured.
+inline bool rows_fetch(const Processor& cpu) { return cpu.intel; }
 
 // Few tokens under large ranks: B is read as it lies, along the ranks, not repacked. At T = 1, 4096x4096, E = 2, r = 128
 // a forward goes from 1.17 to 1.15 x nn.Linear; below r = 32 a vector of ranks is not worth its sum across lanes.
@@ -210,7 +226,14 @@ inline Gram gram(int64_t slots, int64_t most, int64_t experts, int64_t rank, int
 // to it, and share cache sets. One thread of an Emerald Rapids, r = 128, share of the peak in place and copied: 256 inputs
 // 0.9 and 0.8, 512 0.78 and 0.74, 768 0.80 and 0.78, 1024 0.43 and 0.72, 1536 0.62 and 0.73, 4096 0.40 and 0.71.
 inline bool gram_copied(int64_t rank, int64_t row_bytes) { return rank > 48 && row_bytes >= 4096; }
-// Slots of an expert whose dB is summed along its rows instead. bfloat16, a step T = 16, 2048 x 2048, E = 64, r = 64 4.4 and
+// Slots of an expert whose dB is summed along its rows instead: where they fill a vector of so many lanes (outer_tile),
+// us, two Xeon cores, 1024 x 1024, T = 512, E = 64 360 and 300, T = 2048, E = 256 1,700 and 1,290, but 2048 x 2048,
+// T = 512, E = 8 540 and 600.
+constexpr int64_t kOuterSlots = 48;
+inline bool gram_outer(int64_t slots, int64_t rank, int64_t lanes, const Processor& cpu) {
+  return cpu.intel && slots <= kOuterSlots && rank <= lanes && 5 * rank >= 4 * lanes;
+}
+// Of few slots in any case. bfloat16, a step T = 16, 2048 x 2048, E = 64, r = 64 4.4 and
 // 3.9 ms, r = 16 the same.
 constexpr int64_t kGramFewSlots = 4;
 // Tasks that the zeros of experts without slots are split into: enough for threads to share, where one may be stopped.

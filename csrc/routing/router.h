@@ -196,6 +196,7 @@ static void router_backward(const RouterBackwardParams& p) {
     gram<V, T>(
         all, dz, p.experts, static_cast<const T*>(p.x), p.ldx, p.in, [&](int64_t) { return p.experts; },
         [&](int64_t, int64_t e, int64_t col) { return dw + e * p.in + col; }, [](int64_t, int64_t, int64_t, In*) {},
+        [&](int64_t, int64_t, int64_t) { return Ahead(dw, 0); },
         [&](int64_t) { memset(dw, 0, p.experts * p.in * sizeof(In)); },
         [](int64_t, int64_t, int64_t) { return false; });
 }

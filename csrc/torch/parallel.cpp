@@ -7,6 +7,8 @@
 
 namespace moa {
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 // Each thread has a share of neighbouring tasks and, when it is through, takes from those of others: a thread that the
 // system stops for a while delays one task, not its whole share.
 void parallel_run(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -16,7 +18,7 @@ void parallel_run(int64_t n, void (*body)(int64_t, int64_t, void*), void* contex
     int64_t end;
   };
   Share shares[kMaxShares];
-  int64_t count = torch::stable::get_num_threads();
+  int64_t count = thread_count();
   count = count < 1 ? 1 : count > kMaxShares ? kMaxShares : count;
   count = count > n ? n : count;
   for (int64_t i = 0; i < count; ++i) {

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstdlib>
 #include <vector>
 
 namespace moa {
@@ -104,6 +105,20 @@ static void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// Keeps gradients' memory from step to step. glibc gives a free block of some MB back to the system, and its pages come
+// anew, and cleared, at the next step, until one as large as it ever keeps (32 MB) has been free: so one is, untouched.
+// It then keeps up to 64 MB, as it does in any program once a tensor of that size is gone. A training step / nn.Linear,
+// two Xeon cores: 1024 x 1024, T = 512, E = 64 1.45 to 2.2 before, 1.34 to 1.44 after.
+static void keep_large_blocks() {
+#ifdef __GLIBC__
+  [[maybe_unused]] static const bool once = [] {
+    void* volatile block = std::malloc((32 << 20) - (64 << 10));  // volatile: else no block is taken at all
+    std::free(block);
+    return true;
+  }();
+#endif
+}
+
 Tensor empty(const Place& place, std::initializer_list<int64_t> shape, ScalarType type) {
   int64_t sizes[4], strides[4];
   const int64_t dims = static_cast<int64_t>(shape.size());
@@ -118,11 +133,14 @@ Tensor empty(const Place& place, std::initializer_list<int64_t> shape, ScalarTyp
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type), place.type, place.index, &handle));
   const Tensor result(handle);
-  constexpr int64_t kLarge = 4 << 20;  // bytes; below, the allocator keeps memory for the next call
+  constexpr int64_t kLarge = 4 << 20;  // bytes
   if (place.type == aoti_torch_device_type_cpu() && stride >= kLarge / 8) {
     int64_t bytes;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
-    if (bytes >= kLarge) prefer_huge_pages(data<void>(result), bytes);
+    if (bytes >= kLarge) {
+      keep_large_blocks();
+      prefer_huge_pages(data<void>(result), bytes);
+    }
   }
   return result;
 }

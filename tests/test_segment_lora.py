@@ -108,6 +108,27 @@ def test_few_slots_on_each_of_many_experts(
     check_mixture(p)
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), MIXED, ids=IDS)
+@pytest.mark.parametrize(("r", "ranks"), [(13, False), (16, True), (16, False), (27, False), (32, True)])
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "out_features", "experts"), [(90, 200, 1027, 12), (300, 523, 144, 7)]
+)
+def test_ranks_that_fill_vectors(
+    isa: str,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype | None,
+    r: int,
+    ranks: bool,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    experts: int,
+) -> None:
+    """On Intel's processors with AVX-512 such ranks go through tiles of their own (lora/panel.h), few slots or many."""
+    shape = tokens, in_features, out_features, experts, 2, r, dtype, adapter_dtype
+    check_mixture(make_mixture(*shape, ranks=ranks))
+
+
 @pytest.mark.parametrize("r", [8, 30])
 def test_many_tokens_on_one_expert(edge_isa: str, r: int) -> None:
     """The gradients of A and B are long sums here, of larger ranks in strips of 24 columns on AVX2."""

@@ -14,6 +14,7 @@ namespace moa {
 namespace avx2 {
 extern const KernelTable kTable;
 }
+int64_t thread_count() { return 1; }
 void parallel_run(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) { body(0, n, context); }
 }  // namespace moa
 

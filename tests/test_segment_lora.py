@@ -124,7 +124,7 @@ def test_ranks_that_fill_vectors(
     out_features: int,
     experts: int,
 ) -> None:
-    """On Intel's processors with AVX-512 such ranks go through tiles of their own (lora/panel.h), few slots or many."""
+    """On Intel's processors with AVX-512 such ranks have tiles of their own (lora/panel.h)."""
     shape = tokens, in_features, out_features, experts, 2, r, dtype, adapter_dtype
     check_mixture(make_mixture(*shape, ranks=ranks))
 

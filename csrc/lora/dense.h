@@ -67,7 +67,7 @@ static void dense_dot(const bf16_t* x, int64_t ldx, int64_t tokens, const uint32
   }
 }
 
-// What shrink (ops.h) does.
+// What shrink (slots.h) does.
 template <class Depth, class PanelRows>
 static void dense_shrink(const Segments& s, const bf16_t* x, int64_t ldx, int64_t k_size, float* out, int64_t rank,
                          int64_t ld_panel, const Depth& depth, const PanelRows& panel) {

@@ -177,8 +177,8 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
   // Sizes past the instruction set's own tile repeat a smaller one: they are never asked for.
 #define MOA_TILE(m, n, fetch) dot_tile<V, (m <= M ? m : 1), (n <= N ? n : 1), A, fetch>
 #define MOA_ROW(m, fetch) {MOA_TILE(m, 1, fetch), MOA_TILE(m, 2, fetch), MOA_TILE(m, 3, fetch), MOA_TILE(m, 4, fetch)}
-#define MOA_ROWS(fetch)                                                                         \
-  {                                                                                             \
+#define MOA_ROWS(fetch)                                                                                              \
+  {                                                                                                                  \
     MOA_ROW(1, fetch), MOA_ROW(2, fetch), MOA_ROW(3, fetch), MOA_ROW(4, fetch), MOA_ROW(5, fetch), MOA_ROW(6, fetch) \
   }
   static constexpr Tile kTiles[2][6][4] = {MOA_ROWS(kDotFetch), MOA_ROWS(true)};
@@ -198,8 +198,8 @@ static void dot_block(const typename V::In* const* x, int64_t m_size, int64_t m_
     const int64_t cols = n_size - n < N ? n_size - n : N, pass = n / N;
     const int64_t soon = m + rows + 2 * pass;
     const bool more = fetch && pass < M / 2 && soon + 1 < m_size + m_ahead;
-    kTiles[fetch][rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda, columns,
-                               out + m * ldo + n, ldo, &ahead);
+    kTiles[fetch][rows - 1][cols - 1](x + m, more ? x[soon] : x[m], more ? x[soon + 1] : x[m], a + n * lda, lda,
+                                      columns, out + m * ldo + n, ldo, &ahead);
   };
   const Columns all{0, k_size, k_size, nullptr};
   if (kDotRuns && n_size > N && k_size > kDotWhole) {

@@ -1,5 +1,5 @@
 // The operands of an expert in the layouts the kernels want, converted where they are stored in another type.
-// Included only by ops.h.
+// Included only by slots.h.
 #pragma once
 
 namespace moa {

@@ -86,7 +86,8 @@ template <class V, int M, bool Tail>
 static void narrow_tile(const typename V::In* const* x, int rows, int64_t k0, int64_t k1, const typename V::In* p,
                         int64_t ldp, int last, bool add, typename V::Acc* out, int64_t ldo) {
   using In = typename V::In;
-  constexpr int K = 8, kSoon = 32;  // steps at once; how far ahead the panel's lines are asked for: 2 KB where ldp is 16
+  constexpr int K = 8,
+                kSoon = 32;  // steps at once; how far ahead the panel's lines are asked for: 2 KB where ldp is 16
   auto load = [&](const In* at) { return Tail ? V::load_n(at, last) : V::load(at); };
   typename V::AccVec acc[M];
   MOA_UNROLL_16
@@ -129,10 +130,10 @@ static inline void narrow_block(const typename V::In* const* x, int64_t m_size, 
                                 const typename V::In* p, int64_t ldp, typename V::Acc* out, int64_t ldo) {
   using Tile = void (*)(const typename V::In* const*, int, int64_t, int64_t, const typename V::In*, int64_t, int, bool,
                         typename V::Acc*, int64_t);
-#define MOA_TILES(tail)                                                                                              \
-  {                                                                                                                  \
-    narrow_tile<V, 2, tail>, narrow_tile<V, 4, tail>, narrow_tile<V, 6, tail>, narrow_tile<V, 8, tail>,              \
-        narrow_tile<V, 10, tail>, narrow_tile<V, 12, tail>, narrow_tile<V, 14, tail>, narrow_tile<V, 16, tail>       \
+#define MOA_TILES(tail)                                                                                        \
+  {                                                                                                            \
+    narrow_tile<V, 2, tail>, narrow_tile<V, 4, tail>, narrow_tile<V, 6, tail>, narrow_tile<V, 8, tail>,        \
+        narrow_tile<V, 10, tail>, narrow_tile<V, 12, tail>, narrow_tile<V, 14, tail>, narrow_tile<V, 16, tail> \
   }
   static constexpr Tile kTiles[2][8] = {MOA_TILES(false), MOA_TILES(true)};
 #undef MOA_TILES

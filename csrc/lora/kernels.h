@@ -261,9 +261,9 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
 // ---- gram ------------------------------------------------------------------------------------------------------------
 // G_e[j][:] = sum over the expert's slots of coef[p][j] * row(p)[:], j < depth(e), for the columns of one task.
 // row(e, j, col) is where a row of the result goes, or null: then it goes to the tile, [depth] x cols of Acc, which
-// store(e, col, cols, tile) takes, into the memory that fetch(e, col, cols) names. clear(e) writes the zeros of an expert without slots, all columns in one piece: with
-// few tokens and many experts they are nearly all that is written. few(e, col, cols) may do an expert of few slots its
-// own way, and says whether it has.
+// store(e, col, cols, tile) takes, into the memory that fetch(e, col, cols) names. clear(e) writes the zeros of an expert
+// without slots, all columns in one piece: with few tokens and many experts they are nearly all that is written.
+// few(e, col, cols) may do an expert of few slots its own way, and says whether it has.
 template <class V, class T, class Depth, class Row, class Store, class Fetch, class Clear, class Few>
 static void gram(const Segments& s, const typename V::In* coef, int64_t ldc, const T* x, int64_t ldx, int64_t width,
                  const Depth& depth, const Row& row, const Store& store, const Fetch& fetch, const Clear& clear,

@@ -10,9 +10,8 @@ namespace moa {
 namespace plan {
 
 constexpr int64_t kL1 = 32 * 1024;
-constexpr int64_t kTile = 256 * 1024;  // output tile of the expand: a quarter of L2
-constexpr int64_t kLargeTile =
-    2048 * 1024;  // of processors with AMX, whose L2 has as much: T = 2048, E = 256 takes 0.90
+constexpr int64_t kTile = 256 * 1024;        // output tile of the expand: a quarter of L2
+constexpr int64_t kLargeTile = 2048 * 1024;  // of processors with AMX, whose L2 has as much
 
 // Dense-masked against grouped, on vectors: grouped always. Per 16 outputs of a token the expand does k r multiply-adds
 // and, once per expert, a load and a store (about 3 cycles); computing all E experts with zero weights would do E r and

@@ -8,6 +8,7 @@
 //   kPanels whether rows can be multiplied by a panel (lora/panel.h)
 //   kStrips whether they stand in strips as wide as a tile, as other operands then do
 //   kPacks  whether a product with W of many tokens may be our own (plan::packs)
+//   kTerms  whether float32 is multiplied as terms of bfloat16 there (lora/terms.h)
 //   kWidens whether load takes elements of 16 bits too
 //   kDotM x kDotN, kAxpyM x kAxpyN   register tiles that leave room for their operands
 //
@@ -36,7 +37,8 @@ struct Plain {
     T v[W];
   };
   using AccVec = InVec;
-  static constexpr bool kTiles = false, kPanels = false, kStrips = false, kPacks = false, kWidens = false;
+  static constexpr bool kTiles = false, kPanels = false, kStrips = false, kPacks = false, kTerms = false,
+                        kWidens = false;
   static constexpr int kIn = W, kAcc = W, kPack = 1, kDotM = M, kDotN = N, kAxpyM = AM, kAxpyN = AN, kLinearTokens = 0;
 
   static inline InVec load(const T* p) {
@@ -97,7 +99,7 @@ struct F32 {
   using Acc = float;
   using InVec = __m256;
   using AccVec = __m256;
-  static constexpr bool kTiles = false, kPanels = true, kStrips = true, kPacks = true, kWidens = true;
+  static constexpr bool kTiles = false, kPanels = true, kStrips = true, kPacks = true, kTerms = false, kWidens = true;
   static constexpr int kIn = 8, kAcc = 8, kPack = 1, kDotM = 3, kDotN = 4, kAxpyM = 4, kAxpyN = 3, kLinearTokens = 32;
 
   static inline __m256i first(int n) {
@@ -141,7 +143,8 @@ struct F32 {
 struct Acc512 {
   using Acc = float;
   using AccVec = __m512;
-  static constexpr bool kTiles = false, kPanels = false, kStrips = false, kPacks = false, kWidens = false;
+  static constexpr bool kTiles = false, kPanels = false, kStrips = false, kPacks = false, kTerms = false,
+                        kWidens = false;
   static constexpr int kAcc = 16, kDotM = 6, kDotN = 4, kAxpyM = 6, kAxpyN = 4;
 
   static inline AccVec zero() { return _mm512_setzero_ps(); }
@@ -165,6 +168,9 @@ struct F32 : Acc512 {
   using In = float;
   using InVec = __m512;
   static constexpr bool kPanels = true, kPacks = true, kWidens = true;
+#if defined(MOA_HAS_AMX_BF16)
+  static constexpr bool kTerms = true;
+#endif
   static constexpr int kIn = 16, kPack = 1, kLinearTokens = 192;
 
   static inline InVec load(const float* p) { return _mm512_loadu_ps(p); }

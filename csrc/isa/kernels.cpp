@@ -54,13 +54,13 @@ static void for_types(const LoraParams& p, const F& fn) {
 static void forward(const ForwardParams& p) {
   for_types(p, [&](const auto& lora) { lora.forward(p); });
 }
-static bool own_linear(DType type, int64_t tokens, int64_t in) {
+static bool own_linear(DType type, int64_t tokens, int64_t in, int64_t out) {
   constexpr plan::Linear library = plan::Linear::library;
   switch (type) {
-    case DType::f32: return linear_form<F32, float>(type, tokens, in) != library;
-    case DType::f64: return linear_form<F64, double>(type, tokens, in) != library;
-    case DType::bf16: return linear_form<Bf16Arithmetic, bf16_t>(type, tokens, in) != library;
-    case DType::f16: return linear_form<F32, f16_t>(type, tokens, in) != library;
+    case DType::f32: return linear_form<F32, float>(type, tokens, in, out) != library;
+    case DType::f64: return linear_form<F64, double>(type, tokens, in, out) != library;
+    case DType::bf16: return linear_form<Bf16Arithmetic, bf16_t>(type, tokens, in, out) != library;
+    case DType::f16: return linear_form<F32, f16_t>(type, tokens, in, out) != library;
   }
   return false;
 }

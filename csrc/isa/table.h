@@ -13,7 +13,7 @@ struct KernelTable {
   void (*router_backward)(const RouterBackwardParams&);
   void (*forward)(const ForwardParams&);
   // The base's product where the library's GEMM is slower, and its gradient: false, and nothing done, where it is not.
-  bool (*own_linear)(DType type, int64_t tokens, int64_t in);
+  bool (*own_linear)(DType type, int64_t tokens, int64_t in, int64_t out);
   void (*linear)(const LinearParams&);
   bool (*linear_backward)(const LinearBackwardParams&);
   void (*backward_shrink)(const BackwardParams&);

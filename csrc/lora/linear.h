@@ -7,6 +7,10 @@
 #pragma once
 #include "lora/kernels.h"
 
+#if defined(MOA_HAS_AMX_BF16)
+#include "lora/terms.h"
+#endif
+
 namespace moa {
 namespace MOA_ISA {
 
@@ -181,6 +185,20 @@ static void linear_backward_packed(const LinearBackwardParams& p) {
                     });
 }
 
+#if defined(MOA_HAS_AMX_BF16)
+// ---- many tokens in float32 on AMX: products of bfloat16 terms (terms.h) ---------------------------------------------
+static void linear_terms(const LinearParams& p) {
+  terms_product<true>(static_cast<const float*>(p.x), p.ldx, p.tokens, p.in, static_cast<const float*>(p.weight), p.ldw,
+                      static_cast<float*>(p.y), p.out,
+                      [&](int64_t t0, int64_t t1) { linear_tokens<F32, float>(p, t0, t1 - t0); });
+}
+static void linear_backward_terms(const LinearBackwardParams& p) {
+  terms_product<false>(static_cast<const float*>(p.dy), p.lddy, p.tokens, p.out, static_cast<const float*>(p.weight),
+                       p.ldw, static_cast<float*>(p.dx), p.in,
+                       [&](int64_t t0, int64_t t1) { linear_backward_tokens<F32, float>(p, t0, t1 - t0); });
+}
+#endif
+
 // ---- the choice ------------------------------------------------------------------------------------------------------
 // The most tokens whose W is streamed, by instruction set and processor.
 template <class V, class T>
@@ -190,17 +208,22 @@ static int64_t most_tokens(DType type) {
 }
 
 template <class V, class T>
-static plan::Linear linear_form(DType type, int64_t tokens, int64_t in) {
+static plan::Linear linear_form(DType type, int64_t tokens, int64_t in, int64_t out) {
   constexpr bool direct = Same<T, typename V::In>::value;
   if (V::kLinearTokens == 0) return plan::Linear::library;
+  if (V::kTerms && direct && plan::uses_terms(tokens, in, out)) return plan::Linear::terms;
   if (V::kPacks && plan::packs(tokens, direct, kWide<V>, processor())) return plan::Linear::packed;
   return plan::few_tokens(tokens, in, most_tokens<V, T>(type), direct) ? plan::Linear::streamed : plan::Linear::library;
 }
 
 template <class V, class T>
 static void linear(const LinearParams& p) {
+  const plan::Linear form = linear_form<V, T>(p.type, p.tokens, p.in, p.out);
+#if defined(MOA_HAS_AMX_BF16)
+  if (form == plan::Linear::terms) return linear_terms(p);
+#endif
   if constexpr (V::kPacks)
-    if (linear_form<V, T>(p.type, p.tokens, p.in) == plan::Linear::packed) return linear_packed<V, T>(p);
+    if (form == plan::Linear::packed) return linear_packed<V, T>(p);
   if constexpr (V::kLinearTokens > 0)
     for (int64_t t = 0; t < p.tokens; t += plan::kLinearBlock)
       linear_tokens<V, T>(p, t, min64(plan::kLinearBlock, p.tokens - t));
@@ -211,6 +234,12 @@ template <class V, class T>
 static bool linear_backward(const LinearBackwardParams& p) {
   constexpr bool direct = Same<T, typename V::In>::value;
   if (V::kLinearTokens == 0) return false;
+#if defined(MOA_HAS_AMX_BF16)
+  if (V::kTerms && direct && plan::uses_terms_backward(p.tokens, p.in, p.out)) {
+    linear_backward_terms(p);
+    return true;
+  }
+#endif
   if constexpr (V::kPacks)
     if (plan::packs_backward(p.tokens, direct, kWide<V>, processor())) {
       linear_backward_packed<V, T>(p);

@@ -182,7 +182,7 @@ inline int64_t linear_cols(int64_t in) { return clamp(ceil_div(ceil_div(in, 8), 
 // 10 to 15 % slower at T = 4096: L2 and L3 do not feed them faster than oneDNN does. In float32 what the adapters add, as
 // terms of the product's tiles or behind each block of its rows, was 1 % slower with E = 8 and 7 % with E = 64: the
 // product's own operands need the caches, and y's pass through the expand costs little.
-enum class Linear { library, streamed, packed };
+enum class Linear { library, streamed, packed, terms };
 inline bool packs(int64_t tokens, bool direct, bool wide, const Processor& cpu) {
   if (wide) return direct && cpu.intel && tokens > 32 && tokens <= 1024;
   return direct ? tokens >= 16 && !cpu.intel : tokens >= 40;
@@ -201,6 +201,35 @@ constexpr int64_t packed_run(bool wide) { return wide ? 1024 : 512; }
 // Columns of a task: two strips, or one where that makes few tasks.
 inline int64_t packed_cols(int64_t width, int64_t strip, bool wide) {
   return wide && ceil_div(width, 2 * strip) < 8 ? strip : 2 * strip;
+}
+
+// float32 on AMX is multiplied as terms of bfloat16 (lora/terms.h) from so many tokens on. us, two Xeon cores, library,
+// vectors (streamed or packed), terms: W 2048 x 2048 T = 16 1,200, 930, 990, T = 24 1,440, 1,370, 1,040, T = 40 1,810,
+// 1,380, 1,390, T = 64 2,400, 1,980, 1,500, T = 512 13,800, 13,400, 7,100; its gradient T = 40 1,560, -, 1,700, T = 64
+// 2,100, -, 1,800; T = 512, 1024 x 1024 3,450, 3,300, 1,900; 64 to 1024 245, -, 258, 1024 to 64 343, -, 280; T = 8192, 4096
+// x 4096 900,000, -, 475,000.
+// Tokens come in sixteens: 33 cost what 48 do.
+inline bool uses_terms(int64_t tokens, int64_t in, int64_t out) {
+  return tokens > 20 && (tokens <= 32 || tokens > 40) && in >= 128 && out >= 64;
+}
+inline bool uses_terms_backward(int64_t tokens, int64_t in, int64_t out) {
+  return tokens > 48 && out >= 128 && in >= 64;
+}
+// Products of a run, whose sums are added to y at once; and tokens that are split at a time, of so many bytes. At T = 512,
+// 2048 x 2048 runs of 256 take 1.1 times as long.
+constexpr int64_t kTermsRun = 512, kTermsBytes = 16 * 1024 * 1024;
+inline int64_t terms_tokens(int64_t depth) { return clamp(kTermsBytes / (6 * depth) / 32 * 32, 128, 2048); }
+// Tokens and columns of a task. Up to 256 columns, three quarters of a MB for a run, as more tokens are read again for
+// fewer: 128 take 1.1 times as long. Two tasks a thread: of 128 columns if need be, then of fewer tokens, for which W is
+// split again. The bits of a sum depend on neither.
+struct Terms {
+  int64_t tokens, cols;
+};
+inline Terms terms(int64_t tokens, int64_t width, int64_t threads) {
+  const int64_t tasks = 2 * threads;
+  const int64_t cols = clamp(ceil_div(ceil_div(width, tasks), 32) * 32, tokens > 128 ? 128 : 32, 256);
+  const int64_t blocks = ceil_div(tasks, ceil_div(width, cols));
+  return {clamp(ceil_div(ceil_div(tokens, blocks), 32) * 32, 128, 1024), cols};
 }
 
 // Gram: columns per task; its x panel is gathered again for every tile of ranks.
@@ -269,6 +298,11 @@ inline int64_t panel_tokens(int64_t tokens, bool wide) {
   return wide && tokens < 1024 ? kPanelTokens / 2 : kPanelTokens;
 }
 constexpr int64_t kPanelRun = 256;  // products summed in one run of accumulators: bounds float32 rounding
+// Router logits in float32 on AMX by terms, as the base's product. us, two Xeon cores, panels and terms: T = 2048, 1024
+// inputs, E = 256 3,100 and 2,200; T = 512, E = 64 230 and 250.
+inline bool router_terms(int64_t tokens, int64_t experts, int64_t in) {
+  return tokens >= 64 && experts >= 96 && in >= 128;
+}
 // Router logits: tokens and experts per task. Few experts: a tile of x stays in L1 while W streams from L2; many: four
 // rows of W stay while the task's 48 rows of x stream.
 struct Router {

@@ -9,7 +9,7 @@ namespace MOA_ISA {
 // 16 rows of four 32-bit units, or `rows` of them, through registers: each takes the four units of rows i, i + 4, i + 8
 // and i + 12 from memory, so that only the squares in its lanes are left to turn over.
 template <bool Whole>
-static inline void transpose_16x4(const uint32_t* src, int64_t lds, int rows, uint32_t* dst, int64_t ldd) {
+static inline void turn_16x4(const uint32_t* src, int64_t lds, int rows, __m512i* turned) {
   auto four = [&](int row) {
     return Whole || row < rows ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + row * lds))
                                : _mm_setzero_si128();
@@ -22,17 +22,22 @@ static inline void transpose_16x4(const uint32_t* src, int64_t lds, int rows, ui
   }
   const __m512i lo[2] = {_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpacklo_epi32(r[2], r[3])};
   const __m512i hi[2] = {_mm512_unpackhi_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[2], r[3])};
-  r[0] = _mm512_unpacklo_epi64(lo[0], lo[1]);
-  r[1] = _mm512_unpackhi_epi64(lo[0], lo[1]);
-  r[2] = _mm512_unpacklo_epi64(hi[0], hi[1]);
-  r[3] = _mm512_unpackhi_epi64(hi[0], hi[1]);
+  turned[0] = _mm512_unpacklo_epi64(lo[0], lo[1]);
+  turned[1] = _mm512_unpackhi_epi64(lo[0], lo[1]);
+  turned[2] = _mm512_unpacklo_epi64(hi[0], hi[1]);
+  turned[3] = _mm512_unpackhi_epi64(hi[0], hi[1]);
+}
+template <bool Whole>
+static inline void transpose_16x4(const uint32_t* src, int64_t lds, int rows, uint32_t* dst, int64_t ldd) {
+  __m512i turned[4];
+  turn_16x4<Whole>(src, lds, rows, turned);
   const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
   MOA_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (Whole) {
-      _mm512_storeu_si512(dst + i * ldd, r[i]);
+      _mm512_storeu_si512(dst + i * ldd, turned[i]);
     } else {
-      _mm512_mask_storeu_epi32(dst + i * ldd, mask, r[i]);
+      _mm512_mask_storeu_epi32(dst + i * ldd, mask, turned[i]);
     }
   }
 }

@@ -135,15 +135,9 @@ static void router_logits_panel(const RouterParams& p) {
   });
 }
 
+// The same by dot products.
 template <class V, class T>
-static void router_logits(const RouterParams& p) {
-#if defined(MOA_HAS_AMX_BF16)
-  if constexpr (Same<T, bf16_t>::value)
-    if (plan::router_tiles(p.tokens, p.experts)) return router_logits_tiles(p);
-#endif
-  if constexpr (V::kPanels)
-    if (V::kStrips ? plan::strips_pay(p.tokens, p.experts) : plan::panel_pays(p.tokens, p.experts, processor()))
-      return router_logits_panel<V, T>(p);
+static void router_logits_dots(const RouterParams& p) {
   using In = typename V::In;
   constexpr bool direct = Same<T, In>::value;
   const In* weight = static_cast<const In*>(p.weight);
@@ -172,6 +166,36 @@ static void router_logits(const RouterParams& p) {
                    p.experts, plan.x_outer, rest);
     }
   });
+}
+
+#if defined(MOA_HAS_AMX_BF16)
+// The same for a float32 x and many experts, by terms as the base's product (terms.h).
+static void router_logits_terms(const RouterParams& p) {
+  const float *x = static_cast<const float*>(p.x), *weight = static_cast<const float*>(p.weight);
+  float* logits = static_cast<float*>(p.logits);
+  memset(logits, 0, p.tokens * p.experts * sizeof(float));
+  terms_product<true>(x, p.ldx, p.tokens, p.in, weight, p.in, logits, p.experts, [&](int64_t t0, int64_t t1) {
+    RouterParams rows = p;
+    rows.tokens = t1 - t0;
+    rows.x = x + t0 * p.ldx;
+    rows.logits = logits + t0 * p.experts;
+    router_logits_dots<F32, float>(rows);
+  });
+}
+#endif
+
+template <class V, class T>
+static void router_logits(const RouterParams& p) {
+#if defined(MOA_HAS_AMX_BF16)
+  if constexpr (Same<T, bf16_t>::value)
+    if (plan::router_tiles(p.tokens, p.experts)) return router_logits_tiles(p);
+  if constexpr (Same<T, float>::value)
+    if (plan::router_terms(p.tokens, p.experts, p.in)) return router_logits_terms(p);
+#endif
+  if constexpr (V::kPanels)
+    if (V::kStrips ? plan::strips_pay(p.tokens, p.experts) : plan::panel_pays(p.tokens, p.experts, processor()))
+      return router_logits_panel<V, T>(p);
+  router_logits_dots<V, T>(p);
 }
 
 // To the kernels this is a LoRA of one expert that has every token and as many ranks as there are experts.

@@ -46,7 +46,8 @@ int64_t rows_of_bias(const Tensor& y, const OptionalTensor& bias) {
 }  // namespace
 
 bool own_linear(const Tensor& x, const Tensor& weight) {
-  return rows_are_dense(x) && rows_are_dense(weight) && kernels().own_linear(dtype_of(x, "x"), x.size(0), x.size(1));
+  return rows_are_dense(x) && rows_are_dense(weight) &&
+         kernels().own_linear(dtype_of(x, "x"), x.size(0), x.size(1), weight.size(0));
 }
 
 void library_linear(const Tensor& y, const OptionalTensor& start, const Tensor& x, const Tensor& weight) {

@@ -268,6 +268,7 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {  // the odd one of a
 #define _mm512_cvtps_ph(a, how) isa_emulator::cvtps_ph(a, how)
 #define _mm512_castps_pd(a) reinterpret_cast<__m512d>(a)
 #define _mm512_castpd_ps(a) reinterpret_cast<__m512>(a)
+#define _mm512_castps_si512(a) reinterpret_cast<__m512i>(a)
 #define _mm512_castsi512_ps(a) reinterpret_cast<__m512>(a)
 #define _mm512_castps512_ps256(a) isa_emulator::extractf32x8_ps(a, 0)
 #define _mm512_unpacklo_ps(a, b) isa_emulator::unpack<float>(a, b, false)

@@ -2,8 +2,8 @@
 // (plan::linear). Included only by csrc/isa/kernels.cpp.
 //
 // A GEMM packs its operands before it multiplies: that pays for hundreds of tokens. With a few, reading W is the whole
-// work, so every row of W is read once, as it lies, against all tokens. With many, blocks of W are packed here too. A
-// task owns columns of the result.
+// work, so every row of W is read once, as it lies, against all tokens. With many, blocks of W are packed here too, on AMX
+// as terms of bfloat16. A task owns columns of the result.
 #pragma once
 #include "lora/kernels.h"
 

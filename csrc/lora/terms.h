@@ -4,7 +4,8 @@
 //   x_l w_h + x_h w_h + x_h w_l + x_h w_m + x_m w_m + x_m w_h,
 //
 // without those that are 2^-23 of the whole or less. The tiles do sixteen times the products of two float32 multiply-adds,
-// so six of them leave more than twice. What they take for zero, terms below 2^-126, is lost. Included only by linear.h.
+// so six of them leave more than twice; a tile rounds to float32 once in 32 products, so that sums are more accurate than
+// MKL's (error / norm of 2048 products 1.9e-7 and 3.5e-7). Terms below 2^-126 count as zero. Included only by linear.h.
 //
 // x is split once, into panels of 32 rows and all depth; a task splits a block of w's columns for a run of depth, in
 // strips of 32, and multiplies it by every panel. A step of 32 products holds, of panels and strips alike, two groups of
@@ -14,7 +15,8 @@
 //   strip  [step][group][term][16 pairs][16 columns]
 //
 // where pair i is of products i and i + 16 of the step, so that two vectors of floats become a line without a shuffle.
-// A row of x with an infinity or a NaN counts as zero here and is reported: an infinity has no terms.
+// A row of x with an infinity or a NaN counts as zero here and is reported: an infinity has no terms. One in w becomes a
+// NaN.
 #pragma once
 
 namespace moa {

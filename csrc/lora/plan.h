@@ -1,5 +1,6 @@
 // Every tuning decision of the LoRA kernels on a CPU, one function a decision. None may depend on the number of threads,
-// but for the expand's blocks, which change no bit. Figures: two Zen 4 cores (32 KiB L1, 1 MiB L2 each), float32, r = 16, k = 2.
+// but for the blocks of the expand and of terms, which change no bit. Figures: two Zen 4 cores (32 KiB L1, 1 MiB L2 each),
+// float32, r = 16, k = 2.
 #pragma once
 #include <cstdint>
 
@@ -218,7 +219,7 @@ inline bool uses_terms_backward(int64_t tokens, int64_t in, int64_t out) {
 // Products of a run, whose sums are added to y at once; and tokens that are split at a time, of so many bytes. At T = 512,
 // 2048 x 2048 runs of 256 take 1.1 times as long.
 constexpr int64_t kTermsRun = 512, kTermsBytes = 16 * 1024 * 1024;
-inline int64_t terms_tokens(int64_t depth) { return clamp(kTermsBytes / (6 * depth) / 32 * 32, 128, 2048); }
+inline int64_t terms_tokens(int64_t depth) { return clamp(kTermsBytes / (6 * depth) / 32 * 32, 64, 2048); }
 // Tokens and columns of a task. Up to 256 columns, three quarters of a MB for a run, as more tokens are read again for
 // fewer: 128 take 1.1 times as long. Two tasks a thread: of 128 columns if need be, then of fewer tokens, for which W is
 // split again. The bits of a sum depend on neither.

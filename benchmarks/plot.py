@@ -108,6 +108,11 @@ def _panel(axis: Any, cases: list[Case], rows: list[str], dtype: str, right: flo
         axis.scatter(
             _percent(ours), row, s=78, color=OURS_COLOUR, zorder=4, label=LEGEND[0] if first else None
         )
+        if ours < 1:  # left of the axis: says by how much
+            axis.annotate(
+                f"−{100 * (1 - ours):.0f} %", (LEAST, row), xytext=(4, 6), textcoords="offset points", size=7,
+                color=OURS_COLOUR, weight="bold",
+            )  # fmt: skip
     ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000) if t < right]
     axis.set_xticks(ticks, [f"{'≤' if t == LEAST else '+'}{t} %" for t in ticks])
     axis.minorticks_off()

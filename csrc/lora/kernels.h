@@ -146,7 +146,7 @@ static void expand(const Segments& s, const typename V::In* coef, int64_t ldc, i
   if constexpr (V::kTiles) {
     for (int64_t e = 0; e < s.experts; ++e) packs += plan::ceil_div(depth(e), 2);
     const int64_t steps = plan::ceil_div(packs, 16);
-    if (steps > 0 && plan::dense_expand(s.tokens, s.top_k, steps))
+    if (steps > 0 && plan::dense_expand(s.tokens, s.top_k, s.experts, steps))
       dense = dense_coefficients(s, coef, ldc, steps, depth);
   }
 #endif

@@ -37,7 +37,7 @@ struct Slots : Operands<V, TA> {
     if constexpr (V::kTiles) {
       int64_t groups = 0;
       for (int64_t e = 0; e < s.experts; ++e) groups += plan::ceil_div(rank_of(e), 16);
-      if (plan::dense_shrink(s.tokens, s.top_k, groups)) {
+      if (plan::dense_shrink(s.tokens, s.top_k, s.experts, groups)) {
         dense_shrink(s, x, ldx, k_size, out, p.rank, ld_panel, [&](int64_t e) { return rank_of(e); }, panel);
         return each_slot(finish_bytes, finish);
       }

@@ -265,7 +265,7 @@ def test_linear_routing_in_every_dtype(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "in_features", "experts"),
-    [(48, 256, 32), (50, 257, 33), (131, 700, 48), (96, 63, 65), (49, 1030, 240), (47, 512, 64), (70, 1100, 130)],
+    [(48, 256, 32), (50, 257, 33), (131, 700, 48), (96, 63, 65), (49, 1030, 240), (70, 1100, 130)],
 )
 def test_linear_routing_of_many(
     isa: str, tokens: int, in_features: int, experts: int, dtype: torch.dtype

@@ -212,9 +212,9 @@ inline int64_t packed_cols(int64_t width, int64_t strip, bool wide) {
 
 // float32 on AMX is multiplied as terms of bfloat16 (lora/terms.h) from so many tokens on. us, two Xeon cores, library,
 // vectors (streamed or packed), terms: W 2048 x 2048 T = 16 1,200, 930, 990, T = 24 1,440, 1,370, 1,040, T = 40 1,810,
-// 1,380, 1,390, T = 64 2,400, 1,980, 1,500, T = 512 13,800, 13,400, 7,100; its gradient T = 40 1,560, -, 1,700, T = 64
-// 2,100, -, 1,800; T = 512, 1024 x 1024 3,450, 3,300, 1,900; 64 to 1024 245, -, 258, 1024 to 64 343, -, 280; T = 8192, 4096
-// x 4096 900,000, -, 475,000.
+// 1,380, 1,390, T = 64 2,400, 1,980, 1,500, its gradient T = 40 1,560, -, 1,700, T = 64 2,100, -, 1,800; 64 to 1024, T = 512
+// 245, -, 258, 1024 to 64 343, -, 280; T = 8192, 4096 x 4096 900,000, -, 475,000. In an hour when they were faster: T = 512,
+// 2048 x 2048 10,500, 10,100, 5,650, 1024 x 1024 2,670, 2,480, 1,530.
 // Tokens come in sixteens: 33 cost what 48 do.
 inline bool uses_terms(int64_t tokens, int64_t in, int64_t out) {
   return tokens > 20 && (tokens <= 32 || tokens > 40) && in >= 128 && out >= 64;
@@ -306,7 +306,7 @@ inline int64_t panel_tokens(int64_t tokens, bool wide) {
 }
 constexpr int64_t kPanelRun = 256;  // products summed in one run of accumulators: bounds float32 rounding
 // Router logits in float32 on AMX by terms, as the base's product. us, two Xeon cores, panels and terms: T = 2048, 1024
-// inputs, E = 256 3,100 and 2,200; T = 512, E = 64 230 and 250.
+// inputs, E = 256 2,570 and 1,880; T = 512, E = 128 348 and 308; E = 64 no faster.
 inline bool router_terms(int64_t tokens, int64_t experts, int64_t in) {
   return tokens >= 64 && experts >= 96 && in >= 128;
 }
